@@ -41,7 +41,9 @@ class Clip:
     model_id: str
 
 
-def load_clip(name: str, *, pretrained: str | None, image_size: int, device: str, cache_dir: Path | None = None) -> Clip:
+def load_clip(
+    name: str, *, pretrained: str | None, image_size: int, device: str, cache_dir: Path | None = None
+) -> Clip:
     """Load a CLIP model.
 
     Args:

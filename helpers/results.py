@@ -36,7 +36,8 @@ METHODS = (
 
 MANIFEST = "manifest.json"
 PREDICTIONS = "predictions.csv"
-_PARTIAL = "predictions.partial.jsonl"
+_JOURNAL = "journal.jsonl"
+_NUMBERS = ("anomaly_score", "threshold", "p_value", "seconds")
 _VERSIONED = ("torch", "transformers", "peft", "open_clip_torch", "timm", "scikit-learn", "numpy", "opencv-python")
 
 
@@ -70,8 +71,9 @@ class Writer:
     """Writes one method's predictions as they come, so that an interrupted run loses none.
 
     Use as a context manager. Pictures already predicted by an interrupted run with the same settings are in
-    :attr:`done` and need not be predicted again. Leaving the block without error completes the folder; leaving it
-    with one keeps what was predicted for the next try.
+    :attr:`done` and need not be predicted again. Leaving the block without error puts the run in place of an older
+    one (a complete run on another dataset is moved to ``other_datasets/``); leaving it with an error keeps what was
+    predicted, beside the untouched older run, for the next try.
 
     Args:
         folder: results folder of the method.
@@ -110,6 +112,7 @@ class Writer:
             "settings": dict(settings),
         }
         self._rows: dict[str, dict[str, Any]] = {}
+        self._work = self._folder.with_name(f".{self._folder.name}.partial")
 
     @property
     def done(self) -> frozenset[Path]:
@@ -117,15 +120,12 @@ class Writer:
         return frozenset(self._samples[path].image_path for path in self._rows)
 
     def __enter__(self) -> Writer:
-        _set_aside_other_dataset(self._folder, self._head["dataset_hash"])
-        self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / MANIFEST).unlink(missing_ok=True)
-        partial = self._folder / _PARTIAL
         key = storage.sha256_json(self._head)
-        self._rows = _read_partial(partial, key)
+        self._rows = _read_journal(self._work / _JOURNAL, key)
         if not self._rows:
-            shutil.rmtree(self._folder / "maps", ignore_errors=True)
-        self._file = open(partial, "w", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+            shutil.rmtree(self._work, ignore_errors=True)
+            self._work.mkdir(parents=True)
+        self._file = open(self._work / _JOURNAL, "w", encoding="utf-8")
         self._append({"key": key})
         for row in self._rows.values():
             self._append(row)
@@ -139,7 +139,7 @@ class Writer:
         if path in self._rows:
             raise ValueError(f"{path} was predicted twice in one run.")
         if prediction.anomaly_map is not None:
-            with storage.atomic_path(map_path(self._folder, prediction.sample)) as temporary:
+            with storage.atomic_path(map_path(self._work, prediction.sample)) as temporary:
                 np.save(temporary, np.asarray(prediction.anomaly_map, dtype=np.float16))
         self._rows[path] = row = _row(prediction, path)
         self._append(row)
@@ -155,12 +155,13 @@ class Writer:
                 f"first {missing[0]}."
             )
         table = pd.DataFrame([self._rows[path] for path in self._samples])
-        storage.write_text(self._folder / PREDICTIONS, table.to_csv(index=False))
+        storage.write_text(self._work / PREDICTIONS, table.to_csv(index=False))
         storage.write_json(
-            self._folder / MANIFEST,
+            self._work / MANIFEST,
             self._head | {"n_images": len(table), "versions": versions(), "machine": machine()},
         )
-        (self._folder / _PARTIAL).unlink()
+        (self._work / _JOURNAL).unlink()
+        _put_in_place(self._work, self._folder, self._head["dataset_hash"])
 
     def _append(self, row: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")
@@ -185,10 +186,14 @@ def read(folder: Path, samples: Sequence[Sample], dataset_dir: Path, dataset_has
             f"{dataset_hash[:12]}. Rows of different datasets are not compared: run the method's notebook again."
         )
     by_path = {relative_path(sample, dataset_dir): sample for sample in samples}
-    table = pd.read_csv(folder / PREDICTIONS, keep_default_na=False, dtype={"answer": str})
+    # Only numbers may be missing: an answer "None" or a kind "nan" is a text.
+    numeric = {key: [""] for key in _NUMBERS}
+    table = pd.read_csv(folder / PREDICTIONS, keep_default_na=False, na_values=numeric, dtype={"answer": str})
     unknown = sorted(set(table["image_path"]) - set(by_path))
     if unknown:
-        raise ValueError(f"{folder / PREDICTIONS} names {len(unknown)} pictures not in the dataset, first {unknown[0]}.")
+        raise ValueError(
+            f"{folder / PREDICTIONS} names {len(unknown)} pictures not in the dataset, first {unknown[0]}."
+        )
     predictions = [_prediction(row, by_path[row["image_path"]]) for row in table.to_dict("records")]
     return MethodResult(manifest["method"], folder, manifest, predictions)
 
@@ -234,20 +239,24 @@ def machine() -> str:
     return f"{os.cpu_count()} CPU cores, {platform.machine()}, {platform.system()}"
 
 
-def _set_aside_other_dataset(folder: Path, dataset_hash: str) -> None:
-    """Move a complete run on another dataset out of the way instead of overwriting it."""
-    if not (folder / MANIFEST).exists():
-        return
-    other = storage.read_json(folder / MANIFEST)["dataset_hash"]
-    if other == dataset_hash:
-        return
-    archive = folder.parent / "other_datasets" / other[:12] / folder.name
-    shutil.rmtree(archive, ignore_errors=True)
-    archive.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(folder, archive)
+def _put_in_place(work: Path, folder: Path, dataset_hash: str) -> None:
+    """Rename a finished run to its folder; an older run on another dataset is kept aside, on the same one replaced."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(work, folder)
+    if (old / MANIFEST).exists():
+        other = storage.read_json(old / MANIFEST)["dataset_hash"]
+        if other != dataset_hash:
+            archive = folder.parent / "other_datasets" / other[:12] / folder.name
+            shutil.rmtree(archive, ignore_errors=True)
+            archive.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(old, archive)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def _read_partial(path: Path, key: str) -> dict[str, dict[str, Any]]:
+def _read_journal(path: Path, key: str) -> dict[str, dict[str, Any]]:
     """Rows of an interrupted run with the same settings; a torn last line is dropped."""
     if not path.exists():
         return {}
@@ -280,5 +289,4 @@ def _row(prediction: Prediction, path: str) -> dict[str, Any]:
 
 
 def _prediction(row: Mapping[str, Any], sample: Sample) -> Prediction:
-    numbers = {key: float(row[key] or "nan") for key in ("anomaly_score", "threshold", "p_value", "seconds")}
-    return Prediction(sample, answer=str(row["answer"]), **numbers)
+    return Prediction(sample, answer=row["answer"], **{key: float(row[key]) for key in _NUMBERS})
