@@ -184,10 +184,10 @@ def _write_notebook(path: Path, notebook: nbformat.NotebookNode) -> None:
 
 
 def _print_comparison(profile: profiles.Profile) -> None:
-    from helpers import comparison
-
     table = profile.report_dir / "comparison.csv"
     if table.exists():
+        from helpers import comparison
+
         print(f"\n{comparison.as_text(table)}\n\nReport: {profile.report_dir / 'index.html'}", flush=True)
 
 
