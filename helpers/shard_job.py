@@ -186,7 +186,7 @@ class Job:
                 for name in names
             },
             "tensors": {name: value for entry in done.values() for name, value in entry["tensors"].items()},
-            "inputs": identities | {key: {**identities[key], "index": self._inputs[key]["index"]} for key in identities},
+            "inputs": self._inputs,
             "settings": dict(settings),
         }
         storage.write_json(self.target / READY, ready)

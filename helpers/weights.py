@@ -339,9 +339,7 @@ def _open_folder(folder: Path, job: Job, role: str, add_model_prefix: bool) -> _
     order = [key for key in llama_layout.llama_shapes(config) if key in kept]
     # Written in the order of the files, so that each input is used up as early as possible.
     order.sort(key=lambda key: names.index(kept[key].path.name))
-    tensors = {
-        key: _Tensor(kept[key].dtype, kept[key].shape, (kept[key].path,), kept[key].read_rows) for key in order
-    }
+    tensors = {key: _Tensor(kept[key].dtype, kept[key].shape, (kept[key].path,), kept[key].read_rows) for key in order}
     return _Model(folder, tensors, config)
 
 
@@ -358,7 +356,9 @@ def _weight_files(folder: Path, known: Sequence[str]) -> tuple[list[str], dict[s
             names = sorted(set(weight_map.values()))
             absent = [name for name in names if not (folder / name).exists() and name not in known]
             if absent:
-                raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}, named in {index.name}. Fetch these files.")
+                raise FileNotFoundError(
+                    f"{folder} lacks {', '.join(absent)}, named in {index.name}. Fetch these files."
+                )
             return names, weight_map
         if (folder / stem).exists() or stem in known:
             return [stem], {}
@@ -412,7 +412,7 @@ def _check_pair(base: _Model, delta: _Model, version: str | None) -> str:
         raise WeightFileError(
             f"{base.folder} is {sizes[0]}, {delta.folder} is for {sizes[1]}. Use base and delta of the same size."
         )
-    if rows[1] - rows[0] not in (0, 1) or (base.folder / shard_job.READY).exists() and _is_merged(base.folder):
+    if rows[1] - rows[0] not in (0, 1) or _is_merged(base.folder):
         already = "The base is merged already. " if rows[0] >= rows[1] else ""
         raise WeightFileError(
             f"{base.folder} has {rows[0]} token rows, {delta.folder} has {rows[1]}. {already}Allowed are LLaMA with "
@@ -425,8 +425,8 @@ def _check_pair(base: _Model, delta: _Model, version: str | None) -> str:
         )
     if version not in (None, kind):
         raise WeightFileError(
-            f"{delta.folder} with {rows[1]} rows on a base with {rows[0]} is delta {kind}, but {version} was asked for. "
-            f"Fetch lmsys/vicuna-{sizes[0].lower()}-delta-{version}, or ask for {kind}."
+            f"{delta.folder} with {rows[1]} rows on a base with {rows[0]} is delta {kind}, but {version} was asked "
+            f"for. Fetch lmsys/vicuna-{sizes[0].lower()}-delta-{version}, or ask for {kind}."
         )
     problems = [
         f"{name}: base {base.tensors[name].shape}, delta {tensor.shape}"
@@ -439,7 +439,7 @@ def _check_pair(base: _Model, delta: _Model, version: str | None) -> str:
 
 
 def _is_merged(folder: Path) -> bool:
-    return read_ready(folder)["component"] == "vicuna"
+    return (folder / shard_job.READY).exists() and read_ready(folder)["component"] == "vicuna"
 
 
 def _refuse_llama_2(model: _Model, *, force: bool) -> None:
@@ -463,7 +463,7 @@ def _inspect(base: _Model, delta: _Model, job: Job, *, force: bool) -> None:
     dtypes = {t.dtype for t in base.tensors.values()}, {t.dtype for t in delta.tensors.values()}
     for what, kinds in zip(("base", "delta"), dtypes):
         if kinds != {"float16"}:
-            job.note(f"{what} is stored as {', '.join(sorted(kinds))}; rounded to float16 before adding, as FastChat does.")
+            job.note(f"{what} is stored as {', '.join(sorted(kinds))}; rounded to float16 before adding (as FastChat).")
     if min(share) > BF16_WARNING_SHARE:
         job.note(
             f"the base was rounded to bfloat16 ({100 * min(share):.0f} % of its numbers have empty last bits; 12 % is "
@@ -509,7 +509,8 @@ def _sums(name: str, base: _Tensor, delta: _Tensor, measured: dict[str, Any]) ->
         for key, tensor in (("base", left), ("delta", right), ("merged", total)):
             samples[key].append(_rms(tensor.reshape(-1)[::61]))
         yield total
-    measured.update({f"rms_{key}": math.sqrt(sum(v * v for v in values) / len(values)) for key, values in samples.items()})
+    for key, values in samples.items():
+        measured[f"rms_{key}"] = math.sqrt(sum(value * value for value in values) / len(values))
     if is_input:
         cosine = torch.nn.functional.cosine_similarity(mean, right[-1].float(), dim=0)
         measured["pad_row_cosine"] = float(cosine)

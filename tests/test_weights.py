@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from helpers import llama_layout, shard_job, storage, weights
-from helpers.tensor_files import WeightFileError
+from helpers.tensor_files import StoredTensor, WeightFileError, _check_inside, _zip_records, read_index
 
 DIMS = {"dim": 64, "n_heads": 4, "n_kv_heads": 4, "n_layers": 3, "inner": 96, "vocab": 128}
 GROUPED = DIMS | {"n_heads": 8, "n_kv_heads": 4}
@@ -276,7 +277,8 @@ def meta_forward(model: dict[str, torch.Tensor], dims: dict, ids: torch.Tensor) 
     x = model["tok_embeddings.weight"][ids]
     causal = torch.full((n, n), -math.inf).triu(1)
     for layer in range(dims["n_layers"]):
-        w = {k.split(".", 2)[2].removesuffix(".weight"): v for k, v in model.items() if k.startswith(f"layers.{layer}.")}
+        here = {k: v for k, v in model.items() if k.startswith(f"layers.{layer}.")}
+        w = {k.split(".", 2)[2].removesuffix(".weight"): v for k, v in here.items()}
         h = norm(x, w["attention_norm"])
         q = rotate((h @ w["attention.wq"].T).view(n, -1, head))
         k = rotate((h @ w["attention.wk"].T).view(n, -1, head)).repeat_interleave(q.shape[1] // dims["n_kv_heads"], 1)
@@ -288,3 +290,454 @@ def meta_forward(model: dict[str, torch.Tensor], dims: dict, ids: torch.Tensor) 
         gate = torch.nn.functional.silu(h @ w["feed_forward.w1"].T) * (h @ w["feed_forward.w3"].T)
         x = x + gate @ w["feed_forward.w2"].T
     return norm(x, model["norm.weight"]) @ model["output.weight"].T
+
+
+# --- the failure table of the specification (section 5); numbers are its rows ------------------------------------
+
+
+def run_killed(code: str, target: Path, *, at_shards: int) -> None:
+    """Run ``code`` in a process whose disk is slow, and kill it with -9 while a shard is half written."""
+    slow = "import os, time; fsync = os.fsync; os.fsync = lambda f: (time.sleep(0.2), fsync(f))\n"
+    process = subprocess.Popen([sys.executable, "-c", slow + code], cwd=Path(__file__).parents[1])
+    journal = target / shard_job.JOURNAL
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        n_done = len(storage.read_json(journal)["shards"]) if journal.exists() else 0
+        if n_done >= at_shards and list(target.glob("*.part")):
+            break
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_01_kill_mid_shard_then_resume_writes_only_what_is_missing(tmp_path: Path, base: dict, pair: tuple) -> None:
+    target = tmp_path / "out"
+    call = f"weights.merge_delta('{pair[0]}', '{pair[1]}', '{target}', shard_bytes=40_000)"
+    run_killed(f"from helpers import weights\n{call}", target, at_shards=2)
+    assert list(target.glob("*.part")) and not (target / shard_job.READY).exists()
+    kept = {path: path.stat().st_mtime_ns for path in target.glob("*.safetensors")}
+    assert len(kept) >= 2
+    said: list[str] = []
+    weights.merge_delta(*pair, target, shard_bytes=40_000, log=said.append)
+    assert any(line.startswith(f"resuming at {len(kept)}/") for line in said)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert_same_bits(read_all(target), fastchat(base, make_delta(base, 1)))
+    assert not list(target.glob("*.part")) and not (target / shard_job.JOURNAL).exists()
+
+
+def test_01_a_finished_shard_that_changed_is_written_again(tmp_path: Path, base: dict, pair: tuple) -> None:
+    target = tmp_path / "out"
+    call = f"weights.merge_delta('{pair[0]}', '{pair[1]}', '{target}', shard_bytes=40_000)"
+    run_killed(f"from helpers import weights\n{call}", target, at_shards=2)
+    flip_byte(min(target.glob("*.safetensors")), -3)
+    weights.merge_delta(*pair, target, shard_bytes=40_000, log=quiet)
+    assert_same_bits(read_all(target), fastchat(base, make_delta(base, 1)))
+
+
+def flip_byte(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 0x10
+    path.write_bytes(content)
+
+
+def refused(pair: tuple, target: Path, match: str, **options: object) -> None:
+    """The merge stops with words, quickly, and leaves no weights behind."""
+    begin = time.monotonic()
+    with pytest.raises((WeightFileError, FileNotFoundError), match=match) as caught:
+        weights.merge_delta(*pair, target, log=quiet, **options)
+    assert time.monotonic() - begin < 1
+    assert not list(target.glob("*.safetensors*")) and not (target / shard_job.READY).exists()
+    assert "weights_only=False" not in str(caught.value)
+
+
+@pytest.mark.parametrize("fmt", ["bin", "safetensors"])
+@pytest.mark.parametrize("keep", [0.5, 0.97])
+def test_02_truncated_file(tmp_path: Path, base: dict, fmt: str, keep: float) -> None:
+    left = write_hf(tmp_path / "base", base, DIMS, fmt=fmt)
+    right = write_hf(tmp_path / "delta", make_delta(base, 1), DIMS)
+    path = max(left.glob(f"*.{fmt}"))
+    n_bytes = path.stat().st_size
+    os.truncate(path, int(n_bytes * keep))
+    refused((left, right), tmp_path / "out", rf"{path.name} (is cut short|has {int(n_bytes * keep)} bytes).*rm '")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9976634558\n",
+            "Git-LFS pointer.*9976634558",
+        ),
+        (b"<!DOCTYPE html><html><title>Quota exceeded</title>", "is a web page"),
+        (b"", "is empty"),
+        (b"not weights at all" * 40, "cannot be read as weights"),
+    ],
+)
+def test_03_something_else_in_place_of_weights(pair: tuple, tmp_path: Path, content: bytes, words: str) -> None:
+    max(pair[1].glob("*.bin")).write_bytes(content)
+    refused(pair, tmp_path / "out", words)
+
+
+def test_04_bit_flip_in_a_prepared_folder_is_found(pair: tuple, tmp_path: Path) -> None:
+    target = weights.merge_delta(*pair, tmp_path / "vicuna", log=quiet)
+    assert weights.require(tmp_path, "vicuna", verify=True) == target
+    flip_byte(target / "model.safetensors", -5)
+    with pytest.raises(WeightFileError, match=r"model\.safetensors does not match its SHA-256"):
+        weights.require(tmp_path, "vicuna", verify=True)
+
+
+def test_05_wrong_shape(tmp_path: Path, base: dict) -> None:
+    bad = make_delta(base, 1)
+    bad["model.layers.1.mlp.up_proj.weight"] = bad["model.layers.1.mlp.up_proj.weight"][:-1]
+    pair = write_hf(tmp_path / "base", base, DIMS), write_hf(tmp_path / "delta", bad, DIMS)
+    refused(pair, tmp_path / "out", r"layers\.1\.mlp\.up_proj\.weight is \(95, 64\).*\(96, 64\)")
+
+
+def test_06_tensor_absent_from_the_index_is_taken_from_the_file(tmp_path: Path, base: dict, pair: tuple) -> None:
+    path = pair[1] / "pytorch_model.bin.index.json"
+    index = json.loads(path.read_text())
+    del index["weight_map"]["model.norm.weight"]
+    path.write_text(json.dumps(index))
+    target = weights.merge_delta(*pair, tmp_path / "out", log=quiet)
+    assert "model.norm.weight" in read_all(target)
+    assert any("does not list model.norm.weight" in note for note in weights.read_ready(target)["notes"])
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_07_tensor_missing_from_its_shard(pair: tuple, tmp_path: Path, side: int) -> None:
+    path = min(pair[side].glob("*.bin"))
+    content = torch.load(path, weights_only=True)
+    del content["model.layers.0.self_attn.q_proj.weight"]
+    torch.save(content, path)
+    refused(pair, tmp_path / "out", r"missing.*layers\.0\.self_attn\.q_proj\.weight \(expected in")
+
+
+def test_08_all_missing_shards_are_named_at_once(pair: tuple, tmp_path: Path) -> None:
+    for number in (1, 3):
+        (pair[1] / f"pytorch_model-{number:05d}-of-00003.bin").unlink()
+    refused(pair, tmp_path / "out", "lacks pytorch_model-00001-of-00003.bin, pytorch_model-00003-of-00003.bin")
+
+
+def test_08_missing_meta_shard(tmp_path: Path) -> None:
+    meta = write_meta(tmp_path / "meta", meta_model(DIMS), DIMS, 4)
+    (meta / "consolidated.01.pth").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks consolidated\.01\.pth"):
+        weights.convert_llama(meta, tmp_path / "out", log=quiet)
+    (meta / "consolidated.02.pth").unlink()
+    (meta / "consolidated.03.pth").unlink()  # one shard of four looks like a whole file
+    with pytest.raises(WeightFileError, match="not one LLaMA model"):
+        weights.convert_llama(meta, tmp_path / "out", log=quiet)
+
+
+@pytest.mark.parametrize(("left", "right"), [(60000.0, 60000.0), (math.nan, 0.0), (-math.inf, 0.0)])
+def test_09_not_a_finite_number(tmp_path: Path, base: dict, left: float, right: float) -> None:
+    delta = make_delta(base, 1)
+    base["model.layers.2.mlp.up_proj.weight"][7, 5] = left
+    delta["model.layers.2.mlp.up_proj.weight"][7, 5] = right
+    pair = write_hf(tmp_path / "base", base, DIMS), write_hf(tmp_path / "delta", delta, DIMS)
+    with pytest.raises(WeightFileError, match=r"layers\.2\.mlp\.up_proj\.weight\[7, 5\] is not a finite number"):
+        weights.merge_delta(*pair, tmp_path / "out", shard_bytes=40_000, delete_inputs=True, log=quiet)
+    assert not (tmp_path / "out" / shard_job.READY).exists() and not list((tmp_path / "out").glob("*.part"))
+    assert list(pair[0].glob("*.bin"))  # the inputs that are still needed are kept
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A real disk of 1 MB (tmpfs); needs root, as in CI's container and on Colab."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
+    if made.returncode:
+        pytest.skip(f"cannot mount a tmpfs here: {made.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_10_disk_too_small_is_known_before_work(small_disk: Path, pair: tuple) -> None:
+    (small_disk / "ballast").write_bytes(b"0" * 900_000)
+    with pytest.raises(OSError, match="GB are missing.*May be deleted") as caught:
+        weights.merge_delta(*pair, small_disk / "out", log=quiet)
+    assert caught.value.errno == errno.ENOSPC
+    assert not list((small_disk / "out").glob("*.safetensors*"))
+
+
+def test_10_disk_that_fills_up_during_the_run_keeps_what_is_done(
+    small_disk: Path, tmp_path: Path, base: dict, pair: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, ballast, fsync = small_disk / "out", small_disk / "ballast", os.fsync
+
+    def filling(handle: int) -> None:  # another program fills the disk once two shards are written
+        fsync(handle)
+        if len(list(target.glob("*.safetensors"))) == 2 and not ballast.exists():
+            with open(ballast, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, storage.free_bytes(small_disk) - 70_000)
+
+    monkeypatch.setattr(os, "fsync", filling)
+    with pytest.raises(OSError, match="GB are missing") as caught:
+        weights.merge_delta(*pair, target, shard_bytes=60_000, reserve_bytes=0, log=quiet)
+    assert caught.value.errno == errno.ENOSPC and not list(target.glob("*.part"))
+    n_done = len(list(target.glob("*.safetensors")))
+    assert n_done >= 2
+    ballast.unlink()
+    said: list[str] = []
+    monkeypatch.undo()
+    weights.merge_delta(*pair, target, shard_bytes=60_000, reserve_bytes=0, log=said.append)
+    assert any(f"resuming at {n_done}/" in line for line in said)
+    assert_same_bits(read_all(target), fastchat(base, make_delta(base, 1)))
+
+
+class Evil:
+    """A pickle that creates a file when it is loaded."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.witness),)
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_11_malicious_pickle_runs_nothing(pair: tuple, tmp_path: Path, is_zip: bool) -> None:
+    path = min(pair[0].glob("*.bin"))
+    torch.save({"x": Evil(tmp_path / "witness")}, path, _use_new_zipfile_serialization=is_zip)
+    refused(pair, tmp_path / "out", "was refused.*could run code")
+    assert not (tmp_path / "witness").exists()
+
+
+def test_11_forged_offsets_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    torch.save({"a": torch.ones(100)}, path)
+    records = _zip_records(path)
+    with pytest.raises(WeightFileError, match="outside every record"):
+        _check_inside(StoredTensor(path, "a", "float32", (100,), path.stat().st_size - 100), records)
+    save_file({"a": torch.ones(4), "b": torch.ones(4)}, tmp_path / "x.safetensors")
+    content = (tmp_path / "x.safetensors").read_bytes()
+    content = content.replace(b'"shape":[4],"data_offsets":[0', b'"shape":[9],"data_offsets":[0')
+    (tmp_path / "y.safetensors").write_bytes(content)
+    with pytest.raises(WeightFileError, match="needs 36"):
+        read_index(tmp_path / "y.safetensors")
+
+
+def test_13_two_runs_at_once(pair: tuple, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    code = f"""
+import sys
+from helpers import shard_job
+with shard_job.open_job({str(target)!r}):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]
+    )
+    assert holder.stdout.readline() == b"locked\n"
+    with pytest.raises(BlockingIOError, match=rf'being written by {{"pid": {holder.pid}, "host": ".+"}}'):
+        weights.merge_delta(*pair, target, log=quiet)
+    holder.kill()  # a lock of a dead process does not hold
+    holder.wait()
+    weights.merge_delta(*pair, target, log=quiet)
+
+
+def test_14_delta_of_the_wrong_version(tmp_path: Path, base: dict, pair: tuple) -> None:
+    refused(pair, tmp_path / "out", r"129 rows on a base with 128 is delta v0, but v1\.1 was asked for", version="v1.1")
+    old = write_hf(tmp_path / "v11", make_delta(base, 0), DIMS)
+    refused((pair[0], old), tmp_path / "out2", r"is delta v1\.1, but v0 was asked for", version="v0")
+    three = write_hf(tmp_path / "llava", make_delta(base, 3), DIMS)
+    refused((pair[0], three), tmp_path / "out3", "128 token rows.*131.*Allowed are")
+
+
+def test_14_merging_twice_is_refused_not_silently_zeroed(tmp_path: Path, base: dict, pair: tuple) -> None:
+    merged = weights.merge_delta(*pair, tmp_path / "out", log=quiet)
+    refused((merged, pair[1]), tmp_path / "again", "merged already")
+
+
+def test_15_wrong_base(tmp_path: Path, base: dict, pair: tuple) -> None:
+    big = DIMS | {"dim": 128}
+    other = write_hf(tmp_path / "other", hugging_face(meta_model(big), big), big)
+    refused((other, pair[1]), tmp_path / "out", "Use base and delta of the same size")
+    with pytest.raises(ValueError, match="the same folder"):
+        weights.merge_delta(pair[0], pair[0], tmp_path / "out", log=quiet)
+    refused((pair[0], write_hf(tmp_path / "copy", base, DIMS)), tmp_path / "out", "is not a delta.*ratio 1.00")
+
+
+def test_15_bfloat16_rounded_and_float32_bases_are_recorded(tmp_path: Path, base: dict, pair: tuple) -> None:
+    rounded = {k: v.bfloat16().half() for k, v in base.items()}
+    target = weights.merge_delta(write_hf(tmp_path / "b16", rounded, DIMS), pair[1], tmp_path / "out", log=quiet)
+    notes = weights.read_ready(target)["notes"]
+    assert any("rounded to bfloat16" in note for note in notes)
+    clean = weights.merge_delta(*pair, tmp_path / "out2", log=quiet)
+    assert weights.read_ready(clean)["notes"] == []
+    wide = write_hf(tmp_path / "f32", {k: v.float() + 1e-9 for k, v in base.items()}, DIMS)
+    target = weights.merge_delta(wide, pair[1], tmp_path / "out3", log=quiet)
+    assert_same_bits(read_all(target), fastchat(base, make_delta(base, 1)))  # cast first, then add
+    assert any("stored as float32" in note for note in weights.read_ready(target)["notes"])
+
+
+def test_15_pad_row_tells_that_base_and_delta_belong_together(tmp_path: Path, base: dict, pair: tuple) -> None:
+    def cosine(target: Path) -> float:
+        return weights.read_ready(target)["tensors"]["model.embed_tokens.weight"]["pad_row_cosine"]
+
+    assert cosine(weights.merge_delta(*pair, tmp_path / "out", log=quiet)) > 0.95
+    other = write_hf(tmp_path / "other", hugging_face(meta_model(DIMS, seed=9), DIMS), DIMS)
+    assert abs(cosine(weights.merge_delta(other, pair[1], tmp_path / "out2", log=quiet))) < 0.5
+
+
+def test_15_llama_2_is_told_by_its_epsilon() -> None:
+    config = {"hidden_size": 4096, "num_hidden_layers": 32, "rms_norm_eps": 1e-5}
+    assert llama_layout.looks_like_llama_2(config)
+    assert not llama_layout.looks_like_llama_2(config | {"rms_norm_eps": 1e-6})
+    assert not llama_layout.looks_like_llama_2(config | {"hidden_size": 576})
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_16_journal_of_another_plan(tmp_path: Path, base: dict, pair: tuple, finished: bool) -> None:
+    target = tmp_path / "out"
+    if finished:
+        weights.merge_delta(*pair, target, shard_bytes=40_000, log=quiet)
+    else:
+        call = f"weights.merge_delta('{pair[0]}', '{pair[1]}', '{target}', shard_bytes=40_000)"
+        run_killed(f"from helpers import weights\n{call}", target, at_shards=1)
+    before = {path: path.read_bytes() for path in target.glob("*.safetensors")}
+    with pytest.raises(WeightFileError, match="another plan|other inputs or settings"):
+        weights.merge_delta(*pair, target, shard_bytes=80_000, log=quiet)
+    write_hf(tmp_path / "new" / "delta", make_delta(base, 1, seed=5), DIMS, n_files=3)
+    with pytest.raises(WeightFileError, match="begun with another pytorch_model"):
+        weights.merge_delta(pair[0], tmp_path / "new" / "delta", target, shard_bytes=40_000, log=quiet)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_17_empty_index_of_a_failed_tool(pair: tuple, tmp_path: Path) -> None:
+    (pair[0] / "pytorch_model.bin.index.json").write_text('{"metadata": {}, "weight_map": {}}')
+    refused(pair, tmp_path / "out", "lists no tensors: an earlier tool failed silently")
+
+
+# --- what else must hold ----------------------------------------------------------------------------------------
+
+
+def test_second_run_writes_nothing_and_needs_no_inputs(pair: tuple, tmp_path: Path) -> None:
+    target = weights.merge_delta(*pair, tmp_path / "out", delete_inputs=True, log=quiet)
+    assert not [p for folder in pair for p in folder.glob("*.bin")]
+    before = {path: path.stat().st_mtime_ns for path in target.iterdir() if path.name != shard_job.LOCK}
+    said: list[str] = []
+    weights.merge_delta(*pair, target, log=said.append)
+    assert "already complete" in said[0]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_delete_as_you_go_survives_a_kill(tmp_path: Path, base: dict, pair: tuple) -> None:
+    target = tmp_path / "out"
+    call = f"weights.merge_delta('{pair[0]}', '{pair[1]}', '{target}', shard_bytes=40_000, delete_inputs=True)"
+    run_killed(f"from helpers import weights\n{call}", target, at_shards=6)
+    n_left = len(list(pair[1].glob("*.bin")))
+    assert n_left < 3  # a delta file is gone already
+    weights.merge_delta(*pair, target, shard_bytes=40_000, delete_inputs=True, log=quiet)
+    assert_same_bits(read_all(target), fastchat(base, make_delta(base, 1)))
+    assert not list(pair[1].glob("*.bin"))
+
+
+def test_rotary_tables_are_dropped_on_both_sides(tmp_path: Path, base: dict) -> None:
+    delta = make_delta(base, 1)
+    zeros = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.zeros(8) for i in range(3)}
+    pair = write_hf(tmp_path / "base", base, DIMS), write_hf(tmp_path / "delta", delta | zeros, DIMS)
+    target = weights.merge_delta(*pair, tmp_path / "out", log=quiet)
+    assert not [name for name in read_all(target) if "inv_freq" in name]
+
+
+def test_prefix_is_added_only_when_asked(tmp_path: Path, base: dict, pair: tuple) -> None:
+    bare = write_hf(tmp_path / "bare", {k.removeprefix("model."): v for k, v in base.items()}, DIMS)
+    refused((bare, pair[1]), tmp_path / "out", "Try add_model_prefix=True")
+    target = weights.merge_delta(bare, pair[1], tmp_path / "out", add_model_prefix=True, log=quiet)
+    assert_same_bits(read_all(target), fastchat(base, make_delta(base, 1)))
+
+
+def test_shards_of_different_models_are_refused(tmp_path: Path) -> None:
+    meta = write_meta(tmp_path / "meta", meta_model(DIMS), DIMS, 2)
+    other = write_meta(tmp_path / "other", meta_model(DIMS, seed=3), DIMS, 2)
+    os.replace(other / "consolidated.01.pth", meta / "consolidated.01.pth")
+    with pytest.raises(WeightFileError, match="shards of different models"):
+        weights.convert_llama(meta, tmp_path / "out", log=quiet)
+
+
+def test_torch_s_old_format_is_read_too(tmp_path: Path, base: dict, pair: tuple) -> None:
+    path = min(pair[1].glob("*.bin"))
+    torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=False)
+    target = weights.merge_delta(*pair, tmp_path / "out", log=quiet)
+    assert_same_bits(read_all(target), fastchat(base, make_delta(base, 1)))
+
+
+def test_output_is_what_transformers_and_safetensors_read(tmp_path: Path, pair: tuple) -> None:
+    from transformers import AutoModelForCausalLM
+
+    target = weights.merge_delta(*pair, tmp_path / "out", shard_bytes=50_000, log=quiet)
+    model, info = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.get_input_embeddings().weight.shape == (129, 64)
+    ready = weights.read_ready(target)
+    for name, entry in ready["files"].items():
+        assert storage.sha256_file(target / name) == entry["sha256"], name
+    with safe_open(min(target.glob("*.safetensors")), framework="np") as file:
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            assert hashlib.sha256(file.get_tensor(name).tobytes()).hexdigest() == ready["tensors"][name]["sha256"]
+
+
+def test_require_names_the_notebook(tmp_path: Path, pair: tuple) -> None:
+    with pytest.raises(FileNotFoundError, match="Run notebook 01_prepare_weights first"):
+        weights.require(tmp_path, "vicuna")
+    with pytest.raises(ValueError, match="no component"):
+        weights.require(tmp_path, "vicunja")
+    target = weights.merge_delta(*pair, tmp_path / "vicuna", log=quiet)
+    os.truncate(target / "model.safetensors", 1000)
+    with pytest.raises(WeightFileError, match=r"model\.safetensors has 1000 bytes"):
+        weights.require(tmp_path, "vicuna")
+
+
+# --- true size, without the files -------------------------------------------------------------------------------
+
+SIZES = {
+    "7B": ({"dim": 4096, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-6, "vocab_size": -1}, 11008, 1, 6_738_415_616),
+    "13B": ({"dim": 5120, "n_heads": 40, "n_layers": 40, "norm_eps": 1e-6, "vocab_size": -1}, 13824, 2, 13_015_864_320),
+}
+
+
+def published_shards(params: dict, inner: int, n_shards: int) -> list[dict[str, tuple[int, ...]]]:
+    """Shapes in Meta's files, from the table of the specification."""
+    dim, shard = params["dim"], {}
+    shard["tok_embeddings.weight"] = (32000, dim // n_shards)
+    shard["output.weight"] = (32000 // n_shards, dim)
+    shard["norm.weight"] = (dim,)
+    shard["rope.freqs"] = (64,)
+    for i in range(params["n_layers"]):
+        for name in ("wq", "wk", "wv"):
+            shard[f"layers.{i}.attention.{name}.weight"] = (dim // n_shards, dim)
+        shard[f"layers.{i}.attention.wo.weight"] = (dim, dim // n_shards)
+        shard[f"layers.{i}.feed_forward.w1.weight"] = (inner // n_shards, dim)
+        shard[f"layers.{i}.feed_forward.w2.weight"] = (dim, inner // n_shards)
+        shard[f"layers.{i}.feed_forward.w3.weight"] = (inner // n_shards, dim)
+        shard[f"layers.{i}.attention_norm.weight"] = shard[f"layers.{i}.ffn_norm.weight"] = (dim,)
+    return [shard] * n_shards
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("extra_rows", [0, 1])
+def test_every_published_key_maps_onto_transformers_llama(size: str, extra_rows: int) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    params, inner, n_shards, n_params = SIZES[size]
+    tensors, config = llama_layout.meta_tensors(published_shards(params, inner, n_shards), params)
+    assert len(tensors) == {"7B": 291, "13B": 363}[size]
+    assert sum(math.prod(tensor.shape) for tensor in tensors) == n_params
+    assert llama_layout.model_size(config) == size
+    config["vocab_size"] += extra_rows
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**config))
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert llama_layout.llama_shapes(config) == {name: expected[name] for name in llama_layout.llama_shapes(config)}
+    assert expected.keys() == llama_layout.llama_shapes(config).keys()
+    assert n_shards == 1 or [t.axis for t in tensors[:3]] == [1, 0, 0]
+
+
+def test_shape_sums_of_a_merge_at_true_size() -> None:
+    config = llama_layout.meta_tensors(published_shards(*SIZES["7B"][:3]), SIZES["7B"][0])[1]
+    n_bytes = sum(2 * np.prod(s) for s in llama_layout.llama_shapes(config | {"vocab_size": 32001}).values())
+    assert n_bytes == 13_476_831_232 + 16_384
