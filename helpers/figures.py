@@ -62,6 +62,7 @@ _DASHES: Mapping[str, Any] = {
     "anomalyclip": "-",
     "anomalygpt": (0, (7, 2)),
 }
+_SMALL_WORDS = ("a", "an", "and", "at", "by", "de", "in", "la", "of", "on", "the", "with")
 OTHER_COLOR = "#7a5195"
 NORMAL_COLOR = "#5b7f95"
 ANOMALOUS_COLOR = "#c1440e"
@@ -77,6 +78,8 @@ STYLE = {
     "figure.dpi": 100,
     "savefig.dpi": 144,
     "figure.constrained_layout.use": True,
+    "figure.constrained_layout.h_pad": 0.07,
+    "figure.constrained_layout.w_pad": 0.07,
     "font.family": "DejaVu Sans",
     "font.size": 10.5,
     "text.color": INK,
@@ -122,11 +125,16 @@ def method_label(method: str) -> str:
 
 
 def category_label(category: str) -> str:
-    """``"mona_lisa"`` -> ``"Mona lisa"``: folder names for readers; ``"all"`` -> ``"All paintings"``."""
+    """Folder names for readers; ``"all"`` becomes ``"All paintings"``.
+
+    >>> category_label("girl_with_a_pearl_earring")
+    'Girl with a Pearl Earring'
+    """
     if category == "all":
         return "All paintings"
-    words = category.replace("_", " ").strip()
-    return words[:1].upper() + words[1:]
+    words = category.replace("_", " ").split()
+    kept = [w if index and w in _SMALL_WORDS else w[:1].upper() + w[1:] for index, w in enumerate(words)]
+    return " ".join(kept) or category
 
 
 def save_figure(fig: Figure, name: str, folder: Path, footer: str = "", *, close: bool = False) -> Path:
@@ -238,7 +246,7 @@ def map_panels(
         raise ValueError("map_panels got no panel; choose at least one picture.")
     heights = [min(1.5, panel.image.shape[0] / panel.image.shape[1]) for panel in panels]
     fig, axes = plt.subplots(
-        len(panels), 4, figsize=(9.6, 1.0 + 1.95 * sum(heights)), squeeze=False,
+        len(panels), 4, figsize=(9.6, 0.95 + sum(1.72 * height + 0.14 for height in heights)), squeeze=False,
         gridspec_kw={"height_ratios": heights},
     )  # fmt: skip
     for row, (panel, line) in enumerate(zip(panels, axes)):
@@ -319,7 +327,7 @@ def map_comparison(
     line[1].set_title("mask (truth)", loc="center")
     for ax, (method, (anomaly_map, limits)) in zip(line[2:], maps.items()):
         ax.imshow(overlay(image, anomaly_map, limits))
-        ax.set_title(_wrap(method_label(method), 16), loc="center", color=method_color(method))
+        ax.set_title(_wrap(method_label(method), 16), loc="center", color=_text_color(method))
     _title(fig, title)
     return _with_alt(fig, f"One picture, its mask and the overlays of {len(maps)} methods. {title}")
 
@@ -354,7 +362,7 @@ def roc(score_sets: Sequence[ScoreSet], *, title: str) -> Figure:
     n_columns = min(3, max(1, len(categories)))
     n_rows = max(1, math.ceil(len(categories) / n_columns))
     most = max((sum(item.category == name for item in score_sets) for name in categories), default=1)
-    fig, axes = plt.subplots(n_rows, n_columns, figsize=(5.1 * n_columns, (4.8 + 0.22 * most) * n_rows), squeeze=False)
+    fig, axes = plt.subplots(n_rows, n_columns, figsize=(4.7 * n_columns, (4.9 + 0.22 * most) * n_rows), squeeze=False)
     for ax in axes.flat[len(categories) :]:
         ax.set_visible(False)
     for ax, category in zip(axes.flat, categories):
@@ -366,7 +374,7 @@ def roc(score_sets: Sequence[ScoreSet], *, title: str) -> Figure:
             style = _DASHES.get(item.method, "-")
             ax.plot(x, y, color=method_color(item.method), linestyle=style, label=label, clip_on=False)
         n_normal = int(sum(~np.asarray(members[0].labels, dtype=bool)))
-        ax.set_title(f"{category_label(category)}: {len(members[0].labels) - n_normal} anomalous, {n_normal} normal")
+        ax.set_title(f"{category_label(category)}\n{len(members[0].labels) - n_normal} anomalous, {n_normal} normal")
         ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
         ax.set_xlabel("false-alarm rate (normal pictures called anomalous)")
         ax.set_ylabel("share of anomalous pictures found")
@@ -398,7 +406,7 @@ def score_histograms(score_sets: Sequence[ScoreSet], *, title: str) -> Figure:
                 _histogram(ax, item, legend=row == 0 and column == len(categories) - 1)
             if column == 0:
                 ax.set_ylabel(_wrap(method_label(method), 16), rotation=0, ha="right", va="center", labelpad=12,
-                              color=method_color(method), fontweight="bold")  # fmt: skip
+                              color=_text_color(method), fontweight="bold")  # fmt: skip
             if row == len(methods) - 1:
                 ax.set_xlabel("anomaly score (raw, the method's own scale)")
     _title(fig, title)
@@ -457,13 +465,14 @@ def kind_bars(rates: Sequence[Rate], *, title: str, x_label: str = "share found"
             ax.plot([rate.low, rate.high], [y, y], color=color, linewidth=1.6, solid_capstyle="butt")
             ax.plot(rate.value, y, "o", color=color, markersize=4.5, clip_on=False, zorder=3)
         ax.set(xlim=(0, 1), ylim=(len(groups) - 0.5, -0.5))
-        ax.set_xticks([0, 0.5, 1], ["0", "50 %", "100 %"], fontsize=8.5)
-        ax.set_yticks(range(len(groups)), [f"{_shorten(name, 26)}  (n = {n_by_group[name]})" for name in groups])
-        ax.set_title(_wrap(method_label(method), 15), color=color, fontsize=9.5)
+        ax.set_xticks([0, 0.5, 1], ["0", "50", "100"], fontsize=9)
+        names = [_shorten(name.replace("_", " "), 26) for name in groups]
+        ax.set_yticks(range(len(groups)), [f"{name}  (n = {n_by_group[key]})" for name, key in zip(names, groups)])
+        ax.set_title(_wrap(method_label(method), 15), color=_text_color(method), fontsize=9.5)
         ax.grid(axis="y", visible=False)
         ax.tick_params(axis="y", length=0)
         ax.spines["left"].set_visible(False)
-    fig.supxlabel(f"{x_label}, with 95 % Wilson interval", fontsize=10)
+    fig.supxlabel(f"{x_label} in %, with 95 % Wilson interval", fontsize=10)
     _title(fig, title)
     return _with_alt(fig, f"Share of pictures called anomalous, by kind and method. {title}")
 
@@ -570,22 +579,23 @@ def kind_grid(
     n_blocks = min(n_blocks, len(examples))
     n_rows = math.ceil(len(examples) / n_blocks)
     ratio = min(1.4, max(original.shape[0] / original.shape[1] for _, original, _, _ in examples))
-    fig, axes = plt.subplots(
-        n_rows, 3 * n_blocks, figsize=(5.3 * n_blocks, 0.9 + n_rows * (1.62 * ratio + 0.24)), squeeze=False
-    )
+    fig, axes = plt.subplots(  # every fourth column is a gap between two kinds
+        n_rows, 4 * n_blocks - 1, figsize=(5.2 * n_blocks, 0.8 + n_rows * (1.58 * ratio + 0.24)), squeeze=False,
+        gridspec_kw={"width_ratios": ([1, 1, 1, 0.1] * n_blocks)[:-1], "wspace": 0.0, "hspace": 0.0},
+    )  # fmt: skip
     for ax in axes.flat:
-        _bare(ax)
-    for ax in axes.flat[3 * len(examples) :]:
-        ax.set_visible(False)
+        _bare(ax).set_visible(False)
     for index, (kind, original, anomalous, mask) in enumerate(examples):
-        line = axes[index // n_blocks, 3 * (index % n_blocks) : 3 * (index % n_blocks) + 3]
+        line = axes[index // n_blocks, 4 * (index % n_blocks) : 4 * (index % n_blocks) + 3]
+        for ax in line:
+            ax.set_visible(True)
         line[0].imshow(original)
         line[1].imshow(anomalous)
         line[2].imshow(mask, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         line[0].set_title(kind.replace("_", " "))
         if index < n_blocks:
-            line[1].set_title("anomalous", loc="center", fontweight="normal", color=MUTED)
-            line[2].set_title("mask", loc="center", fontweight="normal", color=MUTED)
+            for ax, name in zip(line, ("original", "anomalous", "mask")):
+                ax.set_title(name, loc="right", fontweight="normal", color=MUTED, fontsize=9.5)
     _title(fig, title)
     return _with_alt(fig, f"Original, anomalous picture and mask for {len(examples)} kinds. {title}")
 
@@ -660,6 +670,11 @@ def _roc_points(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.
     last_of_ties = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
     hits, alarms = np.cumsum(labels[order])[last_of_ties], np.cumsum(~labels[order])[last_of_ties]
     return np.append(0.0, alarms / max(1, alarms[-1])), np.append(0.0, hits / max(1, hits[-1]))
+
+
+def _text_color(method: str) -> str:
+    """The method's colour, dark enough to read as text on white."""
+    return mpl.colors.to_hex(0.72 * np.array(mpl.colors.to_rgb(method_color(method))))
 
 
 def _estimate(value: float, low: float, high: float) -> str:
