@@ -68,6 +68,18 @@ class Features:
             **{name: None if (array := getattr(self, name)) is None else array[chosen] for name in _ARRAYS},
         )
 
+    def of(self, samples: Sequence[Sample]) -> Features:
+        """The rows of these samples, found by sha256.
+
+        Raises:
+            KeyError: a sample was not embedded.
+        """
+        rows = {key: row for row, key in enumerate(self.ids)}
+        missing = [sample.image_path for sample in samples if sample.sha256 not in rows]
+        if missing:
+            raise KeyError(f"{len(missing)} pictures have no features, first {missing[0]}. Embed them first.")
+        return self.take(np.array([rows[sample.sha256] for sample in samples], dtype=np.intp))
+
     @staticmethod
     def join(parts: Sequence[Features]) -> Features:
         """All pictures of ``parts`` one after the other; patches only when every part has them."""
