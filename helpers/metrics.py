@@ -546,9 +546,15 @@ class _Summary:
         at = np.concatenate([*at, np.searchsorted(below[1:, 0], tail, side="right")])
         # A bin begins at the first pixel with the cut's score and one ends after the last: equal scores stay in one
         # bin, and a score with a large share gets a bin of its own.
-        cut = np.unique(values[np.minimum(at, len(values) - 1)])
-        starts = np.union1d(np.searchsorted(values, cut, side="left"), np.searchsorted(values, cut, side="right"))
-        bounds = np.union1d(starts, [0, len(values)])
+        # Marks instead of np.unique, which hashes and took 5/6 of the time.
+        mark = np.zeros(len(values) + 1, dtype=bool)
+        mark[np.minimum(at, len(values) - 1)] = True
+        cut = values[mark[:-1]]
+        mark[:] = False
+        for side in ("left", "right"):
+            mark[np.searchsorted(values, cut, side=side)] = True
+        mark[[0, len(values)]] = True
+        bounds = np.flatnonzero(mark)
         below = below[bounds]
         middle = (bounds[:-1] + bounds[1:] - 1) // 2
         return _Points(values[middle], below)
@@ -618,8 +624,9 @@ def _regions(mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarra
         mask = mask.astype(bool)
     if not mask.any():
         return mask, np.empty(0, np.intp), np.empty(0, np.intp)
-    _, labels, table, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
-    return mask, labels[mask] - 1, table[1:, cv2.CC_STAT_AREA]
+    _, labels = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
+    region_of = labels[mask] - 1
+    return mask, region_of, np.bincount(region_of)
 
 
 def _histogram(maps: Iterable[np.ndarray], masks: Iterable[np.ndarray]) -> PixelHistogram:
