@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from helpers import storage
+from helpers.results import category_label, method_label
 
 METHOD_COLORS: Mapping[str, str] = {
     "clip_resnet50": "#0072b2",
@@ -40,18 +41,6 @@ METHOD_COLORS: Mapping[str, str] = {
 }
 """One colour per method, after Okabe and Ito (2008): distinguishable with every common kind of colour blindness."""
 
-METHOD_LABELS: Mapping[str, str] = {
-    "clip_resnet50": "CLIP + CNN similarity",
-    "clip_cross_entropy": "CLIP cross-entropy head",
-    "clip_isolation_forest": "CLIP Isolation Forest",
-    "clip_lof": "CLIP LOF",
-    "clip_patch_knn": "CLIP patch k-NN",
-    "anomalyclip": "AnomalyCLIP",
-    "anomalygpt": "AnomalyGPT",
-    "always_anomaly": "Always “anomaly”",
-}
-"""What a reader sees instead of a method's file name."""
-
 _MARKERS = dict(zip(METHOD_COLORS, "osD^vP*X"))
 _DASHES: Mapping[str, Any] = {
     "clip_resnet50": "-",
@@ -62,7 +51,6 @@ _DASHES: Mapping[str, Any] = {
     "anomalyclip": "-",
     "anomalygpt": (0, (7, 2)),
 }
-_SMALL_WORDS = ("a", "an", "and", "at", "by", "de", "in", "la", "of", "on", "the", "with")
 OTHER_COLOR = "#7a5195"
 NORMAL_COLOR = "#5b7f95"
 ANOMALOUS_COLOR = "#c1440e"
@@ -117,24 +105,6 @@ _ALT_KEY = "Description"
 def method_color(method: str) -> str:
     """The method's colour everywhere; one violet for rows the suite does not know."""
     return METHOD_COLORS.get(method, OTHER_COLOR)
-
-
-def method_label(method: str) -> str:
-    """The method's name for readers; unknown ones keep their own."""
-    return METHOD_LABELS.get(method, method)
-
-
-def category_label(category: str) -> str:
-    """Folder names for readers; ``"all"`` becomes ``"All paintings"``.
-
-    >>> category_label("girl_with_a_pearl_earring")
-    'Girl with a Pearl Earring'
-    """
-    if category == "all":
-        return "All paintings"
-    words = category.replace("_", " ").split()
-    kept = [w if index and w in _SMALL_WORDS else w[:1].upper() + w[1:] for index, w in enumerate(words)]
-    return " ".join(kept) or category
 
 
 def save_figure(fig: Figure, name: str, folder: Path, footer: str = "", *, close: bool = False) -> Path:

@@ -34,6 +34,19 @@ METHODS = (
 )
 """The rows of the comparison, in the order of the table."""
 
+METHOD_LABELS: Mapping[str, str] = {
+    "clip_resnet50": "CLIP + CNN similarity",
+    "clip_cross_entropy": "CLIP cross-entropy head",
+    "clip_isolation_forest": "CLIP Isolation Forest",
+    "clip_lof": "CLIP LOF",
+    "clip_patch_knn": "CLIP patch k-NN",
+    "anomalyclip": "AnomalyCLIP",
+    "anomalygpt": "AnomalyGPT",
+    "always_anomaly": "Always “anomaly”",
+}
+"""What a reader sees instead of a method's file name."""
+
+_SMALL_WORDS = ("a", "an", "and", "at", "by", "de", "in", "la", "of", "on", "the", "with")
 MANIFEST = "manifest.json"
 PREDICTIONS = "predictions.csv"
 _JOURNAL = "journal.jsonl"
@@ -196,6 +209,24 @@ def read(folder: Path, samples: Sequence[Sample], dataset_dir: Path, dataset_has
         )
     predictions = [_prediction(row, by_path[row["image_path"]]) for row in table.to_dict("records")]
     return MethodResult(manifest["method"], folder, manifest, predictions)
+
+
+def method_label(method: str) -> str:
+    """The method's name for readers; rows of unknown methods keep their own."""
+    return METHOD_LABELS.get(method, method)
+
+
+def category_label(category: str) -> str:
+    """Folder names for readers; ``"all"`` becomes ``"All paintings"``.
+
+    >>> category_label("girl_with_a_pearl_earring")
+    'Girl with a Pearl Earring'
+    """
+    if category == "all":
+        return "All paintings"
+    words = category.replace("_", " ").split()
+    kept = [word if n and word in _SMALL_WORDS else word[:1].upper() + word[1:] for n, word in enumerate(words)]
+    return " ".join(kept) or category
 
 
 def is_complete(folder: Path, *, dataset_hash: str, settings: Mapping[str, Any], checkpoint_hash: str = "") -> bool:
