@@ -1,0 +1,188 @@
+"""Parity with the published AnomalyGPT: reference numbers made by the original code at a tiny size.
+
+``PARITY_FIXTURES`` names the folder; every ``anomalygpt_seed*.safetensors`` in it is checked. Tolerances are ten times
+the differences that a correct implementation showed (specification, Appendix A).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_anomalygpt as tiny
+import torch
+
+from helpers import anomalygpt, imagebind, language
+
+FOLDER = Path(os.environ.get("PARITY_FIXTURES") or Path(__file__).parent / "golden")
+FILES = sorted(FOLDER.glob("anomalygpt_seed*.safetensors"))
+
+
+def test_there_is_a_fixture():
+    assert FILES, f"no anomalygpt_seed*.safetensors in {FOLDER}"
+
+
+@pytest.fixture(scope="module", params=FILES, ids=lambda path: path.stem)
+def chain(request):
+    return tiny.build(request.param)
+
+
+def close(found, expected, atol):
+    torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(expected), atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("picture", "mode", "key"),
+    [
+        ("query", "squash", "pre.query_s7"),
+        ("rect", "crop", "pre.rect_crop_s7"),
+        ("rect", "squash", "pre.rect_squash_s7"),
+    ],
+)
+def test_preprocessing_is_identical(chain, picture, mode, key):
+    model, _, fixture = chain
+    pixels = fixture["in.rect_u8"].numpy() if picture == "rect" else tiny.image(fixture, picture)
+    close(model.eyes.preprocess(pixels, mode=mode)[:, ::7, ::7], fixture[key], 0)
+
+
+def test_image_embedding_and_taps(chain):
+    model, _, fixture = chain
+    features = model.eyes.embed_images([tiny.image(fixture, "query")])
+    close(features.embedding, fixture["vis.emb"], 3e-6)
+    assert model.eyes.taps == (1, 3, 5, 7)
+    for tap, block in zip(features.taps, model.eyes.taps, strict=True):
+        close(tap, fixture[f"vis.tok{block}"][:, 1:], 2e-4)
+
+
+@pytest.mark.parametrize("name", ["bottle", "object"])
+def test_text_pair(chain, name):
+    _, clip, fixture = chain
+    tokens = [fixture[f"text.tokens_{name}_{state}"].long() for state in ("normal", "abnormal")]
+    close(imagebind.encode_text_pair(clip, tokens), fixture[f"text.feats_{name}"][0], 6e-7)
+
+
+@pytest.mark.parametrize("name", ["bottle", "object"])
+def test_sentences_are_tokenised_as_published(chain, name):
+    import open_clip
+
+    _, _, fixture = chain
+    used = fixture["text.clip_ids_used"].long()
+    for state, sentences in zip(("normal", "abnormal"), imagebind.sentences(name), strict=True):
+        published = used[fixture[f"text.tokens_{name}_{state}"].long()]
+        assert torch.equal(open_clip.get_tokenizer("ViT-H-14")(sentences), published)
+
+
+def test_raw_text_embedding_carries_the_logit_scale(chain):
+    _, clip, fixture = chain
+    raw = clip.encode_text(fixture["text.tokens_bottle_normal"].long(), normalize=True)
+    close(raw * clip.logit_scale.exp().clamp(max=100), fixture["text.raw_bottle_normal"], 1.2e-5)
+
+
+def test_decoder(chain):
+    model, _, fixture = chain
+    features = model.eyes.embed_images([tiny.image(fixture, "query")])
+    decoder = model.head.image_decoder
+    logits = decoder(features.taps, fixture["text.feats_bottle"])
+    for i in range(4):
+        close(decoder.fc[i](features.taps[i]), fixture[f"dec.patch{i}"], 2e-4)
+        close(logits[i].transpose(1, 2).unflatten(2, (16, 16)), fixture[f"dec.logit16_{i}"], 2e-3)
+    look = model.look([tiny.image(fixture, "query")], name="bottle")
+    close(look.maps[:, None], fixture["dec.map"], 1.4e-5)
+    close(look.prompts, fixture["pl.out_unsup"], 1.2e-5)
+    close(look.image_tokens, fixture["proj.img_embeds"], 5e-6)
+    assert look.scores == pytest.approx(float(fixture["dec.map"].max()), abs=1.4e-5)
+
+
+def test_one_shot(chain):
+    model, _, fixture = chain
+    query, normal = tiny.image(fixture, "query"), tiny.image(fixture, "normal0")
+    features = model.eyes.embed_images([query])
+    bank = model.bank([normal])
+    close(anomalygpt.bank_similarity(features.taps, bank)[:, 0].unflatten(1, (16, 16)), fixture["fs.sim16_1shot"], 8e-6)
+    look = model.look(features, references=bank)
+    close(look.maps[:, None], fixture["fs.map_1shot"], 8e-6)
+    close(look.prompts, fixture["pl.out_1shot"], 1.2e-5)
+
+
+def test_two_shots_and_a_bank_per_picture(chain):
+    model, _, fixture = chain
+    query = tiny.image(fixture, "query")
+    normals = [tiny.image(fixture, "normal0"), tiny.image(fixture, "normal1")]
+    look = model.look([query, normals[0]], references=normals)
+    close(look.maps[0, ::7, ::7], fixture["fs.map_2shot_s7"], 8e-6)
+    own_banks = torch.stack([model.bank(normals), model.bank(normals)], dim=1)  # (T, B, M, W)
+    close(model.look([query, normals[0]], references=own_banks).maps, look.maps, 1e-6)
+
+
+def test_rotated_bank(chain):
+    model, _, fixture = chain
+    pixels = model.eyes.preprocess(tiny.image(fixture, "normal0"))[None]
+    bank = anomalygpt.build_bank(model.eyes.features(anomalygpt.rotations(pixels)).taps)
+    features = model.eyes.embed_images([tiny.image(fixture, "query")])
+    found = anomalygpt.bank_similarity(features.taps, bank)[:, 0].unflatten(1, (16, 16))
+    close(found, fixture["fs.sim16_1shot_aug"], 4.5e-5)
+
+
+CASES = {
+    "single": ("bottle", False, tiny.QUESTION, ()),
+    "single_1shot": ("bottle", True, tiny.QUESTION, ()),
+    "multi": ("object", False, tiny.SECOND_QUESTION, tiny.HISTORY),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_prompt_logits_and_greedy_answer(chain, case):
+    model, _, fixture = chain
+    name, one_shot, question, history = CASES[case]
+    references = [tiny.image(fixture, "normal0")] if one_shot else None
+    look = model.look([tiny.image(fixture, "query")], references=references, name=name)
+    rows, keys = model.prompt_rows(look, question, history=history)
+    close(rows[0][None], fixture[f"gen.{case}.inputs_embeds"], 1.2e-5)
+    assert len(keys[0]) == len(rows[0])
+    close(language.next_logits(model.language, rows), fixture[f"gen.{case}.logits"], 2.8e-5)
+    expected = fixture[f"gen.{case}.tokens"][0].tolist()
+    assert expected[0] == model.language.tokens.bos_id  # transformers 4.29 put it there
+    answer = language.generate(unstoppable(model.language), rows, max_new_tokens=len(expected) - 1)
+    assert answer == [expected[1:]]
+
+
+def unstoppable(speaker):
+    """The reference never stops, because it compares compacted ids with the real stop id."""
+    import dataclasses
+
+    tokens = dataclasses.replace(speaker.tokens, stop_ids=frozenset(), eos_id=-1)
+    return language.Language(speaker.model, tokens)
+
+
+def test_sampling_with_a_tiny_nucleus_is_greedy(chain):
+    model, _, fixture = chain
+    rows, _ = model.prompt_rows(model.look([tiny.image(fixture, "query")], name="bottle"), tiny.QUESTION)
+    speaker = unstoppable(model.language)
+    greedy = language.generate(speaker, rows, max_new_tokens=12)
+    sampled = [language.generate(speaker, rows, max_new_tokens=12, top_p=0.02, seed=seed) for seed in range(3)]
+    assert sampled == [greedy] * 3
+    wild = {tuple(language.generate(speaker, rows, max_new_tokens=12, top_p=1.0, seed=seed)[0]) for seed in range(3)}
+    assert len(wild) > 1
+
+
+def test_rows_of_different_length_answer_as_alone(chain):
+    model, _, fixture = chain
+    look = model.look([tiny.image(fixture, "query"), tiny.image(fixture, "normal1")], name="object")
+    short, _ = model.prompt_rows(look.take([0]), tiny.SECOND_QUESTION, history=tiny.HISTORY)
+    long, _ = model.prompt_rows(look.take([1]), tiny.QUESTION)
+    speaker = unstoppable(model.language)
+    together = language.generate(speaker, [*short, *long], max_new_tokens=12)
+    assert together == [language.generate(speaker, rows, max_new_tokens=12)[0] for rows in (short, long)]
+    alone = torch.cat([language.next_logits(speaker, rows) for rows in (short, long)])
+    close(language.next_logits(speaker, [*short, *long]), alone, 1e-5)
+
+
+def test_yes_no_score_is_the_difference_of_two_logits(chain):
+    model, _, fixture = chain
+    look = model.look([tiny.image(fixture, "query")], name="bottle")
+    logits = fixture["gen.single.logits"][0].double()
+    tokens = model.language.tokens
+    expected = float(logits[tokens.yes_id] - logits[tokens.no_id])
+    np.testing.assert_allclose(model.yes_no(look, tiny.QUESTION), [expected], atol=5e-5)

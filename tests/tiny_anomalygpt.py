@@ -1,0 +1,139 @@
+"""AnomalyGPT at the tiny sizes of the reference numbers, for the tests of its modules.
+
+The published layout of ImageBind is renamed here, independently of notebook 01's converter.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from helpers import anomalygpt, imagebind, language
+
+DESCRIPTION = (
+    "This is a photo of a bottle for anomaly detection, which should be round, without any damage, flaw, defect, "
+    "scratch, hole or broken part."
+)
+QUESTION = f"{DESCRIPTION} Is there any anomaly in the image?"
+HISTORY = [("Is there any anomaly in the image?", "No.")]
+SECOND_QUESTION = "What is it?"
+
+# LLaMA's ids of the strings of the protocol, as the specification lists them.
+_LLAMA_IDS = {
+    "### Human: <Img>": [835, 12968, 29901, 529, 25518, 29958],
+    "</Img> ": [1533, 25518, 29958, 29871],
+    "Is there any anomaly in the image?\n### Assistant: No.\n### Human: What is it?\n### Assistant:": [
+        *(1317, 727, 738, 29342, 14997, 297, 278, 1967, 29973, 13, 2277, 29937, 4007, 22137, 29901),
+        *(1939, 29889, 13, 2277, 29937, 12968, 29901, 1724, 338, 372, 29973, 13, 2277, 29937, 4007, 22137, 29901),
+    ],
+}
+CLIP_CONFIG = {
+    "embed_dim": 32,
+    "quick_gelu": False,
+    "vision_cfg": {
+        "layers": 8, "width": 48, "head_width": 12, "patch_size": 14, "image_size": 224, "norm_kwargs": {"eps": 1e-6},
+    },
+    "text_cfg": {
+        "context_length": 77, "vocab_size": 54, "width": 32, "heads": 4, "layers": 3, "norm_kwargs": {"eps": 1e-6},
+    },
+}  # fmt: skip
+LORA_CONFIG = {
+    "r": 4, "lora_alpha": 4, "lora_dropout": 0.1, "bias": "none", "task_type": "CAUSAL_LM",
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+}  # fmt: skip
+
+
+def part(fixture: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors under a prefix, without it."""
+    return {key.removeprefix(prefix): tensor for key, tensor in fixture.items() if key.startswith(prefix)}
+
+
+def imagebind_to_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """ImageBind's published names and shapes -> ``open_clip.CLIP``'s."""
+    renamed = {}
+    for key, tensor in state.items():
+        if key == "modality_preprocessors.vision.rgbt_stem.proj.1.weight":
+            renamed["visual.conv1.weight"] = tensor.sum(dim=2)
+        elif key == "modality_preprocessors.vision.cls_token":
+            renamed["visual.class_embedding"] = tensor.reshape(-1)
+        elif key == "modality_preprocessors.vision.pos_embedding_helper.pos_embed":
+            renamed["visual.positional_embedding"] = tensor[0]
+        elif key == "modality_heads.vision.2.weight":
+            renamed["visual.proj"] = tensor.T.contiguous()
+        elif key == "modality_preprocessors.text.pos_embed":
+            renamed["positional_embedding"] = tensor[0]
+        elif key == "modality_heads.text.proj.1.weight":
+            renamed["text_projection"] = tensor.T.contiguous()
+        else:
+            for pattern, new in (
+                (r"^modality_trunks\.vision\.pre_transformer_layer\.0\.", "visual.ln_pre."),
+                (r"^modality_trunks\.vision\.blocks\.", "visual.transformer.resblocks."),
+                (r"^modality_heads\.vision\.0\.", "visual.ln_post."),
+                (r"^modality_preprocessors\.text\.token_embedding\.", "token_embedding."),
+                (r"^modality_trunks\.text\.blocks\.", "transformer.resblocks."),
+                (r"^modality_heads\.text\.proj\.0\.", "ln_final."),
+                (r"^modality_postprocessors\.text\.1\.log_logit_scale$", "logit_scale"),
+                (r"\.norm_([12])\.", r".ln_\1."),
+                (r"\.mlp\.fc1\.", ".mlp.c_fc."),
+                (r"\.mlp\.fc2\.", ".mlp.c_proj."),
+            ):
+                key = re.sub(pattern, new, key)
+            renamed[key] = tensor
+    return renamed
+
+
+def image(fixture: dict[str, torch.Tensor], name: str):
+    """A picture of the fixture: uint8 ``(224, 224, 3)``, each stored pixel repeated 2 x 2."""
+    return fixture[f"in.{name}_u8"].numpy().repeat(2, axis=0).repeat(2, axis=1)
+
+
+def chat_tokens(fixture: dict[str, torch.Tensor]) -> language.ChatTokens:
+    """The fixture's compacted vocabulary; any string but the protocol's is a KeyError."""
+    compact = {real: c for c, real in enumerate(fixture["llama.ids_used"].tolist())}
+    known = {text: [compact[i] for i in ids] for text, ids in _LLAMA_IDS.items()}
+    masked = (fixture["train.target_ids"][0] == -100) & (fixture["train.input_ids"][0] != compact[2])
+    known[f"{QUESTION}\n### Assistant:"] = fixture["train.input_ids"][0][masked].tolist()
+    answers = ["No, there is no anomaly in the image.\n###"]
+    answers.append("Yes, there is an anomaly in the image, at the bottom right of the image.\n###")
+    for row, answer in enumerate(answers):
+        targets = fixture["train.target_ids"][row]
+        known[answer] = targets[targets != -100].tolist()
+    return language.ChatTokens(
+        known.__getitem__, lambda ids: " ".join(map(str, ids)), compact[1], compact[2], compact[2],
+        frozenset([compact[2277]]), compact[3869], compact[1939],
+    )  # fmt: skip
+
+
+def llama(fixture: dict[str, torch.Tensor]):
+    """The fixture's language model with its LoRA merged by the real loader's function."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=69, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, rms_norm_eps=1e-6, max_position_embeddings=2048, tie_word_embeddings=False,
+        bos_token_id=1, eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    state = part(fixture, "sd.llama_model.base_model.model.")
+    model = LlamaForCausalLM(config)
+    model.load_state_dict({key: tensor for key, tensor in state.items() if "lora_" not in key})
+    return language.merge_lora(model, part(fixture, "sd."), LORA_CONFIG)
+
+
+def build(path: Path) -> tuple[anomalygpt.AnomalyGPT, torch.nn.Module, dict[str, torch.Tensor]]:
+    """The whole chain of a fixture file, the CLIP model with its text tower, and the fixture."""
+    fixture = load_file(path)
+    clip = imagebind.build_clip(CLIP_CONFIG, imagebind_to_open_clip(part(fixture, "sd.imagebind.")))
+    speaker = language.Language(llama(fixture).eval().requires_grad_(False), chat_tokens(fixture))
+    model = anomalygpt.AnomalyGPT(
+        imagebind.image_tower(clip),
+        anomalygpt.AnomalyHead.from_state(
+            {k: v for k, v in part(fixture, "sd.").items() if k.startswith(("image_decoder", "prompt_learner"))}
+        ),
+        language.projection_from_state(part(fixture, "sd.")),
+        speaker,
+        lambda name: fixture[f"text.feats_{name}"][0],
+    )
+    return model, clip, fixture
