@@ -340,8 +340,6 @@ def aupro_reference(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> 
     # First pass: the range. The second pass sorts each picture once and looks the thresholds up.
     ends = [(values.min(), values.max()) for values in (resize_map(m, np.shape(k)) for m, k in _pairs(maps, masks))]
     low, high = (min(end[0] for end in ends), max(end[1] for end in ends)) if ends else (0.0, 0.0)
-    if not low < high:
-        return float("nan")
     thresholds = low + np.arange(200) * ((high - low) / 200)
     false_positives, overlap = np.zeros(200), np.zeros(200)
     n_normal = n_regions = 0
