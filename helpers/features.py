@@ -238,9 +238,11 @@ def _embed_batch(batch: dict[str, tuple[np.ndarray, float]], *, clip: Clip, cnn:
     clip_inputs = [clip.preprocess(picture) for picture, _ in batch.values()]
     cnn_inputs = [cnn.preprocess(picture) for picture, _ in batch.values()]
     device = next(clip.model.parameters()).device
+    clip_input = torch.stack(clip_inputs).to(device)
+    _check_size(clip, clip_input.shape[-1])
     with torch.inference_mode():
         output = clip.model.visual.forward_intermediates(
-            torch.stack(clip_inputs).to(device),
+            clip_input,
             indices=sorted(set(patch_layers(_n_layers(clip)))) if patches else [0],
             output_fmt="NLC",
         )
@@ -272,6 +274,17 @@ def _stack_layers(layers: Sequence) -> np.ndarray:
     n, n_tokens, width = stacked.shape
     side = round(n_tokens**0.5)
     return stacked.reshape(n, side, side, width).to(torch.float16).cpu().numpy()
+
+
+def _check_size(clip: Clip, side: int) -> None:
+    tower = clip.model.visual
+    n_tokens, n_known = (side // tower.patch_size[0]) ** 2 + 1, len(tower.positional_embedding)
+    if n_tokens != n_known:
+        native = tower.image_size[0]
+        raise ValueError(
+            f"{clip.model_id} has positions for {n_known} tokens, an input of {side} px makes {n_tokens}. "
+            f"Load it with image_size={native}."
+        )
 
 
 def _n_layers(clip: Clip) -> int:
