@@ -1,0 +1,267 @@
+"""Questions for AnomalyGPT, the answers it is trained on, and a strict reading of what it says.
+
+The questions and answers are the published ones, because the weights were trained with them. A sentence may name
+places: the picture is divided into 3 x 3 cells, ``top left`` to ``bottom right``.
+
+Source: Gu et al., AnomalyGPT, AAAI 2024; code CASIA-IVA-Lab/AnomalyGPT at f21c51b.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+QUESTION = "Is there any anomaly in the image?"
+NORMAL_ANSWER = "No, there is no anomaly in the image."
+CELLS = (
+    ("top left", "top", "top right"),
+    ("left", "center", "right"),
+    ("bottom left", "bottom", "bottom right"),
+)
+"""Words of the 3 x 3 cells, rows from top to bottom."""
+
+_FLAWLESS = "without any damage, flaw, defect, scratch, hole or broken part"
+# category -> (what it is a photo of, what it should be); {} stands for the flawless clause.
+_INDUSTRIAL = {
+    "bottle": ("a bottle", ", which should be round, {}"),
+    "cable": (
+        "three cables",
+        ", they are green, blue and grey, which cannot be missed or swapped and should be {}",
+    ),
+    "capsule": ("a capsule", ", which should be black and orange, with print '500', {}"),
+    "carpet": ("carpet", ", which should be {}"),
+    "grid": ("grid", ", which should be {}"),
+    "hazelnut": ("a hazelnut", ", which should be {}"),
+    "leather": ("leather", ", which should be brown and {}"),
+    "metal_nut": ("a metal nut", ", which should be {}, and shouldn't be fliped"),
+    "pill": ("a pill", ", which should be white, with print 'FF' and red patterns, {}"),
+    "screw": ("a screw", ", which tail should be sharp, and {}"),
+    "tile": ("tile", ", which should be {}"),
+    "toothbrush": ("a toothbrush", ", which should be {}"),
+    "transistor": ("a transistor", ", which should be {}"),
+    "wood": ("wood", ", which should be brown with patterns, {}"),
+    "zipper": ("a zipper", ", which should be {}"),
+    "candle": ("4 candles", ", every candle should be round, {}"),
+    "capsules": ("many small capsules", ", every capsule is green, should be {}"),
+    "cashew": ("a cashew", ", which should be {}"),
+    "chewinggum": ("a chewinggom", ", which should be white, {}"),
+    "fryum": ("a fryum", " on green background, which should be {}"),
+    "macaroni1": ("4 macaronis", ", which should be {}"),
+    "macaroni2": ("4 macaronis", ", which should be {}"),
+    "pcb1": ("pcb", ", which should be {}"),
+    "pcb2": ("pcb", ", which should be {}"),
+    "pcb3": ("pcb", ", which should be {}"),
+    "pcb4": ("pcb", ", which should be {}"),
+    "pipe_fryum": ("a pipe fryum", ", which should be {}"),
+}
+_CABLE_IN_TESTS = ("three cables", ", cables cannot be missed or swapped, which should be {}")
+
+_VERDICT = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
+_DENIAL = re.compile(
+    r"\b(no|not any|without any|free (?:from|of)) (?:\w+ )?(anomal|defect|flaw|damage|irregular)", re.I
+)
+_CLAIM = re.compile(r"\bthere (?:is|are) (?:an?|\d+|several|some) (?:\w+ )?(anomal|defect|flaw|irregular)", re.I)
+_COUNT = re.compile(r"\bthere are (\d+) anomal", re.I)
+# Longest first, so that "top left" is not read as "top" and "left".
+_PLACE = re.compile(
+    r"\b(" + "|".join(sorted((c for row in CELLS for c in row), key=len, reverse=True)) + r")\b", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class ParsedAnswer:
+    """What a sentence says.
+
+    Attributes:
+        is_anomalous: True or False; None when the sentence gives no clear verdict.
+        cells: names of the 3 x 3 cells it mentions.
+        n_anomalies: the number it states; 1 for "an anomaly", 0 for a clear no, None without any.
+    """
+
+    is_anomalous: bool | None
+    cells: frozenset[str] = frozenset()
+    n_anomalies: int | None = None
+
+
+@dataclass(frozen=True)
+class AnswerScores:
+    """Answers against labels.
+
+    Attributes:
+        n: answers.
+        n_correct: clear and right.
+        n_unparseable: without a clear verdict; they count as wrong.
+        n_yes: clear and "yes".
+        n_anomalous: pictures that are anomalous.
+        n_right_yes: anomalous pictures answered "yes".
+    """
+
+    n: int
+    n_correct: int
+    n_unparseable: int
+    n_yes: int
+    n_anomalous: int
+    n_right_yes: int
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers; unparseable ones are wrong. nan without answers."""
+        return self.n_correct / self.n if self.n else float("nan")
+
+    @property
+    def yes_bias(self) -> float:
+        """Share of "yes" minus share of anomalous pictures: +0.3 says "yes" to 30 % too many. nan without answers."""
+        return (self.n_yes - self.n_anomalous) / self.n if self.n else float("nan")
+
+
+def describe_category(category: str, *, published_test: bool = False) -> str:
+    """One sentence on what the picture shows and how it should be.
+
+    Args:
+        category: of MVTec AD or VisA, with the published wording; any other is called a painting of that name.
+        published_test: the test scripts' wording, which differs from training for ``cable``.
+    """
+    if category in _INDUSTRIAL:
+        what, rest = _CABLE_IN_TESTS if published_test and category == "cable" else _INDUSTRIAL[category]
+        return f"This is a photo of {what} for anomaly detection{rest.format(_FLAWLESS)}."
+    name = category.replace("_", " ")
+    return f"This is a photo of the painting {name} for anomaly detection, which should be {_FLAWLESS}."
+
+
+def question(category: str | None, *, published_test: bool = False) -> str:
+    """The question about a picture, with its description before it; ``None`` asks without naming anything.
+
+    >>> question(None)
+    'Is there any anomaly in the image?'
+    """
+    if category is None:
+        return QUESTION
+    return f"{describe_category(category, published_test=published_test)} {QUESTION}"
+
+
+def cell_of(row: float, column: float) -> str:
+    """Name of the cell of a point.
+
+    Args:
+        row, column: position as shares of height and width, 0 to 1; a limit belongs to the lower cell.
+
+    >>> cell_of(1 / 3, 0.9)
+    'top right'
+    """
+    return CELLS[_third(row)][_third(column)]
+
+
+def cells_of_mask(mask: np.ndarray, *, min_share: float = 0.05) -> tuple[str, ...]:
+    """Cells of the centres of a mask's regions, the largest region first; one entry per region.
+
+    Args:
+        mask: bool ``(H, W)``.
+        min_share: regions smaller than this share of the largest one are left out (crumbs of one mark).
+    """
+    import cv2
+
+    joined = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))
+    _, _, stats, centers = cv2.connectedComponentsWithStats(joined, connectivity=8)
+    regions = sorted(zip(stats[1:, cv2.CC_STAT_AREA].tolist(), centers[1:].tolist()), reverse=True)
+    height, width = mask.shape
+    return tuple(
+        cell_of((y + 0.5) / height, (x + 0.5) / width) for area, (x, y) in regions if area >= min_share * regions[0][0]
+    )
+
+
+def answer(is_anomalous: bool, cells: Sequence[str] = ()) -> str:
+    """The sentence that AnomalyGPT is trained to say.
+
+    Args:
+        is_anomalous: label of the picture.
+        cells: one cell per anomaly, repeated when two lie in one; empty when the place is unknown.
+
+    >>> answer(True, ["top", "top", "left"])
+    'Yes, there are 3 anomalies in the image, they are at the top and left of the image.'
+    """
+    if not is_anomalous:
+        return NORMAL_ANSWER
+    if not cells:
+        return "Yes, there is an anomaly in the image."
+    if len(cells) == 1:
+        return f"Yes, there is an anomaly in the image, at the {cells[0]} of the image."
+    *most, last = dict.fromkeys(cells)
+    places = f"{', '.join(most)} and {last}" if most else last
+    return f"Yes, there are {len(cells)} anomalies in the image, they are at the {places} of the image."
+
+
+def parse_answer(text: str) -> ParsedAnswer:
+    """Read an answer strictly: it must begin with Yes or No and must not contradict itself.
+
+    The published evaluation looks for "Yes" or "No" anywhere, so that "Note" counts as "No" (see
+    :func:`published_is_correct`).
+
+    >>> parse_answer("Yes, there is an anomaly in the image, at the top left of the image.").cells
+    frozenset({'top left'})
+    >>> parse_answer("Note the frame.").is_anomalous is None
+    True
+    """
+    match = _VERDICT.match(text)
+    if match is None:
+        return ParsedAnswer(None)
+    says_yes = match.group(1).lower() == "yes"
+    rest = text[match.end() :]
+    first_sentence = rest.split(".")[0]
+    if _VERDICT.search(rest.partition("\n")[0][:8]) or (_DENIAL if says_yes else _CLAIM).search(first_sentence):
+        return ParsedAnswer(None)
+    if not says_yes:
+        return ParsedAnswer(False, frozenset(), 0)
+    cells = frozenset(place.lower() for place in _PLACE.findall(first_sentence))
+    count = _COUNT.search(first_sentence)
+    return ParsedAnswer(True, cells, int(count.group(1)) if count else 1)
+
+
+def published_is_correct(text: str, is_anomalous: bool) -> bool:
+    """The published rule: ``Yes`` (``No``) occurs anywhere in the answer to an anomalous (normal) picture."""
+    return ("Yes" if is_anomalous else "No") in text
+
+
+def score_answers(answers: Sequence[str], labels: Sequence[bool]) -> AnswerScores:
+    """Count right, unclear and "yes" answers.
+
+    Args:
+        answers: as generated.
+        labels: True = anomalous.
+    Raises:
+        ValueError: the lengths differ.
+    """
+    if len(answers) != len(labels):
+        raise ValueError(f"{len(answers)} answers for {len(labels)} labels; one each is needed.")
+    verdicts = [parse_answer(text).is_anomalous for text in answers]
+    return AnswerScores(
+        n=len(verdicts),
+        n_correct=sum(verdict == bool(label) for verdict, label in zip(verdicts, labels) if verdict is not None),
+        n_unparseable=sum(verdict is None for verdict in verdicts),
+        n_yes=sum(verdict is True for verdict in verdicts),
+        n_anomalous=sum(map(bool, labels)),
+        n_right_yes=sum(verdict is True and bool(label) for verdict, label in zip(verdicts, labels)),
+    )
+
+
+def place_is_right(parsed: ParsedAnswer, mask: np.ndarray) -> bool | None:
+    """Whether the answer's place agrees with the mask.
+
+    Args:
+        parsed: of an answer about an anomalous picture.
+        mask: bool ``(H, W)`` with an anomalous pixel.
+    Returns:
+        True when the cell of the largest region's centre is named and no more cells are named than the mask has
+        regions (at least one): naming all nine is not right. None when the mask is empty. An answer without a place
+        is wrong.
+    """
+    true_cells = cells_of_mask(mask)
+    if not true_cells:
+        return None
+    return true_cells[0] in parsed.cells and len(parsed.cells) <= len(true_cells)
+
+
+def _third(share: float) -> int:
+    return 0 if share <= 1 / 3 else 1 if share <= 2 / 3 else 2

@@ -1,0 +1,140 @@
+"""Questions, trained answers, and the strict reading of answers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers import conversations as c
+
+CELLS = [cell for row in c.CELLS for cell in row]
+
+
+@pytest.mark.parametrize(
+    ("category", "expected"),
+    [
+        (
+            "bottle",
+            "This is a photo of a bottle for anomaly detection, which should be round, without any damage, flaw, "
+            "defect, scratch, hole or broken part.",
+        ),
+        (
+            "metal_nut",
+            "This is a photo of a metal nut for anomaly detection, which should be without any damage, flaw, defect, "
+            "scratch, hole or broken part, and shouldn't be fliped.",
+        ),
+        (
+            "fryum",
+            "This is a photo of a fryum for anomaly detection on green background, which should be without any "
+            "damage, flaw, defect, scratch, hole or broken part.",
+        ),
+        (
+            "tile",
+            "This is a photo of tile for anomaly detection, which should be without any damage, flaw, defect, "
+            "scratch, hole or broken part.",
+        ),
+    ],
+)
+def test_industrial_descriptions_are_the_published_ones(category, expected):
+    assert c.describe_category(category) == expected
+    assert c.question(category) == f"{expected} Is there any anomaly in the image?"
+
+
+def test_cable_has_another_wording_in_tests():
+    assert "green, blue and grey" in c.describe_category("cable")
+    assert c.describe_category("cable", published_test=True) == (
+        "This is a photo of three cables for anomaly detection, cables cannot be missed or swapped, which should be "
+        "without any damage, flaw, defect, scratch, hole or broken part."
+    )
+
+
+def test_a_painting_is_named():
+    assert "the painting mona lisa for" in c.question("mona_lisa")
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "cell"),
+    [
+        (0, 0, "top left"),
+        (1 / 3, 1 / 3, "top left"),
+        (0.34, 0.5, "center"),
+        (2 / 3, 0.67, "right"),
+        (0.99, 0.5, "bottom"),
+    ],
+)
+def test_cells(row, column, cell):
+    assert c.cell_of(row, column) == cell
+
+
+def test_cells_of_mask_largest_first_without_crumbs():
+    mask = np.zeros((90, 120), dtype=bool)
+    mask[70:85, 90:115] = True
+    mask[5:12, 5:15] = True
+    mask[45, 60] = True  # a crumb
+    assert c.cells_of_mask(mask) == ("bottom right", "top left")
+    assert c.cells_of_mask(np.zeros((5, 5), dtype=bool)) == ()
+
+
+@given(st.lists(st.sampled_from(CELLS), min_size=1, max_size=5))
+def test_what_is_said_is_read_back(cells):
+    parsed = c.parse_answer(c.answer(True, cells))
+    assert parsed == c.ParsedAnswer(True, frozenset(cells), len(cells))
+
+
+def test_two_anomalies_in_one_cell_are_named_once():
+    expected = "Yes, there are 2 anomalies in the image, they are at the top of the image."
+    assert c.answer(True, ["top", "top"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("No, there is no anomaly in the image.", False),
+        (" no.", False),
+        ("Yes", True),
+        ('"Yes", there is a defect.', True),
+        ("", None),
+        ("Note the frame.", None),
+        ("Yesterday it was whole.", None),
+        ("The image shows a woman. No, there is no anomaly.", None),
+        ("Yes, there is no anomaly in the image.", None),
+        ("No, there is an anomaly in the image.", None),
+        ("Yes/No", None),
+        ("Yes or no?", None),
+        ("I cannot say.", None),
+    ],
+)
+def test_strict_verdicts(text, verdict):
+    assert c.parse_answer(text).is_anomalous is verdict
+
+
+@given(st.text(max_size=60))
+def test_any_text_is_read_without_error(text):
+    assert c.parse_answer(text).is_anomalous in (True, False, None)
+
+
+def test_published_rule_is_lenient():
+    assert c.published_is_correct("Note the frame.", False)
+    assert not c.published_is_correct("no.", False)
+
+
+def test_scores_count_unclear_answers_as_wrong():
+    answers = ["Yes, there is an anomaly in the image.", "No.", "Maybe.", "Yes."]
+    scores = c.score_answers(answers, [True, True, True, False])
+    assert (scores.n_correct, scores.n_unparseable, scores.n_yes, scores.n_right_yes) == (1, 1, 2, 1)
+    assert scores.accuracy == 0.25
+    assert scores.yes_bias == pytest.approx((2 - 3) / 4)
+    with pytest.raises(ValueError, match="one each"):
+        c.score_answers(answers, [True])
+
+
+def test_place_must_be_named_and_not_everything():
+    mask = np.zeros((90, 90), dtype=bool)
+    mask[5:20, 70:85] = True
+    assert c.place_is_right(c.parse_answer(c.answer(True, ["top right"])), mask)
+    assert not c.place_is_right(c.parse_answer(c.answer(True, ["top"])), mask)
+    assert not c.place_is_right(c.parse_answer(c.answer(True, CELLS)), mask)
+    assert not c.place_is_right(c.parse_answer("Yes."), mask)
+    assert c.place_is_right(c.parse_answer("Yes."), np.zeros((9, 9), dtype=bool)) is None
