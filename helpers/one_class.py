@@ -366,7 +366,7 @@ class ForestDetector:
         ).fit(rows)
 
     def score(self, features: Features) -> np.ndarray:
-        return -self._forest.score_samples(fuse(features, self.settings.cnn_weight))
+        return -self._forest.score_samples(fuse(features, self.settings.cnn_weight)).astype(np.float64)
 
 
 class LofDetector:
@@ -396,7 +396,8 @@ class LofDetector:
                 "Their score would mean nothing; score held-out pictures (see calibrate)."
             )
         rows = fuse(features, self.settings.cnn_weight)
-        return -self._lof.score_samples(rows if self._pca is None else self._pca.transform(rows))
+        rows = rows if self._pca is None else self._pca.transform(rows)
+        return -self._lof.score_samples(rows).astype(np.float64)
 
 
 class HeadDetector:
