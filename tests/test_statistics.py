@@ -14,6 +14,8 @@ from sklearn.metrics import roc_auc_score
 
 from helpers import metrics, statistics
 
+pytestmark = pytest.mark.filterwarnings("error")
+
 LABELS = np.repeat([True, False], [34, 16])
 
 
