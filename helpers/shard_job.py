@@ -159,9 +159,10 @@ class Job:
         )
         if self.ready is not None:
             return self._finished(plan, component)
-        done = self._resume(plan, shards)
+        done, deleted = self._resume(plan, shards), self._journal.get("deleted", [])
         self._check_disk(shards, done, reserve_bytes)
         self._journal = {"plan": plan, "component": component, "inputs": self._inputs, "notes": self.notes}
+        self._journal["deleted"] = deleted
         self._journal["shards"] = done
         storage.write_json(self.target / JOURNAL, self._journal)
         self._write(shards, done, delete_inputs=delete_inputs, progress=progress)
@@ -291,10 +292,13 @@ class Job:
         """Delete the inputs that no unwritten shard reads; the journal on disk already names what they gave."""
         needed = {path for name, members in shards.items() if name not in done for t in members for path in t.inputs}
         used = {path for name, members in shards.items() if name in done for t in members for path in t.inputs}
-        for path in sorted(used - needed):
-            if path.exists():
-                path.unlink()
-                self.log(f"deleted {path} (used up, its hash is in the journal)")
+        gone = [path for path in sorted(used - needed) if path.exists()]
+        if gone:
+            self._journal.setdefault("deleted", []).extend(path.name for path in gone)
+            storage.write_json(self.target / JOURNAL, self._journal)
+        for path in gone:
+            path.unlink()
+            self.log(f"deleted {path} (used up; its fingerprint is in the journal)")
 
 
 @contextlib.contextmanager

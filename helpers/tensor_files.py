@@ -123,8 +123,12 @@ def read_index(path: Path) -> dict[str, StoredTensor]:
     return _legacy_torch_index(path)
 
 
-def sniff(path: Path) -> str:
+def sniff(path: Path, *, suffix: str | None = None) -> str:
     """Kind of a weight file: ``"safetensors"``, ``"torch-zip"`` or ``"torch-legacy"``.
+
+    Args:
+        path: the file.
+        suffix: suffix that it will have, where it still has a temporary name.
 
     Raises:
         FileNotFoundError: no such file.
@@ -152,7 +156,7 @@ def sniff(path: Path) -> str:
         return "torch-zip"
     if len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= 100_000_000:
         return "safetensors"
-    if head[:1] == b"\x80" or path.suffix in (".bin", ".pt", ".pth"):
+    if head[:1] == b"\x80" or (suffix or path.suffix) in (".bin", ".pt", ".pth"):
         return "torch-legacy"
     raise WeightFileError(
         f"{path} is neither a safetensors nor a torch file (starts with {head[:8]!r}). {_refetch(path)}"
@@ -277,7 +281,7 @@ def _safetensors_index(path: Path) -> dict[str, StoredTensor]:
         text = file.read(n_header)
     if len(text) < n_header:
         raise WeightFileError(
-            f"{path} is cut short: its table of contents has {n_header} bytes, the whole file {n_file}. {_refetch(path)}"
+            f"{path} is cut short: its table has {n_header} bytes, the whole file {n_file}. {_refetch(path)}"
         )
     try:
         table = json.loads(text)

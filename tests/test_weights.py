@@ -677,7 +677,7 @@ def test_output_is_what_transformers_and_safetensors_read(tmp_path: Path, pair: 
     for name, entry in ready["files"].items():
         assert storage.sha256_file(target / name) == entry["sha256"], name
     with safe_open(min(target.glob("*.safetensors")), framework="np") as file:
-        for name in file.keys():  # noqa: SIM118 (not a dict)
+        for name in file.keys():
             assert hashlib.sha256(file.get_tensor(name).tobytes()).hexdigest() == ready["tensors"][name]["sha256"]
 
 
