@@ -20,10 +20,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from helpers import calibration, data, features, images, metrics, one_class, report_2024, results, statistics, storage
+from helpers import (
+    calibration,
+    data,
+    features,
+    figures,
+    images,
+    metrics,
+    one_class,
+    report_2024,
+    results,
+    statistics,
+    storage,
+    synthesis,
+)
 from helpers.features import Features
 from helpers.one_class import Search, Settings, Training
-from helpers.records import Prediction, Sample
+from helpers.records import NORMAL_KIND, Prediction, Sample
 from helpers.results import MethodResult
 
 if TYPE_CHECKING:
@@ -41,7 +54,7 @@ kind of mark."""
 
 
 def synthetic_anomalies(
-    samples: Sequence[Sample], *, n_per_picture: int, seed: int
+    samples: Sequence[Sample], *, n_per_picture: int, seed: int, skip: int = 0
 ) -> Iterator[tuple[np.ndarray, Sample, str]]:
     """Anomalies made from normal pictures, every kind equally often.
 
@@ -52,27 +65,25 @@ def synthetic_anomalies(
         samples: normal pictures of the splits ``train`` and ``calibration``.
         n_per_picture: anomalies made from each.
         seed: of everything random.
+        skip: kinds to leave out at the start of the cycle.
     Returns:
         uint8 RGB picture, the sample it was made from, and the kind.
     Raises:
         ValueError: a sample is anomalous or a test picture.
     """
-    from helpers import synthesis
-
     wrong = [sample for sample in samples if sample.is_anomalous or sample.split == "test"]
     if wrong:
         raise ValueError(
             f"{wrong[0].image_path} is an anomalous or test picture. Anomalies to train on are made from normal "
             "pictures of 'train' and 'calibration' only."
         )
-    whole = [name for name, variation in synthesis.VARIATIONS.items() if not variation.is_normal]
-    kinds = itertools.cycle([*synthesis.LOCAL_KINDS, GLOBAL_KIND])
+    kinds = itertools.islice(itertools.cycle([*synthesis.LOCAL_KINDS, GLOBAL_KIND]), skip, None)
     for sample in samples:
         rng = np.random.default_rng([seed, int(sample.sha256[:12], 16)])
         picture = images.load_image(sample.image_path)
         for kind in itertools.islice(kinds, n_per_picture):
             if kind == GLOBAL_KIND:
-                yield synthesis.vary(picture, str(rng.choice(whole)), rng), sample, kind
+                yield synthesis.vary(picture, str(rng.choice(synthesis.ANOMALOUS_VARIATIONS)), rng), sample, kind
             else:
                 yield synthesis.synthesize(picture, kind, rng)[0], sample, kind
 
@@ -379,7 +390,32 @@ def run_report_2024(
     return results.read(results_dir, samples, dataset.folder, dataset.hash)
 
 
-# ------------------------------------------------------------------------------------------------- tables and folders
+# ------------------------------------------------------------------------------------------------- tables and figures
+
+
+def search_table(fitted: Mapping[str, Mapping[str, Fitted]]) -> pd.DataFrame:
+    """What each search chose, what it expects of unseen kinds of anomaly, and the threshold.
+
+    Returns:
+        one row per method and painting; ``chosen`` lists the searched fields only.
+    """
+    rows = []
+    for method, paintings in fitted.items():
+        for category, one in paintings.items():
+            chosen = {name: getattr(one.search.settings, name) for name in one_class.SPACES[method]}
+            rows.append(
+                {
+                    "method": method,
+                    "painting": category,
+                    "chosen": ", ".join(f"{name} {value}" for name, value in chosen.items()) or "nothing to choose",
+                    "AUROC, tuned kinds": one.search.auroc,
+                    "AUROC, unseen kinds": one.search.unseen_auroc,
+                    "normals behind the threshold": len(one.normal_scores),
+                    "threshold": one.threshold,
+                    "seconds": one.seconds,
+                }
+            )
+    return pd.DataFrame(rows).set_index(["method", "painting"]).round(3)
 
 
 def side_by_side(report: Mapping[str, MethodResult], sound: Mapping[str, MethodResult]) -> pd.DataFrame:
@@ -419,6 +455,58 @@ def per_painting(found: Mapping[str, MethodResult], fitted: Mapping[str, Mapping
     return pd.DataFrame(rows).set_index(["method", "painting"])
 
 
+def score_sets(found: Mapping[str, MethodResult]) -> list[figures.ScoreSet]:
+    """Scores, labels and thresholds by method and painting, for :func:`helpers.figures.score_histograms`."""
+    sets = []
+    for method, result in found.items():
+        for category in sorted({p.sample.category for p in result.predictions}):
+            chosen = [p for p in result.predictions if p.sample.category == category]
+            scores = np.array([p.anomaly_score for p in chosen])
+            labels = np.array([p.sample.is_anomalous for p in chosen])
+            auroc = (metrics.image_auroc(scores, labels), *statistics.auroc_interval(scores, labels))
+            sets.append(figures.ScoreSet(method, category, scores, labels, chosen[0].threshold, auroc))
+    return sets
+
+
+def map_examples(result: MethodResult, *, n_per_painting: int = 3) -> list[figures.Panel]:
+    """Pictures with mask and map: for each painting a normal one and the middle one of some kinds, by score.
+
+    The middle one, not the best: a figure of successes would flatter.
+    """
+    panels = []
+    for category in sorted({p.sample.category for p in result.predictions}):
+        by_kind: dict[str, list[Prediction]] = {}
+        for prediction in sorted(result.predictions, key=lambda p: p.anomaly_score):
+            if prediction.sample.category == category:
+                by_kind.setdefault(prediction.sample.kind, []).append(prediction)
+        normal = by_kind.pop(NORMAL_KIND, [])
+        with_mask = sorted(kind for kind, found in by_kind.items() if found[0].sample.mask_path is not None)
+        kinds = with_mask or sorted(by_kind)
+        spread = np.linspace(0, len(kinds) - 1, min(n_per_painting, len(kinds))).round().astype(int)
+        for group in [normal, *(by_kind[kinds[i]] for i in spread)]:
+            if group:
+                panels.append(_panel(result, group[len(group) // 2]))
+    return panels
+
+
+def _panel(result: MethodResult, prediction: Prediction) -> figures.Panel:
+    sample = prediction.sample
+    picture = images.load_image(sample.image_path, max_side=512)
+    verdict = "called anomalous" if prediction.is_predicted_anomalous else "called normal"
+    return figures.Panel(
+        picture,
+        data.mask_of(sample, picture.shape[:2]),
+        result.anomaly_map(prediction),
+        f"{results.category_label(sample.category)}: {sample.kind}, {verdict}",
+    )
+
+
+def show_anomalies(samples: Sequence[Sample], *, n: int, seed: int) -> list[figures.Panel]:
+    """The first ``n`` synthetic anomalies of some pictures, one from each, captioned with their kinds."""
+    made = (next(synthetic_anomalies([sample], n_per_picture=1, seed=seed, skip=i)) for i, sample in enumerate(samples))
+    return [figures.Panel(picture, caption=kind) for picture, _, kind in itertools.islice(made, n)]
+
+
 def _rates_in_words(predictions: Sequence[Prediction]) -> dict[str, str]:
     labels = [p.sample.is_anomalous for p in predictions]
     rates = metrics.rates(labels, [p.is_predicted_anomalous for p in predictions])
@@ -426,6 +514,9 @@ def _rates_in_words(predictions: Sequence[Prediction]) -> dict[str, str]:
     accuracy = f"{rates.accuracy.value:.1%} = {rates.accuracy.successes}/{rates.accuracy.n} [{low:.1%}, {high:.1%}]"
     counted = {"anomalies found": rates.sensitivity, "normals passed": rates.specificity}
     return {"accuracy": accuracy} | {name: f"{rate.successes}/{rate.n}" for name, rate in counted.items()}
+
+
+# ------------------------------------------------------------------------------------------------- sorted folders
 
 
 def sort_pictures(result: MethodResult, target: Path) -> Path:

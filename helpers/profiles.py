@@ -40,6 +40,8 @@ class Profile:
         batch_size: pictures per forward pass.
         n_trials: settings tried by each hyper-parameter search.
         max_epochs: upper limit of the cross-entropy head's training.
+        n_synthetic: synthetic anomalies made from each normal picture, to train the head and to search settings.
+        max_bank_rows: patches in the memory bank of the patch k-NN method.
     """
 
     name: str
@@ -63,6 +65,8 @@ class Profile:
     batch_size: int = 32
     n_trials: int = 24
     max_epochs: int = 200
+    n_synthetic: int = 6
+    max_bank_rows: int = 40_000
 
     @property
     def dataset_name(self) -> str:
@@ -109,6 +113,8 @@ _MINI = {
     "cnn_model": "efficientnet_lite0",
     "n_trials": 12,
     "max_epochs": 120,
+    "n_synthetic": 4,
+    "max_bank_rows": 6_000,
 }
 
 
