@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,15 +21,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from helpers import storage
+
 if TYPE_CHECKING:
     from helpers.backbones import Clip
+    from helpers.data import Dataset
     from helpers.records import Sample
+    from helpers.results import MethodResult
 
 TEMPERATURE = 0.07
 """Divides the cosine similarities; a constant of the method, CLIP's own logit scale is not used."""
 
 TEMPLATES = ("{}", "damaged {}")
 """Normal and abnormal text around the class name ``"object"``, in the order of the two text features."""
+
+CALIBRATION = "calibration.json"
+"""File beside the predictions with the calibration scores of each artwork."""
 
 _SIDES = ("pos", "neg")  # the published files call normal "pos" and abnormal "neg"
 _LAMBDA = 4.0
@@ -89,7 +96,7 @@ class PromptLearner(nn.Module):
         seed: int = 111,
     ) -> None:
         super().__init__()
-        _check_clip(model)
+        check_clip(model)
         n_blocks = len(model.transformer.resblocks)
         n_deep = round(n_blocks * 2 / 3) if n_deep is None else n_deep
         if not 0 <= n_deep < n_blocks:
@@ -205,8 +212,6 @@ def load_prompts(path: Path, clip: Clip) -> PromptLearner:
 def save_prompts(learner: PromptLearner, path: Path) -> None:
     """Write prompts as safetensors in the published layout, atomically; :func:`load_prompts` reads them."""
     from safetensors.torch import save_file
-
-    from helpers import storage
 
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in learner.state_dict().items()}
     with storage.atomic_path(path) as temporary:
@@ -351,7 +356,7 @@ def _check_taps(taps: Sequence[int], n_blocks: int) -> None:
         raise ValueError(f"taps are {tuple(taps)}; this tower allows block numbers from 1 to {n_blocks}.")
 
 
-def _check_clip(model: nn.Module) -> None:
+def check_clip(model: nn.Module) -> None:
     """Refuse towers whose arithmetic is not CLIP's."""
     from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
 
@@ -449,16 +454,16 @@ def build_detector(clip: Clip, learner: PromptLearner, settings: DetectorSetting
     """
     from helpers.backbones import square_preprocess
 
-    _check_clip(clip.model)
+    check_clip(clip.model)
     visual = clip.model.visual
-    filled = _filled(visual, settings)
+    filled = filled_settings(visual, settings)
     with torch.inference_mode():
         text = F.normalize(encode_text(clip.model, learner), dim=-1)
     name = clip.model_id.rsplit("/", 1)[0]
     return Detector(visual, text, square_preprocess(filled.image_size), filled, f"{name}/{filled.image_size}")
 
 
-def _filled(visual: nn.Module, settings: DetectorSettings) -> DetectorSettings:
+def filled_settings(visual: nn.Module, settings: DetectorSettings) -> DetectorSettings:
     """Settings with the tower's own numbers in place of None and (), checked."""
     n_blocks = len(visual.transformer.resblocks)
     first = default_first_dual_block(n_blocks) if settings.first_dual_block is None else settings.first_dual_block
@@ -516,7 +521,7 @@ def score_samples(
         raise ValueError("There is no picture to score. Check the category and the split, or run 02 again.")
     device = detector.text.device
     loader = torch.utils.data.DataLoader(
-        _Pictures(samples, detector.preprocess),
+        Pictures(samples, detector.preprocess),
         batch_size=batch_size,
         num_workers=n_workers,
         pin_memory=device.type == "cuda",
@@ -532,7 +537,7 @@ def score_samples(
             started = time.perf_counter()
 
 
-class _Pictures(torch.utils.data.Dataset):
+class Pictures(torch.utils.data.Dataset):
     """Index and preprocessed picture of each sample."""
 
     def __init__(self, samples: Sequence[Sample], preprocess: Callable[[np.ndarray], torch.Tensor]) -> None:
@@ -545,6 +550,133 @@ class _Pictures(torch.utils.data.Dataset):
         from helpers.images import load_image
 
         return index, self._preprocess(load_image(self._samples[index].image_path))
+
+
+# --- predictions -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the detector says about normal pictures of one artwork that it has not learnt from.
+
+    Attributes:
+        scores: float64 ``(n,)``, anomaly scores.
+        map_maxima: float64 ``(n,)``, highest value of each map.
+    """
+
+    scores: np.ndarray
+    map_maxima: np.ndarray
+
+
+def calibrate(
+    detector: Detector,
+    samples: Sequence[Sample],
+    *,
+    batch_size: int = 8,
+    precision: str = "fp32",
+    n_workers: int = 0,
+) -> dict[str, Calibration]:
+    """Score normal pictures, by artwork.
+
+    Raises:
+        ValueError: no picture, or one that is anomalous or of the test split.
+    """
+    wrong = [sample for sample in samples if sample.is_anomalous or sample.split == "test"]
+    if wrong:
+        raise ValueError(
+            f"{wrong[0].image_path} is {wrong[0].kind!r} in split {wrong[0].split!r}: thresholds are set with normal "
+            "pictures outside the test split only."
+        )
+    found: dict[str, list[tuple[float, float]]] = {}
+    scored = score_samples(
+        detector, samples, batch_size=batch_size, precision=precision, n_workers=n_workers, title="calibration"
+    )
+    for sample, score, anomaly_map, _ in scored:
+        found.setdefault(sample.category, []).append((score, float(anomaly_map.max())))
+    return {category: Calibration(*np.array(rows).T) for category, rows in found.items()}
+
+
+def predict(
+    detector: Detector,
+    dataset: Dataset,
+    *,
+    folder: Path,
+    profile: str,
+    checkpoint_hash: str,
+    trained_on: str,
+    alpha: float = 0.05,
+    calibration_splits: Sequence[str] = ("train", "calibration"),
+    batch_size: int = 8,
+    precision: str = "fp32",
+    n_workers: int = 0,
+    method: str = "anomalyclip",
+) -> MethodResult:
+    """Predict every test picture of a dataset and write scores, thresholds and maps as they come.
+
+    Thresholds are conformal, per artwork, from normal pictures outside the test split. Zero-shot prompts have learnt
+    from none of them, so train and calibration normals both count; few-shot prompts leave the calibration split.
+    A complete run with the same settings is read instead of repeated, an interrupted one is finished.
+
+    Args:
+        detector: see :func:`build_detector`.
+        dataset: its ``train`` and ``calibration`` normals set the thresholds, its ``test`` pictures are predicted.
+        folder: results folder; ``calibration.json`` is written beside the predictions.
+        profile: name of the profile.
+        checkpoint_hash: hash of the prompt file.
+        trained_on: what the prompts have seen, in words, for the manifest.
+        alpha: false-alarm rate that the thresholds aim at.
+        calibration_splits: of the normals that set the thresholds.
+        batch_size, precision, n_workers: see :func:`score_samples`.
+        method: name of the row.
+    Raises:
+        ValueError: an artwork without calibration normals or without test pictures.
+    """
+    from helpers import results
+    from helpers.calibration import conformal_threshold, p_values
+    from helpers.records import Prediction
+
+    folder = Path(folder)
+    test = dataset.select(split="test")
+    normals = [s for split in calibration_splits for s in dataset.select(split=split, is_anomalous=False)]
+    for category in dataset.categories:
+        for split, found in (("test", test), (" or ".join(calibration_splits), normals)):
+            if not any(sample.category == category for sample in found):
+                raise ValueError(f"{category} has no {split} pictures. Add some and run 02_synthesize_anomalies.")
+    settings = {
+        "model": detector.model_id,
+        **asdict(detector.settings),
+        "trained_on": trained_on,
+        "alpha": alpha,
+        "calibration_splits": list(calibration_splits),
+        "precision": precision,
+    }
+    head = {"dataset_hash": dataset.hash, "settings": settings, "checkpoint_hash": checkpoint_hash}
+    if not (results.is_complete(folder, **head) and (folder / CALIBRATION).exists()):
+        options = {"batch_size": batch_size, "precision": precision, "n_workers": n_workers}
+        calibration = calibrate(detector, normals, **options)
+        thresholds = {name: conformal_threshold(one.scores, alpha) for name, one in calibration.items()}
+        with results.Writer(
+            folder, method=method, samples=test, dataset_dir=dataset.folder, profile=profile, **head
+        ) as writer:
+            rest = [sample for sample in test if sample.image_path not in writer.done]
+            for sample, score, anomaly_map, seconds in score_samples(detector, rest, **options) if rest else ():
+                p_value = float(p_values(calibration[sample.category].scores, [score])[0])
+                threshold = thresholds[sample.category]
+                writer.add(Prediction(sample, score, anomaly_map, threshold, p_value, seconds))
+        lists = {
+            category: {"scores": one.scores.tolist(), "map_maxima": one.map_maxima.tolist()}
+            for category, one in calibration.items()
+        }
+        storage.write_json(folder / CALIBRATION, lists)
+    return results.read(folder, dataset.samples, dataset.folder, dataset.hash)
+
+
+def read_calibration(folder: Path) -> dict[str, Calibration]:
+    """The calibration that :func:`predict` wrote into a results folder, by artwork."""
+    lists = storage.read_json(Path(folder) / CALIBRATION)
+    return {
+        category: Calibration(np.array(one["scores"]), np.array(one["map_maxima"])) for category, one in lists.items()
+    }
 
 
 # --- losses ----------------------------------------------------------------------------------------------------------
@@ -604,6 +736,9 @@ def prompt_losses(text: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> dict
 class PromptTraining(nn.Module):
     """What :func:`helpers.training.train` trains: prompts through a frozen text tower, on cached image features.
 
+    The reference computes gradients for all weights of the text tower and throws them away; freezing it halves the
+    time of a step.
+
     Args:
         model: CLIP; it is frozen here, only its text tower is used.
         learner: the prompts to train.
@@ -611,13 +746,13 @@ class PromptTraining(nn.Module):
 
     def __init__(self, model: nn.Module, learner: PromptLearner) -> None:
         super().__init__()
-        _check_clip(model)
+        check_clip(model)
         self.learner = learner.requires_grad_(True)
-        self._text_tower = (model.requires_grad_(False),)  # in a tuple: not a submodule, not moved, not saved
+        self.clip = model.requires_grad_(False)
 
     def text_features(self) -> torch.Tensor:
         """Normalised text features ``(2, embed_dim)``."""
-        return F.normalize(encode_text(self._text_tower[0], self.learner), dim=-1)
+        return F.normalize(encode_text(self.clip, self.learner), dim=-1)
 
     def forward(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return prompt_losses(self.text_features().float(), batch)

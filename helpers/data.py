@@ -35,7 +35,9 @@ __all__ = [
     "dataset_hash",
     "load_manifest",
     "mask_of",
+    "near_duplicates",
     "open_dataset",
+    "perceptual_hash",
     "read_folder",
     "write_manifest",
 ]
@@ -232,7 +234,7 @@ def read_folder(folder: Path | str) -> FolderReading:
         )
     root = source if source.is_dir() else source.parent
     exact = _exact_duplicates(samples, root)
-    near = _near_duplicates(samples, hashes)
+    near = near_duplicates(samples, hashes)
     stated = {found.image_path: found.group for found in layout.found}
     samples = _grouped(samples, [stated[s.image_path] for s in samples], [*exact, *near], notes)
     order = sorted(range(len(samples)), key=lambda i: _order(samples[i], i))
@@ -529,8 +531,13 @@ def _exact_duplicates(samples: Sequence[Sample], root: Path) -> list[tuple[int, 
     return pairs
 
 
-def _near_duplicates(samples: Sequence[Sample], hashes: Sequence[np.ndarray | None]) -> list[tuple[int, int]]:
-    """Pairs of pictures that show one scan, exact copies among them."""
+def near_duplicates(samples: Sequence[Sample], hashes: Sequence[np.ndarray | None]) -> list[tuple[int, int]]:
+    """Pairs of pictures that show one scan, exact copies among them: indices ``(i, j)`` with ``i < j``.
+
+    Args:
+        samples: the pictures.
+        hashes: their :func:`perceptual_hash`.
+    """
     known = [index for index, value in enumerate(hashes) if value is not None]
     if len(known) < 2:
         return []
