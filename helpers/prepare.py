@@ -50,7 +50,7 @@ def obtain(
         if not file.is_present:
             _get(plan, file, token, clip_model, clip_image_size, log)
     _verify_once(plan, log)
-    log("all files are here")
+    log("nothing left to fetch: every file is here, or what it was needed for is ready")
 
 
 def convert_base(plan: Plan, *, shard_bytes: int, log: Callable[[str], None] = print) -> Path:

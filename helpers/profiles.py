@@ -40,6 +40,10 @@ class Profile:
         batch_size: pictures per forward pass.
         n_trials: settings tried by each hyper-parameter search.
         max_epochs: upper limit of the cross-entropy head's training.
+        llama_size: language model prepared by notebook 01: ``"7B"``, ``"13B"`` or ``"mini"``.
+        weights_shard_bytes: largest weight file written.
+        fuse_merge: merge straight from Meta's files, without writing the converted base.
+        delete_raw_weights: delete raw weight files as soon as they are used up.
         n_synthetic: synthetic anomalies made from each normal picture, to train the head and to search settings.
         max_bank_rows: patches in the memory bank of the patch k-NN method.
     """
@@ -65,6 +69,11 @@ class Profile:
     batch_size: int = 32
     n_trials: int = 24
     max_epochs: int = 200
+    # weights
+    llama_size: str = "7B"
+    weights_shard_bytes: int = 2_000_000_000
+    fuse_merge: bool = True
+    delete_raw_weights: bool = False
     n_synthetic: int = 6
     max_bank_rows: int = 40_000
 
@@ -113,6 +122,10 @@ _MINI = {
     "cnn_model": "efficientnet_lite0",
     "n_trials": 12,
     "max_epochs": 120,
+    "llama_size": "mini",
+    "weights_shard_bytes": 120_000_000,
+    "fuse_merge": False,
+    "delete_raw_weights": True,
     "n_synthetic": 4,
     "max_bank_rows": 6_000,
 }

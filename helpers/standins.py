@@ -62,7 +62,9 @@ def write_language_model(meta: Path, delta: Path, *, n_shards: int = 3, seed: in
     for name, tensor in model.items():
         exact = tensor.float()
         noise = torch.randn(tensor.shape, generator=generator) if tensor.ndim == 2 else torch.zeros(tensor.shape)
-        base[name] = noise.mul_(NOISE * exact.square().mean().sqrt()).add_(exact).half()
+        # rounded, so that the files do not depend on the number of threads that summed
+        scale = float(f"{NOISE * float(exact.square().mean().sqrt()):.3g}")
+        base[name] = noise.mul_(scale).add_(exact).half()
         change[name] = exact.sub_(base[name]).half()
     _write_meta(meta, base, params, n_shards)
     shapes = [{name: tuple(tensor.shape) for name, tensor in base.items()}]

@@ -20,6 +20,7 @@ from helpers.shard_job import Job, OutTensor
 from helpers.tensor_files import StoredTensor, WeightFileError
 
 if TYPE_CHECKING:
+    import pandas as pd
     import torch
 
 COMPONENTS = ("vicuna", "imagebind", "pandagpt", "anomalygpt", "anomalyclip")
@@ -238,6 +239,30 @@ def require(weights_dir: Path, component: str, *, verify: bool = False) -> Path:
 def read_ready(folder: Path) -> dict[str, Any]:
     """Content of a component's ``READY.json``: ``component, files, tensors, source, settings, notes, inputs``."""
     return storage.read_json(Path(folder) / shard_job.READY)
+
+
+def merge_statistics(folder: Path) -> pd.DataFrame:
+    """What the merge measured on samples of each matrix, the input embedding first.
+
+    Args:
+        folder: a merged ``vicuna`` folder.
+    Returns:
+        one row a kind of matrix: root mean squares of base, delta and sum (medians over the layers), their ratio, and
+        the cosine between the delta's extra row and the mean row of the base (v0's input embedding only).
+    """
+    import pandas as pd
+
+    rows = []
+    entries = read_ready(folder)["tensors"]
+    for name in sorted(entries, key=lambda name: name != llama_layout.EMBEDDINGS[0]):
+        entry = entries[name]
+        if "rms_base" in entry and not name.endswith("norm.weight"):
+            kind = name.split(".", 3)[-1] if name.startswith("model.layers.") else name
+            rows.append({"matrix": kind.removesuffix(".weight"), **entry})
+    wanted = ["rms_base", "rms_delta", "rms_merged", "pad_row_cosine"]
+    table = pd.DataFrame(rows, columns=["matrix", *wanted]).groupby("matrix", sort=False)[wanted].median()
+    table.insert(3, "delta / base", table["rms_delta"] / table["rms_base"])
+    return table.round(4).fillna("").reset_index()
 
 
 def _open_meta(source: Path, job: Job, *, role: str) -> _Model:
