@@ -34,7 +34,7 @@ from PIL import Image
 from helpers import data, images, metrics, results, statistics, storage
 from helpers.records import Prediction, Sample
 from helpers.results import METHODS, MethodResult, category_label, method_label
-from helpers.wording import ALWAYS, RESERVED_KINDS, count_of, estimate, numbers, seconds_text
+from helpers.wording import ALWAYS, RESERVED_KINDS, count_of, decimal, estimate, numbers, seconds_text
 
 COLUMNS = (
     "method",
@@ -188,7 +188,7 @@ def write_always_anomaly(folder: Path, dataset: data.Dataset, *, profile: str) -
 def _read_all(
     results_dir: Path, samples: Sequence[Sample], dataset: data.Dataset
 ) -> tuple[list[MethodResult], dict[str, str], dict[str, str]]:
-    others = sorted(path.parent.name for path in results_dir.glob(f"*/{results.MANIFEST}"))
+    others = sorted(path.parent.name for path in results_dir.glob(f"[!.]*/{results.MANIFEST}"))
     found, missing, refused = [], {}, {}
     for method in (*METHODS, *(name for name in others if name not in METHODS)):
         try:
@@ -670,7 +670,7 @@ def as_markdown(path: Path) -> str:
 
 
 def _short(row: Mapping[str, Any] | None) -> str:
-    return "–" if row is None else f"{row['value']:.2f}"
+    return "–" if row is None else decimal(row["value"])
 
 
 def _pictures(look: Mapping[Any, Mapping[str, Any]], methods: Sequence[str], category: str) -> str:

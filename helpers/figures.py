@@ -216,7 +216,7 @@ def map_panels(
         raise ValueError("map_panels got no panel; choose at least one picture.")
     heights = [min(1.5, panel.image.shape[0] / panel.image.shape[1]) for panel in panels]
     fig, axes = plt.subplots(
-        len(panels), 4, figsize=(9.6, 0.95 + sum(1.72 * height + 0.14 for height in heights)), squeeze=False,
+        len(panels), 4, figsize=(10.2, 0.95 + sum(1.72 * height + 0.14 for height in heights)), squeeze=False,
         gridspec_kw={"height_ratios": heights},
     )  # fmt: skip
     for row, (panel, line) in enumerate(zip(panels, axes)):
@@ -224,7 +224,7 @@ def map_panels(
         if row == 0:
             for ax, name in zip(line, ("input", "mask (truth)", "anomaly map", "overlay")):
                 ax.set_title(name, fontsize=10, loc="center")
-        line[0].set_ylabel(_wrap(panel.caption, 22), rotation=0, ha="right", va="center", labelpad=8, fontsize=9.5)
+        line[0].set_ylabel(_wrap(panel.caption, 27), rotation=0, ha="right", va="center", labelpad=8, fontsize=9.5)
     scale = ScalarMappable(Normalize(*limits), cmap=MAP_COLORS)
     bar = fig.colorbar(scale, ax=axes, shrink=min(1.0, 4.0 / len(panels) ** 1.2), aspect=28, pad=0.015, extend="both")
     bar.set_label(unit)
@@ -419,7 +419,7 @@ class Rate:
     n: int
 
 
-def kind_bars(rates: Sequence[Rate], *, title: str, x_label: str = "share found") -> Figure:
+def kind_bars(rates: Sequence[Rate], *, title: str, x_label: str = "found (%)") -> Figure:
     """Bars with intervals: a column per method, a row per kind with its n."""
     methods = list(dict.fromkeys(rate.method for rate in rates))
     groups = list(dict.fromkeys(rate.group for rate in rates))
@@ -436,15 +436,44 @@ def kind_bars(rates: Sequence[Rate], *, title: str, x_label: str = "share found"
             ax.plot(rate.value, y, "o", color=color, markersize=4.5, clip_on=False, zorder=3)
         ax.set(xlim=(0, 1), ylim=(len(groups) - 0.5, -0.5))
         ax.set_xticks([0, 0.5, 1], ["0", "50", "100"], fontsize=9)
+        ax.set_xlabel(x_label, fontsize=9)
         names = [_shorten(name.replace("_", " "), 26) for name in groups]
         ax.set_yticks(range(len(groups)), [f"{name}  (n = {n_by_group[key]})" for name, key in zip(names, groups)])
         ax.set_title(_wrap(method_label(method), 15), color=_text_color(method), fontsize=9.5)
         ax.grid(axis="y", visible=False)
         ax.tick_params(axis="y", length=0)
         ax.spines["left"].set_visible(False)
-    fig.supxlabel(f"{x_label} in %, with 95 % Wilson interval", fontsize=10)
     _title(fig, title)
     return _with_alt(fig, f"Share of pictures called anomalous, by kind and method. {title}")
+
+
+def interval_plot(rates: Sequence[Rate], *, title: str, x_label: str, chance: float | None = None) -> Figure:
+    """Value and interval: a panel per group (painting), a row per method."""
+    methods = list(dict.fromkeys(rate.method for rate in rates))
+    groups = list(dict.fromkeys(rate.group for rate in rates))
+    fig, axes = plt.subplots(
+        1, len(groups), figsize=(3.0 + 3.4 * len(groups), 1.5 + 0.42 * len(methods)), squeeze=False, sharey=True
+    )
+    for ax, group in zip(axes[0], groups):
+        members = {rate.method: rate for rate in rates if rate.group == group}
+        for method, rate in members.items():
+            y, color = methods.index(method), method_color(method)
+            ax.plot([rate.low, rate.high], [y, y], color=color, linewidth=3.2, alpha=0.45, solid_capstyle="round")
+            ax.plot(rate.value, y, _MARKERS.get(method, "o"), color=color, markersize=8, clip_on=False, zorder=3)
+        if chance is not None:
+            ax.axvline(chance, color=MUTED, linewidth=1.2, linestyle=(0, (2, 3)))
+            ax.annotate("chance", (chance, 0), xycoords=("data", "axes fraction"), xytext=(4, 4),
+                        textcoords="offset points", fontsize=8.5, color=MUTED)  # fmt: skip
+        n = max(rate.n for rate in members.values())
+        ax.set_title(f"{group} (n = {n})")
+        ax.set(xlim=(min([0.4, *(rate.low for rate in rates)]) - 0.02, 1.0), ylim=(len(methods) - 0.4, -0.6))
+        ax.set_yticks(range(len(methods)), [method_label(method) for method in methods])
+        ax.grid(axis="y", visible=False)
+        ax.tick_params(axis="y", length=0)
+        ax.spines["left"].set_visible(False)
+        ax.set_xlabel(x_label)
+    _title(fig, title)
+    return _with_alt(fig, f"{x_label}: {len(methods)} methods, {len(groups)} groups. {title}")
 
 
 def visibility_curve(rates: Sequence[Rate], *, title: str) -> Figure:
@@ -491,11 +520,12 @@ def quality_vs_seconds(points: Sequence[Point], *, title: str, y_label: str) -> 
         color = method_color(point.method)
         ax.plot([point.seconds] * 2, [point.low, point.high], color=color, linewidth=1.6)
         ax.plot(point.seconds, point.value, _MARKERS.get(point.method, "o"), color=color, markersize=9,
-                label=f"{method_label(point.method)}  {point.seconds:.3g} s", clip_on=False)  # fmt: skip
+                label=f"{method_label(point.method)}  {point.seconds:.2g} s", clip_on=False)  # fmt: skip
     if points:
         ax.set_xscale("log")
         seconds = [point.seconds for point in points]
         ax.set_xlim(min(seconds) / 2, max(seconds) * 2)
+        ax.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
         ax.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
         ax.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
     ax.axhline(0.5, color=MUTED, linewidth=1.2, linestyle=(0, (2, 3)))

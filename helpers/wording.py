@@ -133,13 +133,23 @@ def kind_label(kind: str) -> str:
     return kind.replace("_", " ")
 
 
+def decimal(value: float, digits: int = 2) -> str:
+    """A number rounded, but never up to a perfect 1.
+
+    >>> decimal(0.934), decimal(0.9996), decimal(1.0)
+    ('0.93', '>0.99', '1.00')
+    """
+    text = f"{value:.{digits}f}"
+    return f">{1 - 10**-digits:.{digits}f}" if float(text) == 1 and value < 1 else text
+
+
 def estimate(row: Mapping[str, Any] | None, digits: int = 2) -> str:
     """``"0.93 [0.85, 0.97]"``; a dash when there is no such number."""
     if row is None:
         return "–"
     if not math.isfinite(row["ci_low"]):
-        return f"{row['value']:.{digits}f}"
-    return f"{row['value']:.{digits}f} [{row['ci_low']:.{digits}f}, {row['ci_high']:.{digits}f}]"
+        return decimal(row["value"], digits)
+    return f"{decimal(row['value'], digits)} [{row['ci_low']:.{digits}f}, {row['ci_high']:.{digits}f}]"
 
 
 def count_of(row: Mapping[str, Any] | None) -> str:
