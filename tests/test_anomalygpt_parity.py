@@ -186,3 +186,55 @@ def test_yes_no_score_is_the_difference_of_two_logits(chain):
     tokens = model.language.tokens
     expected = float(logits[tokens.yes_id] - logits[tokens.no_id])
     np.testing.assert_allclose(model.yes_no(look, tiny.QUESTION), [expected], atol=5e-5)
+
+
+TRAINING = {"unsup": ("bottle", False, True), "fewshot": ("bottle", True, True), "sft": ("object", False, False)}
+
+
+@pytest.mark.parametrize("case", TRAINING)
+def test_losses_and_gradients(chain, case):
+    from helpers import anomalygpt_training as t
+
+    model, _, fixture = chain
+    name, few_shot, with_pixels = TRAINING[case]
+    head = anomalygpt.AnomalyHead.from_state({k: v.clone() for k, v in model.head.state_dict().items()})
+    module = t.HeadLoss(head, model.language, model.projection, model.eyes.grid)
+    batch = tiny.training_batch(model, fixture, few_shot=few_shot, name=name)
+    losses = module(batch, with_pixels=with_pixels)
+    losses["loss"].backward()
+    close(losses["loss"].detach()[None], fixture[f"train.{case}.loss"], 2e-5)
+    if with_pixels:
+        close(losses["answer"].detach()[None], fixture[f"train.{case}.ce"], 2e-5)
+        close(losses["focal"].detach(), fixture[f"train.{case}.focal"].sum(), 2e-5)
+        close(losses["dice"].detach(), fixture[f"train.{case}.dice"].sum(), 2e-5)
+        close(losses["token_accuracy"][None], fixture[f"train.{case}.token_acc"], 1e-6)
+        per_tap = anomalygpt.probabilities(head.image_decoder(batch["taps"], batch["text"]), (16, 16))
+        target = t.binary_target(batch["masks"])
+        for tap, focal, dice in zip(per_tap, fixture[f"train.{case}.focal"], fixture[f"train.{case}.dice"]):
+            close(t.focal_loss(tap, target).detach(), focal, 2e-5)
+            close(t.dice_loss(tap[:, 1], target).detach(), dice, 2e-5)
+    gradients = {key: parameter.grad for key, parameter in head.named_parameters()}
+    for key, expected in tiny.part(fixture, f"train.{case}.grad.").items():
+        close(gradients[key], expected, 7e-4 if key.startswith("image_decoder") else 5e-4)
+        scale = float(expected.abs().max())
+        assert float((gradients[key] - expected).abs().max()) <= 3e-3 * scale, key
+
+
+def test_conversation_targets_are_the_published_ones(chain):
+    from helpers import anomalygpt_training as t
+    from helpers import conversations
+
+    model, _, fixture = chain
+    answers = [conversations.answer(False), conversations.answer(True, ["bottom right"])]
+    texts = [t.question_and_answer(model.language, tiny.QUESTION, a, max_length=1024) for a in answers]
+    ids, targets = t.pad_texts(texts, model.language.tokens.pad_id)
+    assert torch.equal(ids, fixture["train.input_ids"].long())
+    assert torch.equal(targets, fixture["train.target_ids"].long())
+    mask = (ids != model.language.tokens.pad_id).int()
+    assert torch.equal(mask, fixture["train.attention_mask"].int())
+
+
+def test_the_question_equals_the_fixture_s(chain):
+    from helpers import conversations
+
+    assert conversations.question("bottle") == tiny.QUESTION

@@ -137,3 +137,40 @@ def build(path: Path) -> tuple[anomalygpt.AnomalyGPT, torch.nn.Module, dict[str,
         lambda name: fixture[f"text.feats_{name}"][0],
     )
     return model, clip, fixture
+
+
+def training_batch(model: anomalygpt.AnomalyGPT, fixture: dict[str, torch.Tensor], *, few_shot: bool, name: str):
+    """The batch of the reference's training step: a normal picture and one with a marked rectangle."""
+    features = model.eyes.embed_images([image(fixture, "normal1"), image(fixture, "query")])
+    masks = torch.zeros(2, 224, 224)
+    masks[1, 120:168, 140:192] = 0.9
+    masks[1, 20:60, 30:90] = 0.2
+    masks[1, 30:40, 40:60] = 0.31
+    batch = {
+        "embedding": features.embedding,
+        "taps": features.taps,
+        "text": fixture[f"text.feats_{name}"].expand(2, -1, -1),
+        "masks": masks,
+        "ids": fixture["train.input_ids"].long(),
+        "targets": fixture["train.target_ids"].long(),
+    }
+    if few_shot:
+        pixels = model.eyes.preprocess(image(fixture, "normal0"))[None]
+        bank = anomalygpt.build_bank(model.eyes.features(anomalygpt.rotations(pixels)).taps)
+        similarity = anomalygpt.bank_similarity(features.taps, bank).mean(dim=0)
+        batch["few_shot"] = 1 - similarity.unflatten(1, model.eyes.grid)
+    return batch
+
+
+def talkative(model: anomalygpt.AnomalyGPT) -> anomalygpt.AnomalyGPT:
+    """The same chain with a vocabulary of hashed words, so that any text can be asked and learnt."""
+    import dataclasses
+    import zlib
+
+    def encode(text: str) -> list[int]:
+        return [3 + zlib.crc32(word.encode()) % 60 for word in re.findall(r"\w+|[^\w ]+", text)]
+
+    tokens = language.ChatTokens(
+        encode, lambda ids: " ".join(f"w{i}" for i in ids), 1, 2, 2, frozenset([68]), encode("Yes")[0], encode("No")[0]
+    )
+    return dataclasses.replace(model, language=language.Language(model.language.model, tokens))
