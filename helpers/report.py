@@ -23,6 +23,7 @@ from helpers.results import category_label, method_label
 from helpers.wording import (
     ALWAYS,
     count_of,
+    count_words,
     decimal,
     findings,
     is_single_kind,
@@ -41,7 +42,7 @@ _STYLE = """
 html { background: #f4f2ed; -webkit-text-size-adjust: 100%; }
 body { margin: 0 auto; max-width: 1120px; padding: 0 40px 64px; background: #ffffff; color: #1f2328;
   font: 17px/1.6 Charter, "Bitstream Charter", "Sitka Text", Cambria, Georgia, "DejaVu Serif", serif; }
-header, h2, h3, nav, table, figcaption, .card, .note, .meta, summary, footer {
+header, h2, h3, nav, table, figcaption, .legend, .card, .note, .meta, summary, footer {
   font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, "DejaVu Sans", sans-serif; }
 header { padding: 56px 0 20px; border-bottom: 1px solid #d9d5cb; }
 .kicker { margin: 0 0 12px; font-size: 13px; letter-spacing: .08em; text-transform: uppercase; color: #8a4b12; }
@@ -72,14 +73,14 @@ nav a { margin-right: 20px; text-decoration: none; white-space: nowrap; }
 .scroll { overflow-x: auto; margin: 18px 0 8px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; line-height: 1.4;
   font-variant-numeric: tabular-nums; }
-caption { text-align: left; caption-side: bottom; padding: 12px 0 0; color: #57606a; font-size: 13.5px;
-  line-height: 1.5; }
+.legend { margin: 12px 0 0; max-width: 72em; color: #57606a; font-size: 13.5px; line-height: 1.5; }
 table.even { table-layout: fixed; } table.even th:first-child { width: 170px; }
 table.even th:nth-child(2) { width: 76px; } table.even thead th { border-bottom-width: 4px; }
 th, td { padding: 8px 8px; text-align: right; vertical-align: top; border-bottom: 1px solid #e7e9eb; }
 th { font-weight: 600; } thead th { vertical-align: bottom; border-bottom: 2px solid #1f2328; font-size: 13px; }
 th:first-child, td:first-child, .left { text-align: left; }
-tbody th[scope=row] { font-weight: 600; } table.numbers tbody th[scope=row] { white-space: nowrap; }
+tbody th[scope=row] { font-weight: 600; } td:not(.left) { white-space: nowrap; }
+table.numbers tbody th[scope=row] { white-space: nowrap; }
 tr.group th { padding-top: 22px; font-size: 15px; border-bottom: 1px solid #b9bfc4; color: #1f2328; }
 tr.group span { font-weight: 400; color: #57606a; font-size: 13.5px; margin-left: 8px; }
 tr.trivial th, tr.trivial td, tr.absent td { color: #6a7178; } tr.trivial { background: #f7f8f9; }
@@ -105,7 +106,7 @@ footer { margin-top: 64px; padding-top: 18px; border-top: 1px solid #d9d5cb; fon
   body { padding: 0 18px 40px; font-size: 16.5px; } header { padding-top: 32px; } h1 { font-size: 24px; }
   h2 { margin-top: 48px; font-size: 21px; } .wide img { max-width: none; width: 820px; }
   .apart { padding: 2px 16px 14px; } nav { line-height: 2.2; } .cards { grid-template-columns: 1fr; }
-  table.numbers { min-width: 940px; } table.plain { min-width: 620px; }
+  table.numbers { min-width: 940px; } table.plain { min-width: 900px; }
 }
 @media print {
   html, body { background: #ffffff; } body { max-width: none; padding: 0; font-size: 11pt; } nav { display: none; }
@@ -190,7 +191,7 @@ def write_report(comparison: Comparison, path: Path, drawn: Mapping[str, Path]) 
         _section("ranking", "Ranking, scores and time", _figure_group(drawn, "ranking")),
         _section("kinds", "What is found and what is not", _kind_table(comparison) + _figure_group(drawn, "kinds")),
         _section("maps", "Where the methods look", _maps(drawn)),
-        _section("failures", "Where they fail", _failures(drawn)),
+        _section("failures", "Where they fail", _failures(comparison, drawn)),
         _answers(comparison),
         _section("tests", "Which differences are real", _tests(comparison)),
         _report_2024(),
@@ -323,8 +324,9 @@ def _main_table(comparison: Comparison) -> str:
         f"from it by a paired test. {mixed}* F1-max is tuned on the test labels: an upper bound, not a result."
     )
     return (
-        f'<div class="scroll"><table class="numbers"><caption>{escape(caption)}</caption><thead><tr>'
+        f'<div class="scroll"><table class="numbers"><thead><tr>'
         f'<th scope="col">Method</th>{heads}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+        f'<p class="legend">{escape(caption)}</p>'
     )
 
 
@@ -408,12 +410,13 @@ def _kind_table(comparison: Comparison) -> str:
                 body += [heading, *lines]
         heads = "".join(
             f'<th scope="col" style="border-bottom-color:{figures.method_color(method)}">'
-            f"{escape(method_label(method))}</th>"
+            f"{_unbroken(method_label(method))}</th>"
             for method in methods
         )
         table = (
             '<div class="scroll"><table class="numbers even"><thead><tr>'
-            f'<th scope="col">{escape(category_label(category))}</th><th scope="col">Pictures</th>{heads}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+            f'<th scope="col">{escape(category_label(category))}</th><th scope="col">Pictures</th>{heads}</tr></thead>'
+            f"<tbody>{''.join(body)}</tbody></table></div>"
         )
         if blocks:
             table = f"<details><summary>The same on {escape(category_label(category))} alone</summary>{table}</details>"
@@ -525,7 +528,8 @@ def _maps(drawn: Mapping[str, Path]) -> str:
     return compared + "".join(_figure(drawn[name], caption) for name in panels)
 
 
-def _failures(drawn: Mapping[str, Path]) -> str:
+def _failures(comparison: Comparison, drawn: Mapping[str, Path]) -> str:
+    look = numbers(comparison.table)
     galleries = [name for name in drawn if name.startswith("failures_")]
     if not galleries:
         return ""
@@ -535,10 +539,19 @@ def _failures(drawn: Mapping[str, Path]) -> str:
     )
     parts = []
     for place, name in enumerate(galleries):
-        label = escape(method_label(name.removeprefix("failures_")))
+        method = name.removeprefix("failures_")
+        missed, alarms = (_n_wrong(look.get((method, "all", "all", key))) for key in ("sensitivity", "specificity"))
+        label = (
+            f"{_swatch(method)}{escape(method_label(method))}: {missed} missed, {count_words(alarms, 'false alarm')}"
+        )
         opened = " open" if place == 0 else ""
         parts.append(f"<details{opened}><summary>{label}</summary>{_figure(drawn[name], caption)}</details>")
     return "<p>The worst errors of each method. Look at them before believing any number above.</p>" + "".join(parts)
+
+
+def _n_wrong(row: Mapping[str, Any] | None) -> int:
+    """Pictures on the wrong side, from a rate of right ones."""
+    return 0 if row is None else row["n_images"] - round(row["value"] * row["n_images"])
 
 
 def _figure(path: Path, caption: str) -> str:
@@ -591,29 +604,31 @@ def _answers(comparison: Comparison) -> str:
 
 
 def _data(comparison: Comparison) -> str:
-    counts: dict[tuple[str, str, str], int] = {}
-    groups: dict[str, set[str]] = {}
-    for sample in comparison.dataset.samples:
-        key = (sample.category, sample.kind, sample.split)
-        counts[key] = counts.get(key, 0) + 1
-        groups.setdefault(sample.category, set()).add(sample.group)
     lines = []
-    for category in sorted(groups):
-        kinds = sorted({kind for name, kind, _ in counts if name == category}, key=lambda kind: (kind != "good", kind))
-        lines.append(
-            f'<tr class="group"><th class="left" colspan="4">{escape(category_label(category))}'
-            f"<span>{len(groups[category])} source pictures</span></th></tr>"
+    for category in sorted({sample.category for sample in comparison.dataset.samples}):
+        chosen = [sample for sample in comparison.dataset.samples if sample.category == category]
+        tested = [sample.kind for sample in chosen if sample.split == "test" and sample.is_anomalous]
+        kinds = ", ".join(f"{kind_label(kind)} {tested.count(kind)}" for kind in sorted(set(tested)))
+        n_normal = sum(sample.split == "test" and not sample.is_anomalous for sample in chosen)
+        cells = (
+            len({sample.group for sample in chosen}),
+            sum(sample.split == "train" for sample in chosen),
+            sum(sample.split == "calibration" for sample in chosen),
+            n_normal,
+            len(tested),
         )
-        for kind in kinds:
-            cells = "".join(
-                f"<td>{counts.get((category, kind, split)) or '–'}</td>" for split in ("train", "calibration", "test")
-            )
-            name = "normal" if kind == "good" else kind_label(kind)
-            lines.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
+        numbers_of = "".join(f"<td>{value or '–'}</td>" for value in cells)
+        lines.append(
+            f'<tr><th scope="row">{escape(category_label(category))}</th>{numbers_of}'
+            f'<td class="left">{escape(kinds) or "–"}</td></tr>'
+        )
+    heads = "".join(
+        f'<th scope="col">{escape(title)}</th>'
+        for title in ("Painting", "Source pictures", "Learnt from", "Threshold set on", "Normal, tested", "Anomalous")
+    )
     table = (
-        '<div class="scroll"><table class="plain"><thead><tr><th scope="col">Kind</th><th scope="col">Learnt from</th>'
-        '<th scope="col">Threshold set on</th><th scope="col">Tested on</th></tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
+        f'<div class="scroll"><table class="plain"><thead><tr>{heads}<th scope="col" class="left">of these</th></tr>'
+        f"</thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
     identity = (
         f"<p>Data set <code>{escape(comparison.dataset.hash)}</code>. All rows of the table were measured on exactly "
@@ -682,6 +697,11 @@ def _order(comparison: Comparison) -> list[str]:
 
 def _swatch(method: str) -> str:
     return f'<span class="swatch" style="background-color:{figures.method_color(method)}"></span>'
+
+
+def _unbroken(label: str) -> str:
+    """The label escaped, with hyphens that do not break a line (k-NN)."""
+    return escape(label).replace("k-NN", "k\N{NON-BREAKING HYPHEN}NN")
 
 
 def _items(sentences: Iterable[str]) -> str:

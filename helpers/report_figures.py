@@ -17,7 +17,7 @@ from helpers import data, figures, images
 from helpers.comparison import VISIBILITY_BINS, Comparison
 from helpers.records import Prediction
 from helpers.results import MethodResult, category_label, map_path, method_label
-from helpers.wording import ALWAYS, estimate, is_single_kind, kind_label, listed, numbers, percent
+from helpers.wording import ALWAYS, count_words, estimate, is_single_kind, kind_label, listed, numbers, percent
 
 _PICTURE_SIDE = 360
 _N_WORST = 5
@@ -290,7 +290,7 @@ def failures(comparison: Comparison, method: str) -> Figure | None:
         score = f"score {p.anomaly_score:.3g}, limit {p.threshold:.3g}"
         caption = f"{name}\n{category_label(p.sample.category)}\n{score}\n{p_text}"
         panels.append(figures.Panel(*_picture(p), caption=caption))
-    title = f"{method_label(method)}: {len(misses)} misses and {len(alarms)} false alarms"
+    title = f"{method_label(method)}: {len(misses)} missed and {count_words(len(alarms), 'false alarm')}"
     if len(wrong) > len(shown):
         title += f"; the {min(_N_WORST, len(misses))} and {min(_N_WORST, len(alarms))} worst are shown"
     return figures.picture_grid(panels, title=title, n_columns=5)
