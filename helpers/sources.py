@@ -345,10 +345,10 @@ class _Client:
             try:
                 with urllib.request.urlopen(urllib.request.Request(url, headers=self._headers), timeout=60) as reply:
                     body = reply.read(MAX_DOWNLOAD_BYTES + 1)
+                    if len(body) > MAX_DOWNLOAD_BYTES:
+                        raise _Skip(f"it is larger than {MAX_DOWNLOAD_BYTES / 1e6:g} MB")
                     if reply.length:  # bytes promised but not sent; read(n) does not complain by itself
                         raise http.client.IncompleteRead(body, reply.length)
-                if len(body) > MAX_DOWNLOAD_BYTES:
-                    raise _Skip(f"it is larger than {MAX_DOWNLOAD_BYTES // 1_000_000} MB")
                 return body
             except urllib.error.HTTPError as error:
                 trouble = f"the server answered {error.code} {error.reason}"
