@@ -1,0 +1,234 @@
+"""Changes of a whole picture: which are other photographs of the same artwork, and which are anomalies.
+
+The source report treats blur, inversion, tilt and saturation as training variations in one place and as anomalies in
+another. Here :data:`VARIATIONS` decides once, with a reason for each; notebook 02 prints it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_GREY = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+@dataclass(frozen=True)
+class Variation:
+    """One change of a whole picture.
+
+    Attributes:
+        is_normal: True when the result still counts as the genuine artwork.
+        what: what is done, with its range.
+        reason: why it counts as normal or not.
+        apply: (uint8 RGB ``(H, W, 3)``, rng) -> uint8 RGB; may change the size.
+    """
+
+    is_normal: bool
+    what: str
+    reason: str
+    apply: Callable[[np.ndarray, np.random.Generator], np.ndarray]
+
+
+def vary(image: np.ndarray, variation: str, rng: np.random.Generator) -> np.ndarray:
+    """Change a whole picture.
+
+    Args:
+        image: uint8 RGB ``(H, W, 3)``; it is not changed.
+        variation: a name of :data:`VARIATIONS`.
+        rng: source of all randomness.
+    Returns:
+        uint8 RGB; ``crop``, ``perspective`` and ``tilt`` cut off up to a tenth of each side.
+    Raises:
+        ValueError: unknown name, or not such a picture.
+    """
+    if variation not in VARIATIONS:
+        raise ValueError(f"Unknown variation {variation!r}; allowed are {', '.join(VARIATIONS)}.")
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+        raise ValueError(f"A picture is uint8 RGB (H, W, 3); this is {image.dtype} {image.shape}.")
+    return np.ascontiguousarray(VARIATIONS[variation].apply(image, rng))
+
+
+def rephotograph(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, list[str]]:
+    """Another photograph of the same artwork: two to four different normal variations, one after the other.
+
+    Args:
+        image: uint8 RGB ``(H, W, 3)``.
+        rng: source of all randomness.
+    Returns:
+        uint8 RGB and the names of the variations, in order.
+    """
+    n = int(rng.integers(2, 5))
+    chosen = sorted(rng.choice(len(NORMAL_VARIATIONS), n, replace=False).tolist())  # the table's order: JPEG last
+    names = [NORMAL_VARIATIONS[index] for index in chosen]
+    for name in names:
+        image = vary(image, name, rng)
+    return image, names
+
+
+def variations_table() -> pd.DataFrame:
+    """:data:`VARIATIONS` as a table: variation, counts as, what, reason."""
+    import pandas as pd
+
+    rows = [(name, "normal" if v.is_normal else "anomalous", v.what, v.reason) for name, v in VARIATIONS.items()]
+    return pd.DataFrame(rows, columns=["variation", "counts as", "what", "reason"]).set_index("variation")
+
+
+# -------------------------------------------------------------------------------------------------------- geometry
+
+
+def _crop(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    height, width = image.shape[:2]
+    top, bottom = (rng.uniform(0, 0.05, 2) * height).astype(int)
+    left, right = (rng.uniform(0, 0.05, 2) * width).astype(int)
+    return image[top : height - bottom, left : width - right]
+
+
+def _perspective(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    height, width = image.shape[:2]
+    corners = np.array([[0, 0], [width - 1, 0], [width - 1, height - 1], [0, height - 1]], np.float32)
+    inwards = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]], np.float32)
+    seen = corners + inwards * (rng.uniform(0, 0.04, (4, 2)) * [width, height]).astype(np.float32)
+    matrix = cv2.getPerspectiveTransform(seen, corners)
+    return cv2.warpPerspective(image, matrix, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+
+def _turned(image: np.ndarray, degrees: float, *, cut: bool) -> np.ndarray:
+    """Turn around the centre; ``cut`` enlarges so that no border shows, else the border is mirrored."""
+    height, width = image.shape[:2]
+    radians = abs(np.radians(degrees))
+    ratio = max(height / width, width / height)
+    zoom = np.cos(radians) + min(ratio, 4.0) * np.sin(radians) if cut else 1.0
+    matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), degrees, zoom)
+    return cv2.warpAffine(image, matrix, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+
+
+def _tilt(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return _turned(image, float(rng.uniform(0.5, 2.5) * rng.choice([-1, 1])), cut=True)
+
+
+def _strong_tilt(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return _turned(image, float(rng.uniform(12, 35) * rng.choice([-1, 1])), cut=False)
+
+
+def _flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return image[:, ::-1] if rng.random() < 0.7 else image[::-1]
+
+
+# ---------------------------------------------------------------------------------------------------- light, colour
+
+
+def _to_bytes(values: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+
+
+def _saturated(image: np.ndarray, factor: float) -> np.ndarray:
+    grey = (image @ _GREY)[..., None]
+    return _to_bytes(grey + (image - grey) * np.float32(factor))
+
+
+def _saturation(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return _saturated(image, float(rng.uniform(0.8, 1.2)))
+
+
+def _strong_saturation(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return _saturated(image, float(rng.uniform(0.0, 0.2) if rng.random() < 0.5 else rng.uniform(2.2, 3.5)))
+
+
+def _colour_jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """White balance, brightness and contrast of another camera."""
+    gain = rng.uniform(0.94, 1.06, 3).astype(np.float32) * np.float32(rng.uniform(0.9, 1.1))
+    contrast = np.float32(rng.uniform(0.9, 1.1))
+    mean = np.float32(image.mean())
+    return _to_bytes(((image - mean) * contrast + mean) * gain)
+
+
+def _different_colour(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Turn all hues by a quarter to three quarters of the circle, keeping lightness."""
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
+    hsv[..., 0] = (hsv[..., 0].astype(np.int16) + int(rng.integers(40, 140))) % 180
+    hsv[..., 1] = np.maximum(hsv[..., 1], 40)  # a grey picture has no hue to turn
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+
+
+def _lighting(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A lamp from one side: up to a fifth darker across the picture."""
+    height, width = image.shape[:2]
+    angle = rng.uniform(0, 2 * np.pi)
+    y, x = np.linspace(-1, 1, height, dtype=np.float32)[:, None], np.linspace(-1, 1, width, dtype=np.float32)[None]
+    slope = (x * np.float32(np.cos(angle)) + y * np.float32(np.sin(angle))) / np.float32(2**0.5)
+    return _to_bytes(image * (1 + np.float32(rng.uniform(0.05, 0.2)) * slope)[..., None])
+
+
+def _invert(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return 255 - image
+
+
+# --------------------------------------------------------------------------------------------------------- sharpness
+
+
+def _blurred(image: np.ndarray, share: float) -> np.ndarray:
+    return cv2.GaussianBlur(image, (0, 0), max(0.3, share * min(image.shape[:2])))
+
+
+def _blur(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return _blurred(image, float(rng.uniform(0.001, 0.003)))
+
+
+def _strong_blur(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return _blurred(image, float(rng.uniform(0.015, 0.04)))
+
+
+def _jpeg(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    quality = int(rng.integers(45, 90))
+    _, encoded = cv2.imencode(".jpg", np.ascontiguousarray(image[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    return cv2.imdecode(encoded, cv2.IMREAD_COLOR)[..., ::-1]
+
+
+VARIATIONS: Mapping[str, Variation] = MappingProxyType(
+    {
+        "crop": Variation(True, "cut off up to 5 % of each side", "photographs rarely show the exact edge", _crop),
+        "perspective": Variation(
+            True, "corners shifted by up to 4 %", "the camera did not stand straight in front", _perspective
+        ),
+        "tilt": Variation(True, "turned by 0.5 to 2.5 degrees", "the camera was held slightly askew", _tilt),
+        "lighting": Variation(
+            True, "5 to 20 % darker towards one side", "gallery light comes from one side", _lighting
+        ),
+        "colour_jitter": Variation(
+            True, "brightness and contrast within 10 %, white balance within 6 %", "cameras differ", _colour_jitter
+        ),
+        "saturation": Variation(True, "colour strength x 0.8 to 1.2", "cameras and screens differ", _saturation),
+        "blur": Variation(True, "Gaussian blur, 0.1 to 0.3 % of the shorter side", "focus and rescaling differ", _blur),
+        "jpeg": Variation(True, "JPEG at quality 45 to 89", "pictures on the web are compressed", _jpeg),
+        "invert": Variation(False, "negative", "no photograph of the genuine artwork looks so", _invert),
+        "flip": Variation(False, "mirrored or upside down", "the genuine artwork has one handedness", _flip),
+        "strong_tilt": Variation(
+            False, "turned by 12 to 35 degrees", "the composition is no longer upright", _strong_tilt
+        ),
+        "strong_saturation": Variation(
+            False, "colour strength below 0.2 or above 2.2", "colours that the artist did not paint", _strong_saturation
+        ),
+        "different_colour": Variation(
+            False, "hues turned by 80 to 280 degrees", "the report names another colour an anomaly", _different_colour
+        ),
+        "strong_blur": Variation(
+            False,
+            "Gaussian blur, 1.5 to 4 % of the shorter side",
+            "the report names fuzziness an anomaly; brushwork is lost",
+            _strong_blur,
+        ),
+    }
+)
+"""Every change of a whole picture, normal ones first; the one place that says which counts as what."""
+
+NORMAL_VARIATIONS = tuple(name for name, variation in VARIATIONS.items() if variation.is_normal)
+ANOMALOUS_VARIATIONS = tuple(name for name, variation in VARIATIONS.items() if not variation.is_normal)
