@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -633,6 +633,22 @@ def loss_curve(history: Sequence[Mapping[str, float]], *, title: str, x_key: str
     return _with_alt(fig, f"Training curves: {', '.join(keys)}. {title}")
 
 
+def live_loss_curve(title: str) -> Callable[[Sequence[Mapping[str, Any]]], None]:
+    """A callback for :func:`helpers.training.train` that redraws one loss figure whenever an epoch ends."""
+    from helpers.training import by_epoch
+
+    state: dict[str, Any] = {"handle": None, "n_scores": 0, "epoch": 1}
+
+    def show(history: Sequence[Mapping[str, Any]]) -> None:
+        n_scores, epoch = sum("score" in row for row in history), history[-1]["epoch"]
+        if (n_scores, epoch) != (state["n_scores"], state["epoch"]):
+            finished = [row for row in by_epoch(history) if row["epoch"] < epoch or "score" in history[-1]]
+            state["handle"] = show_live(loss_curve(finished, title=title), state["handle"])
+            state.update(n_scores=n_scores, epoch=epoch)
+
+    return show
+
+
 def show_live(fig: Figure, handle: Any = None) -> Any:
     """Show the figure in a notebook, replacing the one shown before: one figure per training, not one per epoch.
 
@@ -708,7 +724,7 @@ def _title(fig: Figure, title: str) -> None:
 def _add_footer(fig: Figure, footer: str) -> None:
     """A small grey line at the bottom, in room taken from the layout so that it covers nothing."""
     text = _wrap(footer, int(fig.get_figwidth() * 72 / (8 * 0.58)))
-    room = (8 * 1.35 * (text.count("\n") + 1) + 5) / 72 / fig.get_figheight()
+    room = (8 * 1.45 * (text.count("\n") + 1) + 5) / 72 / fig.get_figheight()
     layout = fig.get_layout_engine()
     if layout is not None:
         layout.set(rect=(0, room, 1, 1 - room))

@@ -568,7 +568,7 @@ def data_uri(path: Path) -> str:
     if len(content) > _MAX_PNG_BYTES:
         with Image.open(io.BytesIO(content)) as image:
             buffer = io.BytesIO()
-            image.convert("RGB").save(buffer, "JPEG", quality=86, subsampling=0, optimize=True)
+            image.convert("RGB").save(buffer, "JPEG", quality=86, subsampling=0)
         if buffer.tell() < len(content):
             content, kind = buffer.getvalue(), "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"

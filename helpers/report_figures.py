@@ -7,7 +7,7 @@ show (no marks with a visibility, no maps, no failure). :func:`draw_all` saves t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -345,3 +345,14 @@ def _result(comparison: Comparison, method: str) -> MethodResult:
 
 def _categories(comparison: Comparison) -> list[str]:
     return sorted({sample.category for sample in comparison.test_samples})
+
+
+def show(drawn: Mapping[str, Path], *names: str) -> None:
+    """Show saved figures in a notebook, with their alt text; says so in words where there is nothing to show."""
+    from IPython.display import Image, display
+
+    for name in names:
+        if name in drawn:
+            display(Image(filename=str(drawn[name]), alt=figures.alt_text(drawn[name]), width=900))
+        else:
+            print(f"Nothing to show for “{name}”: no method in this comparison has what it needs.")
