@@ -54,20 +54,20 @@ kind of mark."""
 
 
 def synthetic_anomalies(
-    samples: Sequence[Sample], *, n_per_picture: int, seed: int, skip: int = 0
+    samples: Sequence[Sample], *, n_anomalies: int, seed: int
 ) -> Iterator[tuple[np.ndarray, Sample, str]]:
-    """Anomalies made from normal pictures, every kind equally often.
+    """Anomalies made from normal pictures: every picture and every kind as often as the others, give or take one.
 
     Kinds are those of :data:`helpers.synthesis.LOCAL_KINDS` and, as one more, the anomalous changes of the whole
-    picture. The same seed and picture give the same anomalies.
+    picture. They are dealt to the pictures like cards from shuffled decks: counted through in order, pictures of one
+    group would get the same kinds again and again. The same seed and pictures give the same anomalies.
 
     Args:
         samples: normal pictures of the splits ``train`` and ``calibration``.
-        n_per_picture: anomalies made from each.
+        n_anomalies: anomalies made in all.
         seed: of everything random.
-        skip: kinds to leave out at the start of the cycle.
     Returns:
-        uint8 RGB picture, the sample it was made from, and the kind.
+        uint8 RGB picture, the sample it was made from, and the kind; ordered by sample.
     Raises:
         ValueError: a sample is anomalous or a test picture.
     """
@@ -77,15 +77,22 @@ def synthetic_anomalies(
             f"{wrong[0].image_path} is an anomalous or test picture. Anomalies to train on are made from normal "
             "pictures of 'train' and 'calibration' only."
         )
-    kinds = itertools.islice(itertools.cycle([*synthesis.LOCAL_KINDS, GLOBAL_KIND]), skip, None)
-    for sample in samples:
-        rng = np.random.default_rng([seed, int(sample.sha256[:12], 16)])
-        picture = images.load_image(sample.image_path)
-        for kind in itertools.islice(kinds, n_per_picture):
+    deck = _deck([*synthesis.LOCAL_KINDS, GLOBAL_KIND], seed)
+    for i, sample in enumerate(samples):
+        n_here = len(range(i, n_anomalies, len(samples)))
+        picture = images.load_image(sample.image_path) if n_here else None
+        rng = synthesis.rng_for(seed, sample.sha256)
+        for kind in itertools.islice(deck, n_here):
             if kind == GLOBAL_KIND:
                 yield synthesis.vary(picture, str(rng.choice(synthesis.ANOMALOUS_VARIATIONS)), rng), sample, kind
             else:
                 yield synthesis.synthesize(picture, kind, rng)[0], sample, kind
+
+
+def _deck(kinds: Sequence[str], seed: int) -> Iterator[str]:
+    rng = np.random.default_rng(seed)
+    while True:
+        yield from rng.permutation(kinds).tolist()
 
 
 def trainings(
@@ -96,7 +103,7 @@ def trainings(
     cnn: Cnn,
     cache_dir: Path,
     batch_size: int,
-    n_per_picture: int,
+    n_anomalies: int,
     seed: int,
 ) -> dict[str, Training]:
     """What each painting's detectors may learn from: its normals outside the test split, and anomalies made from them.
@@ -105,7 +112,7 @@ def trainings(
         dataset: from :func:`helpers.data.open_dataset`.
         embedded: features of its pictures, from :func:`helpers.features.embed_samples`.
         clip, cnn, cache_dir, batch_size: as for :func:`helpers.features.embed_images`.
-        n_per_picture, seed: as for :func:`synthetic_anomalies`.
+        n_anomalies, seed: as for :func:`synthetic_anomalies`, for each painting.
     Raises:
         ValueError: a painting has no normal picture to learn from.
     """
@@ -120,12 +127,12 @@ def trainings(
         sources: list[Sample] = []
         kinds: list[str] = []
         anomalies = features.embed_images(
-            _noting(synthetic_anomalies(normals, n_per_picture=n_per_picture, seed=seed), sources, kinds),
+            _noting(synthetic_anomalies(normals, n_anomalies=n_anomalies, seed=seed), sources, kinds),
             clip=clip,
             cnn=cnn,
             cache_dir=cache_dir,
             batch_size=batch_size,
-            n_pictures=len(normals) * n_per_picture,
+            n_pictures=n_anomalies,
         )
         found[category] = Training(tuple(normals), embedded.of(normals), anomalies, tuple(sources), tuple(kinds))
     return found
@@ -502,9 +509,9 @@ def _panel(result: MethodResult, prediction: Prediction) -> figures.Panel:
 
 
 def show_anomalies(samples: Sequence[Sample], *, n: int, seed: int) -> list[figures.Panel]:
-    """The first ``n`` synthetic anomalies of some pictures, one from each, captioned with their kinds."""
-    made = (next(synthetic_anomalies([sample], n_per_picture=1, seed=seed, skip=i)) for i, sample in enumerate(samples))
-    return [figures.Panel(picture, caption=kind) for picture, _, kind in itertools.islice(made, n)]
+    """``n`` synthetic anomalies, one from each of the first pictures, captioned with their kinds."""
+    made = synthetic_anomalies(samples[:n], n_anomalies=n, seed=seed)
+    return [figures.Panel(picture, caption=kind) for picture, _, kind in made]
 
 
 def _rates_in_words(predictions: Sequence[Prediction]) -> dict[str, str]:

@@ -423,15 +423,7 @@ class HeadDetector:
         kinds = rng.permutation(sorted(set(training.kinds))).tolist()
         n_tune = max(1, len(kinds) // 3)
         self.tune_kinds, self.train_kinds = frozenset(kinds[:n_tune]), frozenset(kinds[n_tune:])
-        tune_groups = group_folds(training.groups, 4, seed)[0]
-        learn = training.where(frozenset(training.groups) - tune_groups, kinds=set(self.train_kinds))
-        tune = training.where(tune_groups, kinds=set(self.tune_kinds))
-        if not (len(learn.kinds) and len(tune.kinds)):
-            raise ValueError(
-                f"After a quarter of the {len(set(training.groups))} source pictures of {training.category} is kept "
-                f"for tuning, {len(learn.kinds)} anomalies are left to train on and {len(tune.kinds)} to tune on. "
-                "Make more synthetic anomalies per picture, or add normal pictures."
-            )
+        learn, tune = self._split(training, seed)
         rows = np.concatenate([self._fused(learn.normals), self._fused(learn.anomalies)])
         self._fit_projection(rows)
         labels = np.repeat([0, 1], [len(learn.normals), len(learn.anomalies)])
@@ -439,6 +431,18 @@ class HeadDetector:
         tune_labels = np.repeat([False, True], [len(tune.normals), len(tune.anomalies)])
         self._net, self.history = train_head(
             self._project(rows), labels, tune_rows, tune_labels, settings=settings, seed=seed
+        )
+
+    def _split(self, training: Training, seed: int) -> tuple[Training, Training]:
+        """The parts to train and to tune on: other pictures and other kinds. The first quarter that will do is kept."""
+        for quarter in group_folds(training.groups, 4, seed):
+            learn = training.where(frozenset(training.groups) - quarter, kinds=set(self.train_kinds))
+            tune = training.where(quarter, kinds=set(self.tune_kinds))
+            if learn.kinds and tune.kinds:
+                return learn, tune
+        raise ValueError(
+            f"{training.category}: {len(training.kinds)} synthetic anomalies from {len(set(training.groups))} source "
+            "pictures cannot be parted into some to train and others to tune on. Make more, or add normal pictures."
         )
 
     def score(self, features: Features) -> np.ndarray:
@@ -722,8 +726,8 @@ def _search_folds(training: Training, n_folds: int, seed: int, *, by_kind: bool)
 
 
 def _quicker(settings: Settings) -> Settings:
-    """What a trial fits: a forest of 100 trees ranks settings as well as a larger one."""
-    return replace(settings, n_trees=min(settings.n_trees, 100)) if isinstance(settings, ForestSettings) else settings
+    """What a trial fits: a forest of 50 trees ranks settings nearly as well as a larger one."""
+    return replace(settings, n_trees=min(settings.n_trees, 50)) if isinstance(settings, ForestSettings) else settings
 
 
 def auroc_of(normal: np.ndarray, anomalous: np.ndarray, *, max_fpr: float = 1.0) -> float:

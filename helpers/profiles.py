@@ -44,8 +44,17 @@ class Profile:
         weights_shard_bytes: largest weight file written.
         fuse_merge: merge straight from Meta's files, without writing the converted base.
         delete_raw_weights: delete raw weight files as soon as they are used up.
-        n_synthetic: synthetic anomalies made from each normal picture, to train the head and to search settings.
+        n_synthetic: synthetic anomalies made for each painting, to train the head and to search settings.
         max_bank_rows: patches in the memory bank of the patch k-NN method.
+        anomalyclip_image_size, anomalyclip_sigma: side of its square input, and smoothing of its maps, in pixels.
+        anomalyclip_prompts: published prompts, by the data set they were trained on.
+        anomalyclip_row: prompts that make the row of the comparison: ``"published"``, ``"own"``, or ``"best"`` on the
+            tuning pictures.
+        anomalyclip_batch_size: pictures per forward pass.
+        auxiliary: pictures to train own prompts on: ``"best_artworks"``, ``"packages"`` or a folder.
+        auxiliary_views: crops per auxiliary picture, half of them damaged.
+        auxiliary_limit: auxiliary pictures per artist.
+        prompt_epochs: upper limit of the training of own prompts; 0 only tests.
     """
 
     name: str
@@ -74,8 +83,18 @@ class Profile:
     weights_shard_bytes: int = 2_000_000_000
     fuse_merge: bool = True
     delete_raw_weights: bool = False
-    n_synthetic: int = 6
+    n_synthetic: int = 600
     max_bank_rows: int = 40_000
+    # AnomalyCLIP
+    anomalyclip_image_size: int = 518
+    anomalyclip_sigma: float = 4.0
+    anomalyclip_prompts: str = "trained_on_mvtec"
+    anomalyclip_row: str = "published"
+    anomalyclip_batch_size: int = 8
+    auxiliary: str = "best_artworks"
+    auxiliary_views: int = 2
+    auxiliary_limit: int = 8
+    prompt_epochs: int = 15
 
     @property
     def dataset_name(self) -> str:
@@ -126,8 +145,15 @@ _MINI = {
     "weights_shard_bytes": 120_000_000,
     "fuse_merge": False,
     "delete_raw_weights": True,
-    "n_synthetic": 4,
+    "n_synthetic": 240,
     "max_bank_rows": 6_000,
+    "anomalyclip_image_size": 112,
+    "anomalyclip_sigma": 2.0,
+    "anomalyclip_row": "best",
+    "anomalyclip_batch_size": 16,
+    "auxiliary": "packages",
+    "auxiliary_views": 12,
+    "prompt_epochs": 10,
 }
 
 
