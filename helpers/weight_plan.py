@@ -203,11 +203,16 @@ class Plan:
         return "\n".join(lines)
 
     def _is_used_up(self, file: WeightFile) -> bool:
-        """Deleted by an unfinished run that had no more use for it (its journal says so)."""
-        journal = self.weights_dir / file.component / shard_job.JOURNAL
-        if not journal.exists():
-            return False
-        return file.path.name in storage.read_json(journal).get("deleted", [])
+        """Read by a step that is finished, or deleted by one that is not and had no more use for it."""
+        for component in ("llama", file.component):
+            for name in (shard_job.READY, shard_job.JOURNAL):
+                path = self.weights_dir / component / name
+                if path.exists():
+                    record = storage.read_json(path)
+                    read = {key.split("/", 1)[1] for key in record["inputs"]} if name == shard_job.READY else set()
+                    if file.path.name in read | set(record.get("deleted", [])):
+                        return True
+        return False
 
     def _steps(self) -> list[tuple[int, int]]:
         """(bytes written, bytes freed afterwards) of each stage that is still to be done."""

@@ -262,7 +262,7 @@ def merge_statistics(folder: Path) -> pd.DataFrame:
     wanted = ["rms_base", "rms_delta", "rms_merged", "pad_row_cosine"]
     table = pd.DataFrame(rows, columns=["matrix", *wanted]).groupby("matrix", sort=False)[wanted].median()
     table.insert(3, "delta / base", table["rms_delta"] / table["rms_base"])
-    return table.round(4).fillna("").reset_index()
+    return table.round(4).reset_index()
 
 
 def _open_meta(source: Path, job: Job, *, role: str) -> _Model:
