@@ -43,16 +43,25 @@ def findings(comparison: Comparison) -> list[str]:
     best = ranked[0]
     rivals = [method for method in ranked[1:] if not _is_told_apart(comparison.tests, best, method)]
     where = f"{n} test pictures of {count_words(n_paintings, 'painting')}"
-    opening = f"On {where}, {method_label(best)} ranks best: image AUROC {estimate(aurocs[best])}"
-    if not ranked[1:]:
-        sentences = [f"{opening}. No other detector has been measured yet."]
+    reached = f"image AUROC {estimate(aurocs[best])}"
+    if aurocs[best]["ci_low"] <= 0.5:
+        who = f"the first, {method_label(best)}," if ranked[1:] else method_label(best)
+        sentences = [f"On {where}, no detector is shown to be better than a coin: {who} reaches {reached}."]
+    elif not ranked[1:]:
+        sentences = [f"On {where}, {method_label(best)} reaches {reached}. No other detector has been measured yet."]
     elif rivals:
-        sentences = [f"{opening}. But these pictures cannot tell it from {listed(map(method_label, rivals))}."]
+        names = listed(map(method_label, rivals))
+        sentences = [
+            f"On {where}, {method_label(best)} ranks first: {reached}. But these pictures cannot tell it from {names}."
+        ]
     else:
-        sentences = [f"{opening}, and the pictures are enough to tell it from every other method."]
+        sentences = [
+            f"On {where}, {method_label(best)} ranks first: {reached}, and the pictures are enough to tell it "
+            "from every other method."
+        ]
     sentences += _trivial_rule(look, ranked)
     chance = [method for method in ranked if aurocs[method]["ci_low"] <= 0.5]
-    if chance:
+    if chance and aurocs[best]["ci_low"] > 0.5:
         sentences.append(
             f"{listed(map(method_label, chance))} may be no better than chance here: the AUROC interval reaches 0.5."
         )
@@ -106,11 +115,17 @@ def _hard_and_easy(table: pd.DataFrame, comparison: Comparison) -> list[str]:
     means = rows.groupby("kind").value.mean().sort_values() if len(rows) else pd.Series(dtype=float)
     if len(means) < 2 or means.iloc[0] == means.iloc[-1]:
         return []
-    hard, easy = means.index[0], means.index[-1]
     return [
-        f"Found least is “{kind_label(hard)}” ({percent(means.iloc[0])} on average over the methods), found most is "
-        f"“{kind_label(easy)}” ({percent(means.iloc[-1])})."
+        f"Found least: {_kinds_at(means, means.iloc[0])}. Found most: {_kinds_at(means, means.iloc[-1])}. (Mean over "
+        "the detectors.)"
     ]
+
+
+def _kinds_at(means: pd.Series, share: float) -> str:
+    """The kinds with this share found, at most three by name."""
+    names = [f"“{kind_label(kind)}”" for kind in means.index[means == share]]
+    shown = listed(names) if len(names) <= 3 else f"{', '.join(names[:3])} and {len(names) - 3} more kinds"
+    return f"{shown} ({percent(share)})"
 
 
 def _false_alarms(look: Mapping[Any, Mapping[str, Any]], ranked: Sequence[str]) -> list[str]:

@@ -267,11 +267,11 @@ def test_every_pair_is_tested_on_every_painting_and_corrected(compared: comparis
 
 
 def test_headline_names_the_first_and_what_cannot_be_told(dataset: data.Dataset, tmp_path: Path) -> None:
-    flat = {"harbour": (1, 2, 3, 4, 5, 6, 7, 0), "portrait": (1, 2, 3, 4, 5, 6, 7, 0)}
+    flat = dict.fromkeys(tiny.CATEGORIES, (1, 2, 3, 4, 5, 6, 7, 3.5))
     for method in ("clip_lof", "anomalyclip"):
         tiny.write_result(tmp_path / method, dataset, method, flat, dict.fromkeys(flat, 4.5))
     headline = wording.findings(comparison.compare(dataset, tmp_path, profile="mini"))[0]
-    assert headline.startswith("On 16 test pictures of 2 paintings, CLIP LOF ranks best: image AUROC 0.75 [")
+    assert headline.startswith("On 16 test pictures of 2 paintings, CLIP LOF ranks first: image AUROC 0.94 [")
     assert headline.endswith("But these pictures cannot tell it from AnomalyCLIP.")
 
 
@@ -283,6 +283,22 @@ def test_a_lead_on_one_painting_and_a_loss_on_the_other_is_no_lead(compared: com
 def test_findings_weigh_every_method_against_the_trivial_rule(compared: comparison.Comparison) -> None:
     sentence = next(text for text in wording.findings(compared) if text.startswith("Calling every picture"))
     assert "8/16 (50.0 %)" in sentence and "every detector is more accurate" in sentence
+
+
+def test_a_first_place_at_chance_level_is_no_finding(dataset: data.Dataset, tmp_path: Path) -> None:
+    level = dict.fromkeys(tiny.CATEGORIES, (1, 2, 3, 4, 1, 2, 3, 4))
+    tiny.write_result(tmp_path / "clip_lof", dataset, "clip_lof", level, dict.fromkeys(level, 9.0))
+    sentences = wording.findings(comparison.compare(dataset, tmp_path, profile="mini"))
+    assert sentences[0].startswith("On 16 test pictures of 2 paintings, no detector is shown to be better than a coin")
+    assert "no detector is more accurate than that" in sentences[1]
+
+
+def test_equally_hard_kinds_are_named_together(compared: comparison.Comparison) -> None:
+    """Means over both detectors: replica 0.25 (n < 3, left out), box 0.625, stain 0.75 (n < 3, left out)."""
+    assert not any("Found least" in text for text in wording.findings(compared))
+    means = pd.Series({"box": 0.0, "dots": 0.0, "cut_and_paste": 0.5})
+    assert wording._kinds_at(means, 0.0) == "“box” and “dots” (0.0 %)"
+    assert wording._kinds_at(means, 0.5) == "“cut and paste” (50.0 %)"
 
 
 @pytest.mark.parametrize(("number", "text"), [(0.9996, ">0.99"), (1.0, "1.00"), (0.934, "0.93"), (0.0, "0.00")])
