@@ -297,7 +297,7 @@ def meta_forward(model: dict[str, torch.Tensor], dims: dict, ids: torch.Tensor) 
 
 def run_killed(code: str, target: Path, *, at_shards: int) -> None:
     """Run ``code`` in a process whose disk is slow, and kill it with -9 while a shard is half written."""
-    slow = "import os, time; fsync = os.fsync; os.fsync = lambda f: (time.sleep(0.2), fsync(f))\n"
+    slow = "import os, time; fsync = os.fsync; os.fsync = lambda f: (time.sleep(0.08), fsync(f))\n"
     process = subprocess.Popen([sys.executable, "-c", slow + code], cwd=Path(__file__).parents[1])
     journal = target / shard_job.JOURNAL
     deadline = time.monotonic() + 60
@@ -741,3 +741,114 @@ def test_shape_sums_of_a_merge_at_true_size() -> None:
     config = llama_layout.meta_tensors(published_shards(*SIZES["7B"][:3]), SIZES["7B"][0])[1]
     n_bytes = sum(2 * np.prod(s) for s in llama_layout.llama_shapes(config | {"vocab_size": 32001}).values())
     assert n_bytes == 13_476_831_232 + 16_384
+
+
+# --- tokenizer and self-test --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small SentencePiece model with LLaMA's settings: BPE, byte fallback, single digits, unk 0, bos 1, eos 2."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    text = [path.read_text() for path in sorted((Path(__file__).parents[1] / "helpers").glob("*.py"))[:6]]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter("\n".join(text).split("\n")), model_prefix=str(folder / "tokenizer"), model_type="bpe",
+        vocab_size=500, byte_fallback=True, split_digits=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, pad_id=-1, minloglevel=2,
+    )  # fmt: skip
+    return folder
+
+
+@pytest.mark.parametrize("damage", ["none", "decapoda", "early v0"])
+def test_tokenizer_gives_the_ids_of_sentencepiece_whatever_lay_beside_it(
+    tmp_path: Path, sentencepiece_model: Path, damage: str
+) -> None:
+    import sentencepiece
+    from transformers import AutoTokenizer
+
+    from helpers import language_check
+
+    dims = DIMS | {"vocab": 500}
+    meta = write_meta(tmp_path / "meta", meta_model(dims), dims, 2)
+    (meta / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.model").write_bytes((sentencepiece_model / "tokenizer.model").read_bytes())
+    special = {"decapoda": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "")}
+    special["early v0"] = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "</s>")
+    if damage != "none":  # as these folders were published
+        config = special[damage] | {"tokenizer_class": "LLaMATokenizer"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        (tmp_path / "special_tokens_map.json").write_text(json.dumps(special[damage]))
+    target = weights.convert_llama(meta, tmp_path / "out", log=quiet)
+    assert (target / "tokenizer.model").read_bytes() == (sentencepiece_model / "tokenizer.model").read_bytes()
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    language_check._check_tokenizer(target, tokenizer)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(target / "tokenizer.model"))
+    for text in ("### Human: <Img>", "def f(x):\n    return 1503", "café ✓"):
+        assert tokenizer(text).input_ids == [1, *processor.encode(text)]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+
+
+def test_a_tokenizer_that_differs_from_sentencepiece_is_refused(tmp_path: Path, sentencepiece_model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from helpers import language_check
+
+    dims = DIMS | {"vocab": 500}
+    meta = write_meta(tmp_path / "meta", meta_model(dims), dims, 1)
+    target = weights.convert_llama(meta, tmp_path / "out", tokenizer=sentencepiece_model, log=quiet)
+    config = json.loads((target / "tokenizer_config.json").read_text())
+    (target / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": False}))
+    with pytest.raises(WeightFileError, match="SentencePiece gives"):
+        language_check._check_tokenizer(target, AutoTokenizer.from_pretrained(target))
+
+
+def test_an_adopted_model_that_is_not_v0_is_marked_as_degraded(tmp_path: Path) -> None:
+    dims = DIMS | {"vocab": 32000, "n_layers": 1}
+    tensors = hugging_face(meta_model(dims), dims)
+    target = weights.adopt_merged(write_hf(tmp_path / "vicuna", tensors, dims), tmp_path / "out", log=quiet)
+    assert_same_bits(read_all(target), tensors)
+    assert any("degraded" in note and "not v0" in note for note in weights.read_ready(target)["notes"])
+    assert weights.merge_statistics(target).empty
+
+
+# --- true size, as sparse files -----------------------------------------------------------------------------------
+
+
+def write_sparse(folder: Path, size: str, *, vocab: int = 32000, eps: float = 1e-6) -> Path:
+    """A Hugging Face folder of 13 or 26 GB that takes no room on disk: a true header over a hole."""
+    params, inner, n_shards, _ = SIZES[size]
+    config = llama_layout.meta_tensors(published_shards(params, inner, n_shards), params)[1]
+    config |= {"vocab_size": vocab, "rms_norm_eps": eps}
+    header, end = {}, 0
+    for name, shape in llama_layout.llama_shapes(config).items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    folder.mkdir()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def test_true_size_mistakes_are_refused_within_a_second(tmp_path: Path) -> None:
+    seven = write_sparse(tmp_path / "7b", "7B")
+    refused((seven, write_sparse(tmp_path / "d13", "13B", vocab=32001)), tmp_path / "a", "is 7B, .* is for 13B")
+    llama2 = write_sparse(tmp_path / "llama2", "7B", eps=1e-5)
+    delta = write_sparse(tmp_path / "d7", "7B", vocab=32001)
+    refused((llama2, delta), tmp_path / "b", "is LLaMA 2")
+    done = write_sparse(tmp_path / "done", "7B", vocab=32001)
+    refused((done, delta), tmp_path / "c", "32001 token rows already")
+    with pytest.raises(WeightFileError, match="is LLaMA 2"):
+        weights.adopt_merged(write_sparse(tmp_path / "v15", "7B", eps=1e-5), tmp_path / "d", log=quiet)
+
+
+def test_true_size_disk_is_checked_before_the_first_byte(tmp_path: Path, small_disk: Path) -> None:
+    pair = write_sparse(tmp_path / "7b", "7B"), write_sparse(tmp_path / "d7", "7B", vocab=32001)
+    with pytest.raises(OSError, match=r"13\.48 GB are still to be written.*15\.48 GB are missing"):
+        weights.merge_delta(*pair, small_disk / "out", log=quiet)
+    assert sorted(path.name for path in (small_disk / "out").iterdir()) == [shard_job.LOCK]
