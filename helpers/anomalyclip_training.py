@@ -24,6 +24,7 @@ from helpers.records import NORMAL_KIND, Sample
 if TYPE_CHECKING:
     from helpers.backbones import Clip
     from helpers.data import Dataset
+    from helpers.results import MethodResult
     from helpers.training import TrainingResult, TrainingSettings
 
 ARTISTS_UNDER_TEST = ("vinci", "vermeer")
@@ -61,7 +62,7 @@ def auxiliary_samples(
             artists, downloaded), or a folder in MVTec AD or VisA layout with real anomalies and masks.
         target: where made pictures go.
         n_views, max_side, seed: see :func:`make_auxiliary`; a folder's own pictures are taken as they are.
-        limit: pictures taken of ``"best_artworks"``.
+        limit: pictures per artist taken of ``"best_artworks"``.
     Raises:
         FileNotFoundError: the folder does not exist.
     """
@@ -70,7 +71,7 @@ def auxiliary_samples(
     elif str(source) == "best_artworks":
         from helpers import sources
 
-        found = sources.best_artworks(Path(target) / "pictures", limit=limit, max_side=2 * max_side)
+        found = sources.best_artworks(Path(target) / "pictures", limit=limit)
         pictures = [s for s in found if not any(name in s.category.lower() for name in ARTISTS_UNDER_TEST)]
     elif Path(source).exists():
         return published_auxiliary(Path(source), seed=seed)
@@ -112,7 +113,7 @@ def make_auxiliary(
     kinds: Sequence[str] | None = None,
     tuning_share: float = 0.25,
 ) -> list[Sample]:
-    """Synthetic anomalies on normal pictures: views (crops), every second one damaged, written to disk with masks.
+    """Synthetic anomalies on normal pictures: photographed crops, every second one damaged, written with masks.
 
     Views of one picture stay in one split: ``"train"`` to learn from, ``"calibration"`` to tune. A complete folder
     with the same arguments is read, not made again.
@@ -148,11 +149,12 @@ def make_auxiliary(
     tuning = set(order[:n_tuning].tolist())
     samples = []
     for number, source in enumerate(pictures):
-        image = images.load_image(source.image_path)
+        image = images.load_image(source.image_path, max_side=2 * max_side)
         split = "calibration" if number in tuning else "train"
         for view in range(n_views):
             rng = np.random.default_rng([seed, number, view])
             picture, mask, kind = _view(image, rng, max_side), None, NORMAL_KIND
+            picture, _ = synthesis.rephotograph(picture, rng)  # light and camera are no anomaly
             if view % 2:
                 kind = kinds[int(rng.integers(len(kinds)))]
                 picture, mask, _ = synthesis.synthesize(picture, kind, rng)
@@ -505,6 +507,69 @@ def train_prompts(
     return learner, result
 
 
+def own_prompts(
+    clip: Clip,
+    samples: Sequence[Sample],
+    *,
+    n_epochs: int,
+    folder: Path,
+    features_dir: Path,
+    settings: DetectorSettings,
+    device: str = "cpu",
+    batch_size: int = 8,
+    patience: int = 4,
+    on_history: Callable[[list[dict[str, Any]]], None] | None = None,
+) -> tuple[dict[str, PromptLearner], TowerFeatures, list[Mapping[str, Any]]]:
+    """Train prompts on pictures split ``"train"`` and tune on ``"calibration"``, as notebook 04 does.
+
+    Each set of choices trains in a folder of its own, so a changed choice starts over and an old one is found again.
+    Small defects stay in the masks (rule ``"any"``): that marks on artworks are small is the point.
+
+    Args:
+        samples: from :func:`auxiliary_samples`, checked by :func:`check_auxiliary`.
+        n_epochs: upper limit; 0 trains nothing, for a test of the published prompts alone.
+        folder: of the checkpoints of all such trainings.
+        features_dir: cache of the tower's features.
+        settings, device, batch_size, patience, on_history: see :func:`train_prompts`.
+    Returns:
+        ``{"own": prompts}`` or ``{}``, the features of the tuning pictures, and the history.
+    """
+    from helpers import training
+
+    options = {"settings": settings, "folder": features_dir, "batch_size": batch_size, "mask_rule": "any"}
+    parts = {split: [s for s in samples if s.split == split] for split in ("train", "calibration")}
+    tuning = tower_features(clip, parts["calibration"], **options)
+    if n_epochs == 0:
+        return {}, tuning, []
+    features = tower_features(clip, parts["train"], **options)
+    how = training.TrainingSettings(n_epochs=n_epochs, batch_size=batch_size, patience=patience)
+    key = storage.sha256_json([features.tokens.shape, [s.sha256 for s in samples], clip.model_id, batch_size])
+    learner, result = train_prompts(
+        clip, features, tuning, folder=Path(folder) / key[:12], settings=how, device=device, on_history=on_history
+    )
+    return {"own": learner}, tuning, list(result.history)
+
+
+def choose_prompts(
+    candidates: Mapping[str, PromptLearner], clip: Clip, tuning: TowerFeatures, *, row: str = "best"
+) -> tuple[str, dict[str, float]]:
+    """Which prompts make the row of the comparison, by tuning pictures alone.
+
+    Args:
+        candidates: prompts by name.
+        tuning: features of the tuning pictures; no picture of the artworks under test.
+        row: name of a candidate, or ``"best"`` for the highest tuning score (the first of equals).
+    Returns:
+        the name, and every candidate's tuning score.
+    Raises:
+        ValueError: ``row`` is no candidate.
+    """
+    if row != "best" and row not in candidates:
+        raise ValueError(f"row is {row!r}; there are {', '.join(candidates)}, or 'best'.")
+    scores = {name: tuning_score(prompts_text(clip, learner), tuning) for name, learner in candidates.items()}
+    return (max(scores, key=scores.__getitem__) if row == "best" else row), scores
+
+
 def prompts_hash(learner: PromptLearner) -> str:
     """SHA-256 of prompts, independent of how a file stores them."""
     from helpers.backbones import weights_hash
@@ -520,3 +585,32 @@ def prompts_text(clip: Clip, learner: PromptLearner) -> torch.Tensor:
 
 def _identities(features: TowerFeatures) -> set[str]:
     return {sample.group or str(sample.image_path) for sample in features.samples}
+
+
+# --- testing what was trained ----------------------------------------------------------------------------------------
+
+
+def predict_with_prompts(
+    clip: Clip,
+    learner: PromptLearner,
+    dataset: Dataset,
+    *,
+    settings: DetectorSettings,
+    alpha: float,
+    profile: str,
+    trained_on: str,
+    folder: Path,
+    batch_size: int = 8,
+) -> MethodResult:
+    """Predict the test pictures with some prompts: :func:`helpers.anomalyclip.predict` with their hash and label."""
+    detector = anomalyclip.build_detector(clip, learner, settings)
+    return anomalyclip.predict(
+        detector,
+        dataset,
+        folder=folder,
+        profile=profile,
+        checkpoint_hash=prompts_hash(learner),
+        trained_on=trained_on,
+        alpha=alpha,
+        batch_size=batch_size,
+    )

@@ -274,6 +274,26 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path.parent for path in Path(folder).glob(f"step_*/{_CARD}"))
 
 
+def by_epoch(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """History in one row per epoch for :func:`helpers.figures.loss_curve`: mean losses and the tuning score.
+
+    >>> by_epoch([{"epoch": 1, "step": 1, "loss": 4.0}, {"epoch": 1, "step": 2, "loss": 2.0},
+    ...           {"epoch": 1, "step": 2, "score": 0.5}])
+    [{'epoch': 1, 'loss': 3.0, 'tuning_score': 0.5}]
+    """
+    places = ("epoch", "step", "learning_rate", "seconds")
+    epochs: dict[int, dict[str, list[float]]] = {}
+    for row in history:
+        values = epochs.setdefault(row["epoch"], {})
+        for name, value in row.items():
+            if name not in places:
+                values.setdefault("tuning_score" if name == "score" else name, []).append(value)
+    return [
+        {"epoch": epoch} | {name: float(np.mean(values)) for name, values in found.items()}
+        for epoch, found in epochs.items()
+    ]
+
+
 # --- the loop --------------------------------------------------------------------------------------------------------
 
 
