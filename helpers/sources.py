@@ -82,7 +82,7 @@ MOTIFS = (
     ),
 )
 _PAINTER = painting.Hand(brush=0.85)
-_EMBEDDED_VERSION = 1
+_EMBEDDED_VERSION = 2
 """Raised when the same settings make other pictures, so that old folders are made anew."""
 
 

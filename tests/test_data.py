@@ -351,6 +351,13 @@ def test_all_files_bad_is_a_refusal(tmp_path: Path) -> None:
         data.build_manifest(tmp_path)
 
 
+def test_only_anomalous_pictures_is_a_refusal(mvtec: Path) -> None:
+    table = mvtec / "mona_lisa" / "test" / "list.csv"
+    table.write_text("image,label\nbox/000.png,anomaly\nbox/001.png,anomaly\n")
+    with pytest.raises(data.DatasetError, match="all 2 readable pictures are anomalous"):
+        data.build_manifest(table)
+
+
 def test_linked_folders_are_read_and_loops_end(mvtec: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     shutil.move(mvtec / "mona_lisa", tmp_path / "elsewhere" / "original")
