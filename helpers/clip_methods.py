@@ -348,7 +348,6 @@ def run_report_2024(
     embedded: Features,
     *,
     clip: Clip,
-    cnn: Cnn,
     cache_dir: Path,
     batch_size: int,
     seed: int,
@@ -373,7 +372,7 @@ def run_report_2024(
             views = features.embed_images(
                 report_2024.altered_views(pictures, method, seed=seed),
                 clip=clip,
-                cnn=cnn,
+                cnn=None,
                 cache_dir=cache_dir,
                 batch_size=batch_size,
                 n_pictures=len(train),

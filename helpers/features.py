@@ -23,6 +23,8 @@ from helpers import images, storage
 from helpers.records import Sample
 
 if TYPE_CHECKING:
+    import torch
+
     from helpers.backbones import Clip, Cnn
 
 CACHE_FORMAT = 1
@@ -36,7 +38,7 @@ class Features:
     Attributes:
         ids: sha256 of each picture (of the file, or of the pixels for pictures in memory).
         clip: float32 ``(n, e)``, CLIP image embedding in the joint space, not normalised.
-        cnn: float32 ``(n, c)``, global average pooled features of the CNN, not normalised.
+        cnn: float32 ``(n, c)``, global average pooled features of the CNN, not normalised; ``(n, 0)`` without one.
         patches: float16 ``(n, g, g, d)``, CLIP patch tokens of the layers of :func:`patch_layers`, each layer's token
             normalised to length 1 and the layers stacked, so that a dot product divided by the number of layers is
             the mean cosine; None when they were not asked for.
@@ -146,7 +148,7 @@ def embed_images(
     pictures: Iterable[np.ndarray],
     *,
     clip: Clip,
-    cnn: Cnn,
+    cnn: Cnn | None,
     cache_dir: Path | None = None,
     batch_size: int = 32,
     patches: bool = False,
@@ -155,7 +157,8 @@ def embed_images(
     """Features of pictures in memory (uint8 RGB ``(H, W, 3)``), for example synthetic anomalies.
 
     Same as :func:`embed_samples`; the key is the hash of the pixels. ``pictures`` may be a generator: only one batch
-    is held at a time (``n_pictures`` tells the progress bar how many will come). Without ``cache_dir`` nothing is kept.
+    is held at a time (``n_pictures`` tells the progress bar how many will come). Without ``cache_dir`` nothing is kept;
+    without ``cnn`` only CLIP looks at the pictures.
     """
     keyed = ((image_id(picture), partial(_itself, picture)) for picture in pictures)
     return _embed(keyed, n_pictures, clip=clip, cnn=cnn, cache_dir=cache_dir, batch_size=batch_size, patches=patches)
@@ -172,10 +175,15 @@ def image_id(picture: np.ndarray) -> str:
     return hashlib.sha256(str(picture.shape).encode() + np.ascontiguousarray(picture).tobytes()).hexdigest()
 
 
-def model_key(clip: Clip, cnn: Cnn, *, patches: bool) -> dict[str, object]:
+def model_key(clip: Clip, cnn: Cnn | None, *, patches: bool) -> dict[str, object]:
     """Everything besides the picture that the features depend on, as JSON values."""
     layers = list(patch_layers(_n_layers(clip))) if patches else None
-    return {"format": CACHE_FORMAT, "clip": clip.model_id, "cnn": cnn.model_id, "patch_layers": layers}
+    return {
+        "format": CACHE_FORMAT,
+        "clip": clip.model_id,
+        "cnn": None if cnn is None else cnn.model_id,
+        "patch_layers": layers,
+    }
 
 
 def _embed(
@@ -183,7 +191,7 @@ def _embed(
     n_pictures: int | None,
     *,
     clip: Clip,
-    cnn: Cnn,
+    cnn: Cnn | None,
     cache_dir: Path | None,
     batch_size: int,
     patches: bool,
@@ -230,13 +238,12 @@ def _itself(picture: np.ndarray) -> np.ndarray:
     return picture
 
 
-def _embed_batch(batch: dict[str, tuple[np.ndarray, float]], *, clip: Clip, cnn: Cnn, patches: bool) -> Features:
+def _embed_batch(batch: dict[str, tuple[np.ndarray, float]], *, clip: Clip, cnn: Cnn | None, patches: bool) -> Features:
     """Features of some pictures, given with the seconds it took to read each."""
     import torch
 
     start = time.perf_counter()
     clip_inputs = [clip.preprocess(picture) for picture, _ in batch.values()]
-    cnn_inputs = [cnn.preprocess(picture) for picture, _ in batch.values()]
     device = next(clip.model.parameters()).device
     clip_input = torch.stack(clip_inputs).to(device)
     _check_size(clip, clip_input.shape[-1])
@@ -247,8 +254,7 @@ def _embed_batch(batch: dict[str, tuple[np.ndarray, float]], *, clip: Clip, cnn:
             output_fmt="NLC",
         )
         tokens = _stack_layers(output["image_intermediates"]) if patches else None
-        cnn_device = next(cnn.model.parameters()).device
-        pooled = cnn.model(torch.stack(cnn_inputs).to(cnn_device, memory_format=torch.channels_last))
+        pooled = torch.zeros(len(batch), 0) if cnn is None else _pool(cnn, [picture for picture, _ in batch.values()])
         found = Features(
             ids=tuple(batch),
             clip=output["image_features"].float().cpu().numpy(),
@@ -264,6 +270,14 @@ def _embed_batch(batch: dict[str, tuple[np.ndarray, float]], *, clip: Clip, cnn:
             )
     found.seconds[:] = (time.perf_counter() - start) / len(batch)
     return found
+
+
+def _pool(cnn: Cnn, pictures: Sequence[np.ndarray]) -> torch.Tensor:
+    import torch
+
+    device = next(cnn.model.parameters()).device
+    inputs = torch.stack([cnn.preprocess(picture) for picture in pictures])
+    return cnn.model(inputs.to(device, memory_format=torch.channels_last))
 
 
 def _stack_layers(layers: Sequence) -> np.ndarray:

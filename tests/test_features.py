@@ -143,6 +143,13 @@ def test_pictures_may_stream(clip, cnn, pictures):
     np.testing.assert_array_equal(streamed.clip, held.clip)
 
 
+def test_without_a_cnn_only_clip_looks(clip, cnn, pictures, tmp_path):
+    whole = features.embed_images(pictures, clip=clip, cnn=cnn, cache_dir=tmp_path)
+    found = features.embed_images(pictures, clip=clip, cnn=None, cache_dir=tmp_path)
+    assert found.cnn.shape == (7, 0)
+    np.testing.assert_allclose(found.clip, whole.clip, atol=1e-6)
+
+
 def test_select_by_sample(clip, cnn, samples, tmp_path):
     found = features.embed_samples(samples, clip=clip, cnn=cnn, cache_dir=tmp_path / "c")
     np.testing.assert_array_equal(found.of([samples[5], samples[2]]).clip, found.clip[[5, 2]])
