@@ -201,6 +201,7 @@ def map_panels(
     limits: tuple[float, float],
     title: str,
     threshold: float | None = None,
+    threshold_label: str = "threshold",
     unit: str = "anomaly score of the pixel (raw)",
 ) -> Figure:
     """Rows of input | mask | map | overlay, all maps on one colour scale.
@@ -210,6 +211,7 @@ def map_panels(
         limits: fixed scale of the method, see :func:`map_limits`.
         title: the finding.
         threshold: marked on the colour bar when given (only where it is on the map's scale).
+        threshold_label: what the mark says.
         unit: label of the colour bar.
     """
     if not panels:
@@ -233,7 +235,7 @@ def map_panels(
         bar.ax.axhline(threshold, color="white", linewidth=3.2)
         bar.ax.axhline(threshold, color=INK, linewidth=1.4)
         bar.ax.annotate(
-            "threshold", (1.0, threshold), xycoords=("axes fraction", "data"), xytext=(-16, 0),
+            threshold_label, (1.0, threshold), xycoords=("axes fraction", "data"), xytext=(-16, 0),
             textcoords="offset points", ha="right", va="center", fontsize=8, rotation=90, color=INK,
         )  # fmt: skip
     _title(fig, title)
@@ -262,7 +264,7 @@ def _show_panel(line: Sequence[Any], panel: Panel, limits: tuple[float, float]) 
     line[3].imshow(overlay(panel.image, panel.anomaly_map, limits))
     if panel.mask is not None and panel.mask.any() and not panel.mask.all():
         line[3].contour(
-            panel.mask, levels=[0.5], colors=["#00e5ff"], linewidths=1.1,
+            panel.mask, levels=[0.5], colors=["#00e5ff"], linewidths=0.9,
             extent=(0, width, 0, height) if panel.mask.shape != (height, width) else None,
         )  # fmt: skip
 
@@ -297,6 +299,8 @@ def map_comparison(
     line[1].set_title("mask (truth)", loc="center")
     for ax, (method, (anomaly_map, limits)) in zip(line[2:], maps.items()):
         ax.imshow(overlay(image, anomaly_map, limits))
+        if mask is not None and mask.any() and not mask.all():
+            ax.contour(mask, levels=[0.5], colors=["#00e5ff"], linewidths=0.9)
         ax.set_title(_wrap(method_label(method), 16), loc="center", color=_text_color(method))
     _title(fig, title)
     return _with_alt(fig, f"One picture, its mask and the overlays of {len(maps)} methods. {title}")
@@ -516,10 +520,10 @@ class Point:
 def quality_vs_seconds(points: Sequence[Point], *, title: str, y_label: str) -> Figure:
     """Quality against seconds per image on a logarithmic axis; the best place is the upper left."""
     fig, ax = plt.subplots(figsize=(8.6, 4.6))
-    for point in points:
+    for point, x in zip(points, _side_by_side([point.seconds for point in points])):
         color = method_color(point.method)
-        ax.plot([point.seconds] * 2, [point.low, point.high], color=color, linewidth=1.6)
-        ax.plot(point.seconds, point.value, _MARKERS.get(point.method, "o"), color=color, markersize=9,
+        ax.plot([x, x], [point.low, point.high], color=color, linewidth=1.6)
+        ax.plot(x, point.value, _MARKERS.get(point.method, "o"), color=color, markersize=9,
                 label=f"{method_label(point.method)}  {point.seconds:.2g} s", clip_on=False)  # fmt: skip
     if points:
         ax.set_xscale("log")
@@ -532,7 +536,7 @@ def quality_vs_seconds(points: Sequence[Point], *, title: str, y_label: str) -> 
     ax.annotate("chance", (1, 0.5), xycoords=("axes fraction", "data"), xytext=(-4, 4), textcoords="offset points",
                 ha="right", fontsize=9, color=MUTED)  # fmt: skip
     ax.set_ylim(min([0.4, *(point.low for point in points)]) - 0.02, 1.0)
-    ax.set_xlabel("seconds per image (logarithmic; model loading not counted)")
+    ax.set_xlabel("seconds per image (logarithmic; equal times side by side; model loading not counted)")
     ax.set_ylabel(y_label)
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), labelspacing=0.8)
     _title(fig, title)
@@ -558,7 +562,7 @@ def picture_grid(panels: Sequence[Panel], *, title: str, n_columns: int = 5, cap
     for ax, panel in zip(axes.flat, panels):
         _bare(ax).imshow(panel.image)
         if panel.mask is not None and panel.mask.any() and not panel.mask.all():
-            ax.contour(panel.mask, levels=[0.5], colors=["#00e5ff"], linewidths=1.1)
+            ax.contour(panel.mask, levels=[0.5], colors=["#00e5ff"], linewidths=0.9)
         ax.set_xlabel(_wrap(panel.caption, caption_width), fontsize=8.8, loc="left", linespacing=1.3)
     _title(fig, title)
     return _with_alt(fig, f"{len(panels)} pictures with captions. {title}")
@@ -686,6 +690,15 @@ def _roc_points(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.
     last_of_ties = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
     hits, alarms = np.cumsum(labels[order])[last_of_ties], np.cumsum(~labels[order])[last_of_ties]
     return np.append(0.0, alarms / max(1, alarms[-1])), np.append(0.0, hits / max(1, hits[-1]))
+
+
+def _side_by_side(seconds: Sequence[float], step: float = 1.06) -> list[float]:
+    """Positions on a logarithmic axis at which points of nearly equal time do not cover each other."""
+    places: dict[int, float] = {}
+    for index in sorted(range(len(seconds)), key=lambda index: seconds[index]):
+        last = max(places.values(), default=0.0)
+        places[index] = max(seconds[index], last * step)
+    return [places[index] for index in range(len(seconds))]
 
 
 def _text_color(method: str) -> str:

@@ -186,7 +186,7 @@ def write_report(comparison: Comparison, path: Path, drawn: Mapping[str, Path]) 
         _header(comparison, sentences[0]),
         _navigation(),
         _section("findings", "What the numbers say", _findings(comparison, sentences[1:])),
-        _section("table", "The table", _main_table(comparison) + _absent(comparison)),
+        _section("table", "The table", _main_table(comparison)),
         _section("read", "How to read it", _cards()),
         _section("ranking", "Ranking, scores and time", _figure_group(drawn, "ranking")),
         _section("kinds", "What is found and what is not", _kind_table(comparison) + _figure_group(drawn, "kinds")),
@@ -375,14 +375,6 @@ def _leader_marks(comparison: Comparison, category: str) -> dict[str, str]:
     return marks
 
 
-def _absent(comparison: Comparison) -> str:
-    """What is not in the table, and why, in a box that cannot be overlooked."""
-    sentences = [*comparison.refused.values(), *comparison.missing.values()]
-    if not sentences:
-        return ""
-    return f'<div class="note"><p><b>Not in the table.</b></p><ul>{_items(sentences)}</ul></div>'
-
-
 def _kind_table(comparison: Comparison) -> str:
     """Found by kind, method and painting: counts with a bar behind them."""
     look = numbers(comparison.table)
@@ -489,7 +481,7 @@ def _report_2024() -> str:
         lines.append(
             f'<tr{kind}><th scope="row">{escape(row.model)}</th><td class="left">{escape(row.algorithm)}</td>'
             f"<td>{row.accuracy:g} %</td><td>{escape(count)}</td><td>{escape(interval)}</td>"
-            f'<td class="left">{escape(row.remark)}</td></tr>'
+            f'<td class="left">{_text(row.remark)}</td></tr>'
         )
     heads = "".join(
         f'<th scope="col"{side}>{escape(title)}</th>'
@@ -523,7 +515,10 @@ def _figure_group(drawn: Mapping[str, Path], group: str) -> str:
 
 def _maps(drawn: Mapping[str, Path]) -> str:
     panels = [name for name in drawn if name.startswith("maps_") and name != "maps_compared"]
-    caption = "The cyan line is the outline of the true mask. All maps of a method share one colour scale."
+    caption = (
+        "The cyan line is the outline of the true mask. All maps of a method share one colour scale; in its middle is "
+        "what pixels of normal pictures reach (99.8 % of them stay below)."
+    )
     compared = _figure_group(drawn, "maps")
     return compared + "".join(_figure(drawn[name], caption) for name in panels)
 
@@ -705,4 +700,9 @@ def _unbroken(label: str) -> str:
 
 
 def _items(sentences: Iterable[str]) -> str:
-    return "".join(f"<li>{escape(str(sentence))}</li>" for sentence in sentences)
+    return "".join(f"<li>{_text(str(sentence))}</li>" for sentence in sentences)
+
+
+def _text(words: str) -> str:
+    """Escaped, with per cent signs that stay on their number's line."""
+    return escape(words).replace(" %", "\N{NO-BREAK SPACE}%")

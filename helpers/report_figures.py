@@ -17,7 +17,17 @@ from helpers import data, figures, images
 from helpers.comparison import VISIBILITY_BINS, Comparison
 from helpers.records import Prediction
 from helpers.results import MethodResult, category_label, map_path, method_label
-from helpers.wording import ALWAYS, count_words, estimate, is_single_kind, kind_label, listed, numbers, percent
+from helpers.wording import (
+    ALWAYS,
+    count_words,
+    estimate,
+    hard_and_easy,
+    is_single_kind,
+    kind_label,
+    listed,
+    numbers,
+    percent,
+)
 
 _PICTURE_SIDE = 360
 _N_WORST = 5
@@ -179,9 +189,8 @@ def kinds(comparison: Comparison) -> Figure | None:
         means[name] = float(np.mean([rate.value for rate in rates if rate.group == name]))
     order = sorted(means, key=lambda name: -means[name])
     rates.sort(key=lambda rate: order.index(rate.group))
-    title = f"Found most: {kind_label(order[0])} ({percent(means[order[0]])} on average over the methods)"
-    if len(order) > 1:
-        title += f"; found least: {kind_label(order[-1])} ({percent(means[order[-1]])})"
+    sentence = hard_and_easy(comparison.table)
+    title = sentence[0] if sentence else "Too few pictures of each kind to say which are found"
     return figures.kind_bars(rates, title=title, x_label="found (%)")
 
 
@@ -242,7 +251,14 @@ def map_panels(comparison: Comparison, method: str) -> Figure | None:
     ]
     row = numbers(comparison.table).get((method, "all", "all", "pixel_auroc"))
     finding = "where it looks" if row is None else f"pixel AUROC {estimate(row)}"
-    return figures.map_panels(panels, limits=_limits(result), title=f"{method_label(method)}: {finding}")
+    low, high = limits = _limits(result)
+    return figures.map_panels(
+        panels,
+        limits=limits,
+        title=f"{method_label(method)}: {finding}",
+        threshold=(low + high) / 2,
+        threshold_label="normal pictures end here",
+    )
 
 
 def maps_compared(comparison: Comparison) -> Figure | None:
@@ -292,7 +308,7 @@ def failures(comparison: Comparison, method: str) -> Figure | None:
         panels.append(figures.Panel(*_picture(p), caption=caption))
     title = f"{method_label(method)}: {len(misses)} missed and {count_words(len(alarms), 'false alarm')}"
     if len(wrong) > len(shown):
-        title += f"; the {min(_N_WORST, len(misses))} and {min(_N_WORST, len(alarms))} worst are shown"
+        title += f"; the worst {min(_N_WORST, len(misses))} and {min(_N_WORST, len(alarms))} are shown"
     return figures.picture_grid(panels, title=title, n_columns=5)
 
 
@@ -304,9 +320,14 @@ def _picture(prediction: Prediction) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def _limits(result: MethodResult) -> tuple[float, float]:
-    """One colour scale for all of a method's maps, read one by one."""
-    maps = (result.anomaly_map(p) for p in result.predictions)
-    return figures.map_limits(anomaly_map for anomaly_map in maps if anomaly_map is not None)
+    """One colour scale for all of a method's maps, read one by one: what normal pictures reach lies in its middle.
+
+    A scale over all pictures would be set by the loudest forgery, and every small mark would stay dark.
+    """
+    normals = [p for p in result.predictions if not p.sample.is_anomalous] or list(result.predictions)
+    maps = (result.anomaly_map(p) for p in normals)
+    low, top = figures.map_limits(anomaly_map for anomaly_map in maps if anomaly_map is not None)
+    return low, top + (top - low)
 
 
 def _suspicion(prediction: Prediction) -> tuple[float, float]:

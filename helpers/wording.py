@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from helpers.records import NORMAL_KIND
 from helpers.results import method_label
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def findings(comparison: Comparison) -> list[str]:
             f"{listed(map(method_label, chance))} may be no better than chance here: the AUROC interval reaches 0.5."
         )
     sentences += _made_and_found(look, best)
-    sentences += _hard_and_easy(table, comparison)
+    sentences += hard_and_easy(table)
     sentences += _false_alarms(look, ranked)
     return sentences
 
@@ -107,8 +108,11 @@ def _made_and_found(look: Mapping[Any, Mapping[str, Any]], best: str) -> list[st
     ]
 
 
-def _hard_and_easy(table: pd.DataFrame, comparison: Comparison) -> list[str]:
-    """The kinds found most and least, as the mean sensitivity over the detectors."""
+def hard_and_easy(table: pd.DataFrame) -> list[str]:
+    """The kinds found least and most, by mean sensitivity over the detectors; empty when nothing can be said.
+
+    Kinds with fewer than three test pictures are left out.
+    """
     rows = table[(table.metric == "sensitivity") & (table.category == "all") & (table.method != ALWAYS)]
     rows = rows[[is_single_kind(kind) for kind in rows.kind]]
     rows = rows[rows.n_images >= 3]
@@ -144,8 +148,8 @@ def _false_alarms(look: Mapping[Any, Mapping[str, Any]], ranked: Sequence[str]) 
 
 
 def kind_label(kind: str) -> str:
-    """A kind as readers see it: ``"cut_and_paste"`` -> ``"cut and paste"``."""
-    return kind.replace("_", " ")
+    """A kind as readers see it: ``"cut_and_paste"`` -> ``"cut and paste"``, ``"good"`` -> ``"normal"``."""
+    return "normal" if kind == NORMAL_KIND else kind.replace("_", " ")
 
 
 def decimal(value: float, digits: int = 2) -> str:
