@@ -66,7 +66,7 @@ class HeadTraining:
         max_pairs: pairs per epoch at most (drawn anew each epoch), None for one per training picture.
         own_share: share of simulated anomalies made by the suite's own synthesis instead of NSA.
         few_shot_share: share of pairs whose prompts are made of a few-shot map, as at a test with references.
-        named: the question describes the artwork by name; False asks without naming it.
+        wording: of the questions, see :func:`helpers.conversations.question`; None asks without naming the artwork.
         weight_decay: of AdamW.
         precision: of the trained part: ``"fp32"``, or autocast ``"bf16"`` / ``"fp16"``.
         gradient_checkpointing: recompute the language model's activations instead of keeping them.
@@ -87,7 +87,7 @@ class HeadTraining:
     max_pairs: int | None = None
     own_share: float = 0.5
     few_shot_share: float = 0.5
-    named: bool = True
+    wording: str | None = "published"
     weight_decay: float = 1e-3
     precision: str = "fp32"
     gradient_checkpointing: bool = False
@@ -256,7 +256,7 @@ def warm_up_and_decay(step: int, *, n_steps: int, warm_up: int) -> float:
     """Factor of the learning rate: logarithmic warm-up, then linear decay to 0 (DeepSpeed's WarmupDecayLR).
 
     >>> [round(warm_up_and_decay(s, n_steps=20, warm_up=10), 2) for s in (0, 9, 15, 20)]
-    [0.3, 1.0, 0.5, 0.0]
+    [0.29, 1.0, 0.5, 0.0]
     """
     if step < warm_up:
         # The published schedule starts at log(1) = 0 and wastes its first step; here the first step counts, too.
@@ -480,7 +480,7 @@ class Collate:
         }
 
     def _text(self, category: str, is_anomalous: bool, cells: Sequence[str]) -> tuple[list[int], list[int]]:
-        question = conversations.question(category if self._settings.named else None)
+        question = ask_about(category, self._settings.wording)
         answer = conversations.answer(is_anomalous, cells)
         return question_and_answer(self._model.language, question, answer, max_length=self._settings.max_length)
 
@@ -522,6 +522,11 @@ def split_for_tuning(samples: Sequence[Sample], share: float) -> tuple[list[Samp
         [sample for sample, tuning in zip(samples, is_tuning) if not tuning],
         [sample for sample, tuning in zip(samples, is_tuning) if tuning],
     )
+
+
+def ask_about(category: str, wording: str | None) -> str:
+    """The question about a picture of a category; ``wording`` None asks without naming it."""
+    return conversations.question(None) if wording is None else conversations.question(category, wording=wording)
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -640,7 +645,7 @@ class _TuningScore:
         look = self._model.look(self._features)
         masks = [np.zeros((MAP_SIZE, MAP_SIZE), dtype=bool)] * len(pairs) + [pair.mask > _MASK_LIMIT for pair in pairs]
         categories = [self._dataset.normals[pair.index].category for pair in pairs] * 2
-        questions = [conversations.question(c if self._settings.named else None) for c in categories]
+        questions = [ask_about(category, self._settings.wording) for category in categories]
         labels = [mask.any() for mask in masks]
         scores = [metrics.pixel_auroc(list(look.maps.numpy()), masks)]
         yes_no = [

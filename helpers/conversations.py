@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 QUESTION = "Is there any anomaly in the image?"
+WORDINGS = ("published", "published_test", "short")
 NORMAL_ANSWER = "No, there is no anomaly in the image."
 CELLS = (
     ("top left", "top", "top right"),
@@ -131,15 +132,28 @@ def describe_category(category: str, *, published_test: bool = False) -> str:
     return f"This is a photo of the painting {name} for anomaly detection, which should be {_FLAWLESS}."
 
 
-def question(category: str | None, *, published_test: bool = False) -> str:
-    """The question about a picture, with its description before it; ``None`` asks without naming anything.
+def question(category: str | None, *, wording: str = "published") -> str:
+    """The question about a picture, with what it shows before it; ``None`` asks without naming anything.
+
+    Args:
+        category: of the dataset.
+        wording: one of :data:`WORDINGS`: the published training or test wording, or a short sentence (a third of the
+            tokens) for small machines.
+    Raises:
+        ValueError: no such wording.
 
     >>> question(None)
     'Is there any anomaly in the image?'
+    >>> question("mona_lisa", wording="short")
+    'This is the painting mona lisa. Is there any anomaly in the image?'
     """
+    if wording not in WORDINGS:
+        raise ValueError(f"wording is {wording!r}; allowed are {', '.join(WORDINGS)}.")
     if category is None:
         return QUESTION
-    return f"{describe_category(category, published_test=published_test)} {QUESTION}"
+    if wording == "short":
+        return f"This is the painting {category.replace('_', ' ')}. {QUESTION}"
+    return f"{describe_category(category, published_test=wording == 'published_test')} {QUESTION}"
 
 
 def cell_of(row: float, column: float) -> str:

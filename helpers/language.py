@@ -511,7 +511,9 @@ def _recall(memory: PrefixMemory, keys: Sequence[Hashable]) -> tuple[Any, int]:
     memory.n_reused = n_known
     if n_known == 0:
         return DynamicCache(), 0
-    memory.cache.crop(n_known)
+    surplus = len(memory.keys) - n_known
+    if surplus:
+        memory.cache.crop(-surplus)  # newer transformers refuse the length to keep and want the number to drop
     return memory.cache, n_known
 
 

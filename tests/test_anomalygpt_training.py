@@ -22,7 +22,7 @@ from helpers.records import Sample
 
 FIXTURE = Path(__file__).parent / "golden" / "anomalygpt_seed0.safetensors"
 SMALL = t.HeadTraining(
-    n_epochs=2, batch_size=4, micro_batch=2, n_tuning=3, patience=None, named=False, checkpoint_every=1, seed=3
+    n_epochs=2, batch_size=4, micro_batch=2, n_tuning=3, patience=None, wording=None, checkpoint_every=1, seed=3
 )
 
 

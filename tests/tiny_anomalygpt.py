@@ -163,7 +163,7 @@ def training_batch(model: anomalygpt.AnomalyGPT, fixture: dict[str, torch.Tensor
 
 
 def talkative(model: anomalygpt.AnomalyGPT) -> anomalygpt.AnomalyGPT:
-    """The same chain with a vocabulary of hashed words, so that any text can be asked and learnt."""
+    """The same chain with a vocabulary of hashed words, so that any text can be asked; it never ends an answer."""
     import dataclasses
     import zlib
 
@@ -171,6 +171,6 @@ def talkative(model: anomalygpt.AnomalyGPT) -> anomalygpt.AnomalyGPT:
         return [3 + zlib.crc32(word.encode()) % 60 for word in re.findall(r"\w+|[^\w ]+", text)]
 
     tokens = language.ChatTokens(
-        encode, lambda ids: " ".join(f"w{i}" for i in ids), 1, 2, 2, frozenset([68]), encode("Yes")[0], encode("No")[0]
+        encode, lambda ids: " ".join(f"w{i}" for i in ids), 1, -1, 2, frozenset(), encode("Yes")[0], encode("No")[0]
     )
     return dataclasses.replace(model, language=language.Language(model.language.model, tokens))
