@@ -17,8 +17,9 @@ from typing import Any
 import pandas as pd
 from PIL import Image
 
-from helpers import figures, published, results, statistics, storage
+from helpers import conversations, figures, published, results, statistics, storage
 from helpers.comparison import NOTEBOOKS, Comparison
+from helpers.records import Prediction
 from helpers.results import category_label, method_label
 from helpers.wording import (
     ALWAYS,
@@ -584,15 +585,27 @@ def _answers(comparison: Comparison) -> str:
             for p in spoken[::step][:_N_ANSWERS]
         )
         blocks.append(
-            f"<h3>{escape(method_label(result.method))}</h3>"
+            f"<h3>{escape(method_label(result.method))}</h3><p>{_text(_words_against_truth(spoken))}</p>"
             '<div class="scroll"><table class="plain"><thead><tr><th scope="col">Painting</th>'
             '<th scope="col" class="left">Truth</th><th scope="col" class="left">Answer</th></tr></thead>'
             f"<tbody>{lines}</tbody></table></div>"
         )
     if not blocks:
         return ""
-    opening = "<p>Answers to every few test pictures, as they came.</p>"
-    return _section("answers", "What the chat model says", opening + "".join(blocks))
+    return _section("answers", "What the chat model says", "".join(blocks))
+
+
+def _words_against_truth(spoken: Sequence[Prediction]) -> str:
+    """How often the words alone are right; an answer without a clear yes or no is wrong."""
+    labels = [prediction.sample.is_anomalous for prediction in spoken]
+    scores = conversations.score_answers([prediction.answer for prediction in spoken], labels)
+    low, high = statistics.wilson(scores.n_correct, scores.n)
+    return (
+        f"Taken by its words alone it is right on {scores.n_correct} of {scores.n} pictures "
+        f"({percent(scores.n_correct / scores.n)}, interval {100 * low:.0f}–{100 * high:.0f} %): it says yes on "
+        f"{scores.n_yes}, and {scores.n_unparseable} answers have no clear yes or no and count as wrong. Always "
+        f"answering yes would be right on {sum(labels)}. Below, every few pictures, its answers as they came."
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- the ground

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from helpers.records import NORMAL_KIND
@@ -114,7 +115,7 @@ def hard_and_easy(table: pd.DataFrame) -> list[str]:
     Kinds with fewer than three test pictures are left out.
     """
     rows = table[(table.metric == "sensitivity") & (table.category == "all") & (table.method != ALWAYS)]
-    rows = rows[[is_single_kind(kind) for kind in rows.kind]]
+    rows = rows[np.array([is_single_kind(kind) for kind in rows.kind], dtype=bool)]  # an empty list would pick columns
     rows = rows[rows.n_images >= 3]
     means = rows.groupby("kind").value.mean().sort_values() if len(rows) else pd.Series(dtype=float)
     if len(means) < 2 or means.iloc[0] == means.iloc[-1]:

@@ -180,6 +180,7 @@ def test_a_method_without_threshold_has_scores_but_no_rates(dataset: data.Datase
     assert "image_auroc" in measured and not measured & {"accuracy", "sensitivity", "specificity", "balanced_accuracy"}
     assert any("CLIP LOF gave no threshold" in note for note in found.notes)
     assert not ((found.tests.measure == "accuracy") & (found.tests.method_a == "clip_lof")).any()
+    assert "CLIP LOF" in wording.findings(found)[0]
 
 
 def test_always_anomaly_is_written_once(results_dir: Path, dataset: data.Dataset) -> None:

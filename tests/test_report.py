@@ -120,6 +120,12 @@ def test_hostile_names_and_answers_stay_text(hostile_page: Path) -> None:
     assert "onerror=alert(1)" in reader.text.lower()  # labels begin with capitals
 
 
+def test_answers_are_counted_strictly(hostile_page: Path) -> None:
+    text = " ".join(read(hostile_page).text.split())
+    assert "right on 8 of 16 pictures (50.0 %, interval 28–72 %): it says yes on 16, and 0 answers" in text
+    assert "Always answering yes would be right on 8." in text
+
+
 def test_pictures_are_inlined_with_words_for_those_who_cannot_see_them(page: Path) -> None:
     images = [value for tag, name, value in read(page).attributes if tag == "img" and name == "alt"]
     assert len(images) >= 7 and all(len(words) > 20 for words in images)
@@ -165,10 +171,28 @@ def test_warnings_count_copies_of_one_source(tmp_path: Path) -> None:
 def test_large_pictures_become_jpeg_and_small_ones_stay_png(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (400, 400, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "large.png")
-    Image.fromarray(noise[:20, :20]).save(tmp_path / "small.png")
+    Image.fromarray(noise[:100, :100]).save(tmp_path / "small.png")
     assert report.data_uri(tmp_path / "large.png").startswith("data:image/jpeg;base64,")
     assert report.data_uri(tmp_path / "small.png").startswith("data:image/png;base64,")
 
 
 def test_the_page_is_of_reasonable_size(page: Path) -> None:
     assert 100_000 < page.stat().st_size < 6_000_000
+
+
+@pytest.mark.parametrize("kinds", [("box", "stain"), ("good", "good"), ("replica",), ("good", "box")])
+def test_odd_test_sets_still_make_a_page(kinds: tuple[str, ...], tmp_path: Path) -> None:
+    """Only anomalous, only normal, one picture, one of each: numbers that do not exist are dashes, not errors."""
+    dataset = tiny.make_dataset(tmp_path / "data", kinds=kinds, categories=("harbour",))
+    scores = {"harbour": range(len(kinds))}
+    tiny.write_result(tmp_path / "results" / "anomalyclip", dataset, "anomalyclip", scores, {"harbour": 0.5})
+    compared = comparison.compare(dataset, tmp_path / "results", profile="mini")
+    drawn = {}
+    for name in ("roc", "scores", "kinds"):
+        figure = getattr(report_figures, name)(compared)
+        if figure is not None:
+            drawn[name] = figures.save_figure(figure, name, tmp_path, close=True)
+    page = report.write_report(compared, tmp_path / "index.html", drawn)
+    assert "AnomalyCLIP" in read(page).text
+    assert "nan" not in re.sub(r"[a-z]*nan[a-z]+|[a-z]+nan[a-z]*", "", read(page).text.lower())
+    assert "AnomalyCLIP" in comparison.as_text(comparison.write(compared, tmp_path))
