@@ -43,7 +43,7 @@ class OutTensor:
         name: key in the output.
         dtype: torch name of its type.
         shape: its shape.
-        chunks: gives its pieces in row order, each at most about 16 MB.
+        chunks: gives its pieces in row order, each at most about 4 MB.
         inputs: files that the pieces are read from.
         measured: numbers that ``chunks`` fills in while it runs (root mean squares and the like).
     """
@@ -165,7 +165,8 @@ class Job:
         self._journal["deleted"] = deleted
         self._journal["shards"] = done
         storage.write_json(self.target / JOURNAL, self._journal)
-        self._write(shards, done, delete_inputs=delete_inputs, progress=progress)
+        with _one_thread():
+            self._write(shards, done, delete_inputs=delete_inputs, progress=progress)
         if len(shards) > 1:
             storage.write_json(self.target / "model.safetensors.index.json", _weight_map(shards))
         write_sidecars(self.target)
@@ -346,6 +347,19 @@ def check_files(folder: Path, ready: Mapping[str, Any], *, verify: bool = False)
         raise WeightFileError(
             f"{folder} is damaged: {'; '.join(wrong)}. Delete the folder and run 01_prepare_weights again."
         )
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch with one thread: hashing and disk decide here, and a second thread would only wait busily."""
+    import torch
+
+    n_before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_before)
 
 
 def _split(tensors: Sequence[OutTensor], shard_bytes: int) -> dict[str, list[OutTensor]]:
