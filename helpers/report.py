@@ -84,7 +84,7 @@ tbody th[scope=row] { font-weight: 600; } td:not(.left) { white-space: nowrap; }
 table.numbers tbody th[scope=row] { white-space: nowrap; }
 tr.group th { padding-top: 22px; font-size: 15px; border-bottom: 1px solid #b9bfc4; color: #1f2328; }
 tr.group span { font-weight: 400; color: #57606a; font-size: 13.5px; margin-left: 8px; }
-tr.trivial th, tr.trivial td, tr.absent td { color: #6a7178; } tr.trivial { background: #f7f8f9; }
+tr.trivial th, tr.trivial td, tr.absent td { color: #6a7178; white-space: nowrap; } tr.trivial { background: #f7f8f9; }
 td .ci { display: block; font-size: 12px; color: #6a7178; white-space: nowrap; }
 td .mark { color: #8a4b12; font-weight: 700; margin-right: 3px; }
 .swatch { display: inline-block; width: 11px; height: 11px; margin-right: 9px; border-radius: 2px;
@@ -278,7 +278,7 @@ def _cards() -> str:
 _COLUMNS: tuple[tuple[str, str], ...] = (
     ("image_auroc", "Image AUROC"),
     ("image_ap", "Average precision"),
-    ("f1_max", "F1-max*"),
+    ("f1_max", "F1\N{NON-BREAKING HYPHEN}max*"),
     ("balanced_accuracy", "Balanced accuracy"),
     ("accuracy", "Accuracy"),
     ("sensitivity", "Found"),
