@@ -480,6 +480,32 @@ def interval_plot(rates: Sequence[Rate], *, title: str, x_label: str, chance: fl
     return _with_alt(fig, f"{x_label}: {len(methods)} methods, {len(groups)} groups. {title}")
 
 
+def visibility_histogram(values: Sequence[float], *, bins: Mapping[str, float]) -> Figure:
+    """How visible the synthetic marks of a test set are; the title counts them per bin.
+
+    Args:
+        values: visibility of each mark.
+        bins: upper limit of each named bin, in order; the last one infinite.
+    """
+    if not len(values):
+        raise ValueError("visibility_histogram got no value; the dataset has no synthetic anomaly.")
+    limits = [0.0, *bins.values()]
+    counts = np.histogram(values, bins=limits)[0]
+    fig, ax = plt.subplots(figsize=(8.6, 3.4))
+    edges = np.linspace(0, max(values) * 1.02, 25)
+    ax.hist(values, bins=edges, color=MUTED, edgecolor="white", linewidth=0.8)
+    for name, low, high in zip(bins, limits, limits[1:]):
+        if low > 0:
+            ax.axvline(low, color="black", linewidth=1.0, linestyle=":")
+        middle = (low + min(high, edges[-1])) / 2
+        ax.text(middle, 1.02, name, transform=ax.get_xaxis_transform(), ha="center", va="bottom", fontsize=9.5)
+    ax.set(xlabel="visibility (mean CIEDE2000 difference times the root of the area in percent)", ylabel="marks")
+    ax.set_xlim(0, edges[-1])
+    words = ", ".join(f"{count} {name}" for name, count in zip(bins, counts))
+    _title(fig, f"{len(values)} synthetic marks: {words}\n")
+    return _with_alt(fig, f"Histogram of the visibility of {len(values)} marks: {words}.")
+
+
 def visibility_curve(rates: Sequence[Rate], *, title: str) -> Figure:
     """Share found against visibility of the mark: one line per method over the bins, with intervals and n."""
     methods = list(dict.fromkeys(rate.method for rate in rates))
@@ -605,6 +631,32 @@ def kind_grid(
 
 
 # ----------------------------------------------------------------------------------------------------------- training
+
+
+def shots_curve(points: Mapping[str, Mapping[int, Sequence[float]]], *, title: str, y_label: str) -> Figure:
+    """A measure against the number of normal references: a panel per painting, a dot per draw, a line through means.
+
+    Args:
+        points: painting -> number of references -> values of all draws.
+        title: the finding.
+        y_label: name of the measure, in [0, 1].
+    """
+    fig, axes = plt.subplots(1, max(1, len(points)), figsize=(1.2 + 3.6 * max(1, len(points)), 3.3), squeeze=False,
+                             sharey=True)  # fmt: skip
+    color = method_color("anomalygpt")
+    for ax, (category, by_shots) in zip(axes[0], points.items()):
+        shots = sorted(by_shots)
+        means = [float(np.mean(by_shots[k])) for k in shots]
+        ax.plot(range(len(shots)), means, color=color, linewidth=2)
+        for x, k in enumerate(shots):
+            ax.plot([x] * len(by_shots[k]), by_shots[k], "o", color=color, markersize=5, alpha=0.55)
+        ax.axhline(0.5, color=MUTED, linewidth=1.2, linestyle=(0, (2, 3)))
+        ax.set_xticks(range(len(shots)), [str(k) for k in shots])
+        ax.set_title(category_label(category))
+        ax.set_xlabel("normal references")
+    axes[0][0].set_ylabel(y_label)
+    _title(fig, title)
+    return _with_alt(fig, f"{y_label} by number of normal references. {title}")
 
 
 def loss_curve(history: Sequence[Mapping[str, float]], *, title: str, x_key: str = "epoch") -> Figure:
