@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NAMES = ("mini", "full")
@@ -55,6 +57,11 @@ class Profile:
         auxiliary_views: crops per auxiliary picture, half of them damaged.
         auxiliary_limit: auxiliary pictures per artist.
         prompt_epochs: upper limit of the training of own prompts; 0 only tests.
+        anomalygpt_checkpoint: published head that training starts from; None starts anew.
+        anomalygpt_precision: of the language model.
+        anomalygpt_preset: run of the source report, by epochs x batch.
+        anomalygpt_training: what differs from the preset, see :class:`helpers.anomalygpt_training.HeadTraining`.
+        anomalygpt_testing: see :class:`helpers.anomalygpt_testing.TestSettings`.
     """
 
     name: str
@@ -95,6 +102,14 @@ class Profile:
     auxiliary_views: int = 2
     auxiliary_limit: int = 8
     prompt_epochs: int = 15
+    # AnomalyGPT
+    anomalygpt_checkpoint: str | None = "train_supervised"
+    anomalygpt_precision: str = "bf16"
+    anomalygpt_preset: str = "15x8"
+    anomalygpt_training: Mapping[str, Any] = field(
+        default_factory=lambda: {"micro_batch": 4, "gradient_checkpointing": True, "precision": "bf16"}
+    )
+    anomalygpt_testing: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def dataset_name(self) -> str:
@@ -145,7 +160,7 @@ _MINI = {
     "weights_shard_bytes": 120_000_000,
     "fuse_merge": False,
     "delete_raw_weights": True,
-    "n_synthetic": 240,
+    "n_synthetic": 180,
     "max_bank_rows": 6_000,
     "anomalyclip_image_size": 112,
     "anomalyclip_sigma": 2.0,
@@ -154,6 +169,24 @@ _MINI = {
     "auxiliary": "packages",
     "auxiliary_views": 12,
     "prompt_epochs": 10,
+    "anomalygpt_precision": "fp32",
+    "anomalygpt_training": {
+        "n_epochs": 4,
+        "batch_size": 2,
+        "micro_batch": 2,
+        "max_pairs": 12,
+        "n_tuning": 4,
+        "patience": None,
+        "wording": "short",
+        "checkpoint_every": 0,
+    },
+    "anomalygpt_testing": {
+        "n_draws": 2,
+        "wording": "short",
+        "n_sentences": 8,
+        "n_controls": 8,
+        "max_new_tokens": 28,
+    },
 }
 
 
