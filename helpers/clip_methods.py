@@ -453,7 +453,7 @@ def per_painting(found: Mapping[str, MethodResult], fitted: Mapping[str, Mapping
                     "method": method,
                     "painting": category,
                     "AUROC": f"{value:.3f} [{low:.3f}, {high:.3f}]",
-                    "expected (unseen kinds)": f"{one.search.unseen_auroc:.3f}",
+                    "expected (unseen kinds)": _or_words(one.search.unseen_auroc),
                     **_rates_in_words(chosen),
                     "seconds to fit": round(one.seconds, 1),
                 }
@@ -511,6 +511,10 @@ def show_anomalies(samples: Sequence[Sample], *, n: int, seed: int) -> list[figu
     """``n`` synthetic anomalies, one from each of the first pictures, captioned with their kinds."""
     made = synthetic_anomalies(samples[:n], n_anomalies=n, seed=seed)
     return [figures.Panel(picture, caption=kind) for picture, _, kind in made]
+
+
+def _or_words(value: float) -> str:
+    return "not searched" if math.isnan(value) else f"{value:.3f}"
 
 
 def _rates_in_words(predictions: Sequence[Prediction]) -> dict[str, str]:

@@ -420,6 +420,7 @@ def test_copies_do_not_blow_up_lof():
     assert one_class.fit(LofSettings(n_neighbors=5), training).score(draw(10, 0, "t", 3)).max() < 100
 
 
+@pytest.mark.filterwarnings("error")  # scikit-learn warns when it has to cut them itself
 def test_lof_cuts_its_neighbours_to_the_pictures_it_has():
     training = Training(tuple(sample_of(i) for i in range(4)), draw(4, 0, "n", 1))
     assert np.isfinite(one_class.fit(LofSettings(n_neighbors=20), training).score(draw(3, 0, "t", 2))).all()
