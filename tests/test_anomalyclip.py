@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from helpers import anomalyclip, data, images, results, storage
+from helpers import anomalyclip, anomalyclip_review, data, figures, images, results, storage
 from helpers import anomalyclip_training as prompts
 from helpers.anomalyclip import DetectorSettings, PromptLearner
 from helpers.backbones import Clip, clip_tokenizer, square_preprocess
@@ -513,3 +513,109 @@ def test_training_goes_on_from_given_prompts(tmp_path: Path, clip: Clip, learner
     )
     torch.testing.assert_close(own.ctx_pos, learner.ctx_pos, atol=1e-5, rtol=0)
     assert not torch.equal(own.ctx_pos, learner.ctx_pos)
+
+
+def test_every_second_view_is_damaged_and_pictures_keep_to_one_split(tmp_path: Path) -> None:
+    pictures = prompts.package_pictures()[:4]
+    assert not any(name in s.image_path.stem for s in pictures for name in ("astronaut", "coffee", "chelsea", "camera"))
+    made = prompts.make_auxiliary(pictures, tmp_path / "views", n_views=4, max_side=64, seed=3)
+    assert len(made) == 16 and sum(sample.is_anomalous for sample in made) == 8
+    groups = [{s.group for s in made if s.split == split} for split in ("train", "calibration")]
+    assert [len(group) for group in groups] == [3, 1] and not groups[0] & groups[1]
+    for sample in made:
+        image = images.load_image(sample.image_path)
+        assert max(image.shape) <= 80  # 64 px, then perhaps another crop or perspective
+        assert bool(data.mask_of(sample, image.shape[:2]).any()) == sample.is_anomalous
+    assert len({sample.sha256 for sample in made}) == 16, "views differ"
+
+
+def test_auxiliary_pictures_are_made_once_and_again_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"n_views": 2, "max_side": 48}
+    pictures = prompts.package_pictures()[:3]
+    made = prompts.make_auxiliary(pictures, tmp_path / "views", seed=3, **options)
+    twin = prompts.make_auxiliary(pictures, tmp_path / "twin", seed=3, **options)
+    assert [s.sha256 for s in made] == [s.sha256 for s in twin]
+    monkeypatch.setattr(images, "save_png", None)  # writing anything would fail
+    assert prompts.make_auxiliary(pictures, tmp_path / "views", seed=3, **options) == made
+    with pytest.raises(TypeError):
+        prompts.make_auxiliary(pictures, tmp_path / "views", seed=4, **options)
+
+
+@pytest.mark.parametrize(("n_pictures", "n_views"), [(1, 2), (3, 3), (3, 0)])
+def test_wrong_numbers_of_pictures_or_views(tmp_path: Path, n_pictures: int, n_views: int) -> None:
+    with pytest.raises(ValueError, match="at least two|an even number"):
+        pictures = prompts.package_pictures()[:n_pictures]
+        prompts.make_auxiliary(pictures, tmp_path, n_views=n_views, max_side=48, seed=1)
+
+
+def test_row_is_chosen_by_tuning_pictures(clip: Clip, features, tmp_path: Path) -> None:
+    settings = TrainingSettings(n_epochs=4, batch_size=8)
+    own, result = prompts.train_prompts(clip, *features, folder=tmp_path, settings=settings, learning_rate=2e-2)
+    candidates = {"published": PromptLearner(clip.model, clip.tokenizer, seed=settings.seed), "own": own}
+    chosen, scores = prompts.choose_prompts(candidates, clip, features[1])
+    assert chosen == "own" and scores["own"] == pytest.approx(result.best_score, abs=1e-6)
+    assert prompts.choose_prompts(candidates, clip, features[1], row="published")[0] == "published"
+    with pytest.raises(ValueError, match="row is 'mvtec'; there are published, own, or 'best'"):
+        prompts.choose_prompts(candidates, clip, features[1], row="mvtec")
+
+
+@pytest.mark.parametrize("n_epochs", [0, 1])
+def test_both_orders_of_the_notebook(tmp_path: Path, clip: Clip, n_epochs: int) -> None:
+    """0 epochs: test only; more: train, and find the same prompts again without training."""
+    train, tuning = auxiliary(tmp_path / "pictures")
+    options = {"n_epochs": n_epochs, "folder": tmp_path / "ck", "features_dir": tmp_path / "features", "settings": SIZE}
+    own, features, history = prompts.own_prompts(clip, train + tuning, **options)
+    assert list(own) == ["own"] * n_epochs and len(features) == 8 and bool(history) == bool(n_epochs)
+    again, _, same = prompts.own_prompts(clip, train + tuning, **options)
+    assert same == history
+    assert [prompts.prompts_hash(one) for one in again.values()] == [prompts.prompts_hash(one) for one in own.values()]
+
+
+# --- reading the results ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def drawn(dataset, tmp_path_factory: pytest.TempPathFactory) -> results.MethodResult:
+    """Results whose maps are the masks themselves, but for the first anomaly of each painting, which they miss."""
+    folder = tmp_path_factory.mktemp("drawn") / "anomalyclip"
+    test, missed = dataset.select(split="test"), set()
+    head = {"dataset_hash": dataset.hash, "profile": "mini", "settings": {}}
+    with results.Writer(folder, method="anomalyclip", samples=test, dataset_dir=dataset.folder, **head) as writer:
+        for number, sample in enumerate(test):
+            mask = data.mask_of(sample, images.load_image(sample.image_path).shape[:2]).astype(np.float32)
+            if sample.is_anomalous and sample.category not in missed:
+                missed.add(sample.category)
+                mask = 0.3 * (1 - mask)
+            score = 0.6 if sample.is_anomalous else 0.1 + 0.01 * number
+            writer.add(results.Prediction(sample, score, mask, 0.65, 0.5, 0.1))
+    normal = {"scores": [0.1] * 19, "map_maxima": [0.25] * 19}
+    storage.write_json(folder / anomalyclip.CALIBRATION, dict.fromkeys(dataset.categories, normal))
+    return results.read(folder, dataset.samples, dataset.folder, dataset.hash)
+
+
+def test_table_per_painting(drawn: results.MethodResult) -> None:
+    row = anomalyclip_review.per_painting({"own": drawn}).loc[("own", "Garden")]
+    assert row["normal + anomalous"] == "3 + 3"
+    assert row["image AUROC"].startswith("1.000 [") and row["image AP"] == "1.000"
+    assert row["accuracy, conformal threshold"].startswith("3/6 = 50.0%"), "no score is above 0.65"
+    assert row["accuracy, score > 0.5"].startswith("6/6 = 100.0%")
+    assert row["always anomaly"].startswith("3/6")
+    assert 0.5 < float(row["pixel AUROC"]) < 1.0
+
+
+def test_marks_are_counted_by_place(drawn: results.MethodResult) -> None:
+    thresholds = anomalyclip_review.map_thresholds(drawn, alpha=0.05)
+    assert thresholds == {"tower": 0.25, "garden": 0.25}
+    table = anomalyclip_review.marks(drawn, thresholds).loc["Tower"]
+    assert table.loc["anomaly with mask"].drop("somewhere").tolist() == [3, 2, 2, 1]
+    assert table.loc["genuine", ["pictures", "elsewhere"]].tolist() == [3, 0]
+
+
+def test_panels_show_a_hit_a_miss_and_a_genuine_picture(drawn: results.MethodResult) -> None:
+    thresholds = anomalyclip_review.map_thresholds(drawn, alpha=0.05)
+    panels = anomalyclip_review.detections(drawn, "tower", thresholds)
+    assert [panel.caption.split(";")[0] for panel in panels] == ["box, marked", "box, missed", "genuine, most marked"]
+    low, high = anomalyclip_review.map_limits(drawn, thresholds)
+    assert low <= 0.25 < high
+    figure = figures.map_panels(panels, limits=(low, high), threshold=0.25, title="x")
+    assert len(figure.axes) == 3 * 4 + 1

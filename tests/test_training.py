@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import storage
+from helpers import anomalyclip_training, storage
 from helpers.training import (
     TrainingSettings,
     TrainingStopped,
@@ -386,7 +386,13 @@ def two_process_run(folder: str, n_processes: int) -> None:
         dataset=Points(18, noise=0.0),
         evaluate=lambda module: float(module.trained.weight.sum()),
     )
+    from tests import test_anomalyclip  # the prompts go through the same launch, which costs ten seconds
+
+    clip = test_anomalyclip.tiny_clip()
+    features = test_anomalyclip.make_features(Path(folder) / f"rank{os.environ.get('RANK', 0)}", clip)
+    _, prompts = anomalyclip_training.train_prompts(clip, *features, folder=Path(folder) / "prompts", settings=settings)
     if int(os.environ.get("RANK", 0)) == 0:
+        storage.write_json(Path(folder) / "prompts.json", prompts.history)
         weight = module.trained.weight.flatten().tolist()
         storage.write_json(Path(folder) / "result.json", {"history": result.history, "weight": weight})
 
@@ -413,3 +419,8 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch(tmp_path: Path
         key = "loss" if "loss" in ours else "score"
         assert ours[key] == pytest.approx(theirs[key], abs=1e-4, rel=1e-5)
     np.testing.assert_allclose(two["weight"], one["weight"], atol=1e-5)
+    one, two = (json.loads((tmp_path / name / "prompts.json").read_text()) for name in ("one", "two"))
+    assert len(one) == len(two) == 2 * 2 + 2
+    for ours, theirs in zip(two, one):
+        for key in ("loss", "image", "focal", "score"):
+            assert ours.get(key) == (None if key not in theirs else pytest.approx(theirs[key], abs=1e-4)), key
