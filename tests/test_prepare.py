@@ -68,9 +68,9 @@ def test_merged_model_is_the_published_one_but_for_rounding(prepared: Path) -> N
     assert merged["model.embed_tokens.weight"].shape == (49153, 576)
 
 
-def test_gguf_reader_agrees_with_the_library(tmp_path: Path) -> None:
-    """A file written and quantised by the library ``gguf`` itself."""
-    gguf = pytest.importorskip("gguf")
+def test_gguf_settings_and_tensors_come_back(tmp_path: Path) -> None:
+    """A file with every tensor type of the model, written and quantised by the library."""
+    import gguf
     from gguf.quants import dequantize, quantize
 
     rng = np.random.default_rng(0)
@@ -99,7 +99,7 @@ def test_gguf_reader_agrees_with_the_library(tmp_path: Path) -> None:
 
 def test_gguf_reader_refuses_other_files(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"GGML" + bytes(100))
-    with pytest.raises(ValueError, match="not a GGUF file of version 3"):
+    with pytest.raises(ValueError, match="not a whole GGUF file"):
         gguf_file.read_gguf(tmp_path / "x")
 
 
