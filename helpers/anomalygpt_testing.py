@@ -23,7 +23,7 @@ import torch
 from helpers import anomalygpt, calibration, conversations, data, imagebind, metrics, results, statistics, storage
 from helpers import synthesis as seeds
 from helpers.anomalygpt import AnomalyGPT, Look
-from helpers.anomalygpt_training import ask_about
+from helpers.anomalygpt_training import ask_about, normals_of
 from helpers.data import Dataset
 from helpers.imagebind import FeatureCache, ImageFeatures
 from helpers.records import Prediction, Sample
@@ -260,11 +260,7 @@ def control_table(evaluation: pd.DataFrame) -> pd.DataFrame:
 
 def _open_category(dataset: Dataset, name: str, cache: FeatureCache, settings: TestSettings) -> _Category:
     test = dataset.select(split="test", category=name)
-    normals = dataset.select(split="train", category=name, is_anomalous=False)
-    held_out = dataset.select(split="calibration", category=name, is_anomalous=False)
-    if not held_out:  # industrial folders have no calibration split: a third of the normals is kept for it
-        cut = max(1, len(normals) * 2 // 3)
-        normals, held_out = normals[:cut], normals[cut:]
+    normals, held_out = normals_of(dataset, name)
     if len(normals) < max(settings.shots) or not held_out:
         raise ValueError(
             f"{name} has {len(normals)} normal pictures to refer to and {len(held_out)} to set thresholds with; needed "

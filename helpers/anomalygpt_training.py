@@ -395,7 +395,7 @@ class PairDataset:
         if random.uniform() < self._settings.own_share:
             kind = synthesis.LOCAL_KINDS[random.randint(len(synthesis.LOCAL_KINDS))]
             made, mask, _ = synthesis.synthesize(picture, kind, np.random.default_rng(random.randint(2**31)))
-            return made, mask.astype(np.float32), conversations.cells_of_mask(mask)
+            return made, mask.astype(np.float32), (conversations.cell_of_center(mask),)  # twenty dots are one mark
         source = self.normals[random.randint(len(self.normals))]
         settings = nsa.MVTEC_SETTINGS.get(normal.category, nsa.ART_SETTINGS)
         made = nsa.simulate_visible(picture, self.picture(source), random, settings=settings)
@@ -499,6 +499,25 @@ class Collate:
             self._banks[reference] = anomalygpt.build_bank(self._eyes.features(anomalygpt.rotations(pixels)).taps)
         similarity = anomalygpt.bank_similarity(features.taps, self._banks[reference])
         return 1.0 - similarity.mean(dim=0)[0].unflatten(0, self._eyes.grid)
+
+
+def normals_of(dataset: data.Dataset, category: str) -> tuple[list[Sample], list[Sample]]:
+    """Normal pictures to learn from or refer to, and others to set thresholds with.
+
+    Industrial folders have no calibration split: the last third of their normals is kept for it, in training, too.
+    """
+    normals = dataset.select(split="train", category=category, is_anomalous=False)
+    held_out = dataset.select(split="calibration", category=category, is_anomalous=False)
+    if held_out or len(normals) < 2:
+        return normals, held_out
+    cut = max(1, len(normals) * 2 // 3)
+    return normals[:cut], normals[cut:]
+
+
+def training_samples(dataset: data.Dataset) -> list[Sample]:
+    """Pictures to train on: normals that set no threshold, and anomalous ones of split ``train`` if there are any."""
+    normals = [sample for category in dataset.categories for sample in normals_of(dataset, category)[0]]
+    return normals + dataset.select(split="train", is_anomalous=True)
 
 
 def split_for_tuning(samples: Sequence[Sample], share: float) -> tuple[list[Sample], list[Sample]]:

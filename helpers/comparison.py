@@ -31,7 +31,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from helpers import data, images, metrics, results, statistics, storage
+from helpers import conversations, data, images, metrics, results, statistics, storage
 from helpers.records import Prediction, Sample
 from helpers.results import METHODS, MethodResult, category_label, method_label
 from helpers.wording import ALWAYS, RESERVED_KINDS, count_of, decimal, estimate, numbers, seconds_text
@@ -57,6 +57,7 @@ METRICS = (
     "balanced_accuracy",
     "sensitivity",
     "specificity",
+    "answer_accuracy",
     "pixel_auroc",
     "aupro",
     "seconds_per_image",
@@ -70,7 +71,7 @@ NOTEBOOKS: Mapping[str, str] = {
 }
 """Which notebook writes a method's predictions."""
 
-_POOLED = ("accuracy", "balanced_accuracy", "sensitivity", "specificity", "seconds_per_image")
+_POOLED = ("accuracy", "balanced_accuracy", "sensitivity", "specificity", "answer_accuracy", "seconds_per_image")
 _N_DRAWS = 1000
 _MIN_FOR_BINS = 8
 _BOOTSTRAP_SIDE = 128
@@ -229,6 +230,7 @@ class _Scored:
     samples: Sequence[Sample]
     has_threshold: bool = True
     subsets: Mapping[str, np.ndarray] = field(default_factory=dict)
+    answers: Sequence[str] = ()
 
 
 def kind_name(kind: str) -> str:
@@ -270,6 +272,7 @@ def _scored(predictions: Sequence[Prediction], bins: Mapping[Path, str]) -> _Sco
         samples=samples,
         has_threshold=all(math.isfinite(prediction.threshold) for prediction in predictions),
         subsets={name: chosen for name, chosen in subsets.items() if chosen.any()},
+        answers=[prediction.answer for prediction in predictions],
     )
 
 
@@ -318,6 +321,7 @@ def _row_order(row: Mapping[str, Any]) -> tuple[Any, ...]:
 def _painting_rows(item: _Scored) -> Iterator[dict[str, Any]]:
     """Image-level rows of one painting; undefined numbers give none."""
     yield from _rate_rows(item)
+    yield from _answer_rows(item)
     yield from _seconds_rows(item)
     n, n_anomalous = len(item.labels), int(item.labels.sum())
     yield from _auroc_rows("all", item.scores, item.labels)
@@ -392,6 +396,14 @@ def _rate_rows(item: _Scored) -> Iterator[dict[str, Any]]:
         yield _row(kind, "sensitivity", found / n, statistics.wilson(found, n), n, n)
 
 
+def _answer_rows(item: _Scored) -> Iterator[dict[str, Any]]:
+    """How often the words of a chat model are right, without any threshold; unclear ones are wrong."""
+    if item.answers and all(item.answers):
+        counted = conversations.score_answers(item.answers, item.labels.tolist())
+        interval = statistics.wilson(counted.n_correct, counted.n)
+        yield _row("all", "answer_accuracy", counted.accuracy, interval, counted.n, counted.n_anomalous)
+
+
 def _seconds_rows(item: _Scored) -> Iterator[dict[str, Any]]:
     known = np.isfinite(item.seconds)
     if known.any():
@@ -405,7 +417,7 @@ def _seconds_rows(item: _Scored) -> Iterator[dict[str, Any]]:
 def _all_rows(rows: Mapping[str, Sequence[dict[str, Any]]], scored: Mapping[str, _Scored]) -> list[dict[str, Any]]:
     """Rows over all paintings: rates from pooled verdicts, the others as means over paintings."""
     pooled = _pool(list(scored.values()))
-    combined = [*_rate_rows(pooled), *_seconds_rows(pooled)]
+    combined = [*_rate_rows(pooled), *_answer_rows(pooled), *_seconds_rows(pooled)]
     by_number: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in itertools.chain.from_iterable(rows.values()):
         if row["metric"] not in _POOLED:
@@ -426,6 +438,7 @@ def _pool(items: Sequence[_Scored]) -> _Scored:
         predicted=np.concatenate([item.predicted for item in items]),
         seconds=np.concatenate([item.seconds for item in items]),
         samples=[sample for item in items for sample in item.samples],
+        answers=[answer for item in items for answer in item.answers],
         has_threshold=all(item.has_threshold for item in items),
         subsets={
             name: np.concatenate([item.subsets.get(name, np.zeros(len(item.labels), bool)) for item in items])

@@ -168,6 +168,12 @@ def cell_of(row: float, column: float) -> str:
     return CELLS[_third(row)][_third(column)]
 
 
+def cell_of_center(mask: np.ndarray) -> str:
+    """Cell of the centre of mass of all anomalous pixels of a bool mask ``(H, W)`` that has some."""
+    rows, columns = np.nonzero(mask)
+    return cell_of((rows.mean() + 0.5) / mask.shape[0], (columns.mean() + 0.5) / mask.shape[1])
+
+
 def cells_of_mask(mask: np.ndarray, *, min_share: float = 0.05) -> tuple[str, ...]:
     """Cells of the centres of a mask's regions, the largest region first; one entry per region.
 
@@ -267,14 +273,14 @@ def place_is_right(parsed: ParsedAnswer, mask: np.ndarray) -> bool | None:
         parsed: of an answer about an anomalous picture.
         mask: bool ``(H, W)`` with an anomalous pixel.
     Returns:
-        True when the cell of the largest region's centre is named and no more cells are named than the mask has
-        regions (at least one): naming all nine is not right. None when the mask is empty. An answer without a place
-        is wrong.
+        True when the cell of the largest region's centre, or of the centre of all anomalous pixels, is named, and no
+        more cells than the mask has regions: naming all nine is not right. None when the mask is empty. An answer
+        without a place is wrong.
     """
     true_cells = cells_of_mask(mask)
     if not true_cells:
         return None
-    return true_cells[0] in parsed.cells and len(parsed.cells) <= len(true_cells)
+    return bool({true_cells[0], cell_of_center(mask)} & parsed.cells) and len(parsed.cells) <= len(true_cells)
 
 
 def _third(share: float) -> int:

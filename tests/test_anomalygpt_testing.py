@@ -159,6 +159,32 @@ def test_art_has_no_published_numbers(tested):
     assert te.beside_published(tested[0].evaluation).empty
 
 
+def test_pictures_that_set_thresholds_are_not_trained_on(dataset):
+    from helpers import anomalygpt_training as t
+
+    train = [s for s in dataset.samples if s.split == "train"]
+    industrial = data.Dataset(dataset.folder, tuple(train), "hash")
+    learnt = t.training_samples(industrial)
+    learnt_from, held_out = t.normals_of(industrial, "one")
+    assert len(learnt_from) == 2 and len(held_out) == 2
+    assert not {s.image_path for s in held_out} & {s.image_path for s in learnt}
+    assert t.training_samples(dataset) == train  # the artworks have a calibration split of their own
+
+
+def test_answers_reach_the_comparison(tested, dataset):
+    from helpers import comparison
+
+    run, folder, _ = tested
+    table = comparison.compare(dataset, folder.parent, profile="mini").table
+    rows = table[(table["method"] == "anomalygpt") & (table["metric"] == "answer_accuracy")]
+    assert set(rows["category"]) == {"all", "one", "two"}
+    texts = [p.answer for p in run.result.predictions]
+    labels = [p.sample.is_anomalous for p in run.result.predictions]
+    expected = conversations.score_answers(texts, labels).accuracy
+    assert rows[rows["category"] == "all"]["value"].iloc[0] == pytest.approx(expected)
+    assert not table[(table["method"] == "always_anomaly") & (table["metric"] == "answer_accuracy")].size
+
+
 @pytest.mark.parametrize(
     "change", [{"protocol": "mine"}, {"row_shots": 2}, {"answered_shots": (0,)}, {"n_draws": 0}, {"shots": (-1, 0, 1)}]
 )

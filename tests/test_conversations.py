@@ -138,3 +138,12 @@ def test_place_must_be_named_and_not_everything():
     assert not c.place_is_right(c.parse_answer(c.answer(True, CELLS)), mask)
     assert not c.place_is_right(c.parse_answer("Yes."), mask)
     assert c.place_is_right(c.parse_answer("Yes."), np.zeros((9, 9), dtype=bool)) is None
+
+
+def test_scattered_dots_lie_where_their_centre_is():
+    mask = np.zeros((90, 90), dtype=bool)
+    for y, x in ((5, 5), (5, 85), (40, 10), (40, 80)):
+        mask[y : y + 4, x : x + 4] = True
+    assert c.cell_of_center(mask) == "top"
+    assert c.place_is_right(c.parse_answer(c.answer(True, ["top"])), mask)
+    assert not c.place_is_right(c.parse_answer(c.answer(True, ["bottom"])), mask)
