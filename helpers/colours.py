@@ -5,6 +5,7 @@ Written in numpy on few pixels, so that the bytes of a synthetic picture do not 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -135,14 +136,15 @@ def sample_pixels(image: np.ndarray, n: int) -> np.ndarray:
     return pixels[:: max(1, -(-len(pixels) // n))]
 
 
-def colour_name(rgb: np.ndarray) -> str:
-    """The word of :data:`COLOUR_NAMES` nearest to an RGB value by CIEDE2000.
+def colour_names(rgb: Sequence[Sequence[int]] | np.ndarray) -> list[str]:
+    """The word of :data:`COLOUR_NAMES` nearest by CIEDE2000 to each RGB value ``(n, 3)``.
 
-    >>> colour_name([200, 30, 30])
-    'red'
+    >>> colour_names([[200, 30, 30], [5, 5, 8]])
+    ['red', 'black']
     """
     names, lab = _named()
-    return names[int(delta_e2000(rgb_to_lab(np.asarray(rgb, np.uint8)), lab).argmin())]
+    nearest = delta_e2000(rgb_to_lab(np.asarray(rgb, np.uint8))[:, None], lab).argmin(axis=1)
+    return [names[index] for index in nearest]
 
 
 @cache

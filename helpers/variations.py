@@ -6,9 +6,8 @@ another. Here :data:`VARIATIONS` decides once, with a reason for each; notebook 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import cv2
@@ -25,13 +24,15 @@ class Variation:
     """One change of a whole picture.
 
     Attributes:
-        is_normal: True when the result still counts as the genuine artwork.
+        name: what :func:`vary` is called with.
+        is_anomalous: False when the result still counts as the genuine artwork.
         what: what is done, with its range.
         reason: why it counts as normal or not.
         apply: (uint8 RGB ``(H, W, 3)``, rng) -> uint8 RGB; may change the size.
     """
 
-    is_normal: bool
+    name: str
+    is_anomalous: bool
     what: str
     reason: str
     apply: Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -49,12 +50,12 @@ def vary(image: np.ndarray, variation: str, rng: np.random.Generator) -> np.ndar
     Raises:
         ValueError: unknown name, or not such a picture.
     """
-    if variation not in VARIATIONS:
-        raise ValueError(f"Unknown variation {variation!r}; allowed are {', '.join(VARIATIONS)}.")
+    if variation not in _BY_NAME:
+        raise ValueError(f"Unknown variation {variation!r}; allowed are {', '.join(_BY_NAME)}.")
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
         raise ValueError(f"A picture is uint8 RGB (H, W, 3); this is {image.dtype} {image.shape}.")
-    return np.ascontiguousarray(VARIATIONS[variation].apply(image, rng))
+    return np.ascontiguousarray(_BY_NAME[variation].apply(image, rng))
 
 
 def rephotograph(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, list[str]]:
@@ -78,7 +79,7 @@ def variations_table() -> pd.DataFrame:
     """:data:`VARIATIONS` as a table: variation, counts as, what, reason."""
     import pandas as pd
 
-    rows = [(name, "normal" if v.is_normal else "anomalous", v.what, v.reason) for name, v in VARIATIONS.items()]
+    rows = [(v.name, "anomalous" if v.is_anomalous else "normal", v.what, v.reason) for v in VARIATIONS]
     return pd.DataFrame(rows, columns=["variation", "counts as", "what", "reason"]).set_index("variation")
 
 
@@ -193,42 +194,50 @@ def _jpeg(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return cv2.imdecode(encoded, cv2.IMREAD_COLOR)[..., ::-1]
 
 
-VARIATIONS: Mapping[str, Variation] = MappingProxyType(
-    {
-        "crop": Variation(True, "cut off up to 5 % of each side", "photographs rarely show the exact edge", _crop),
-        "perspective": Variation(
-            True, "corners shifted by up to 4 %", "the camera did not stand straight in front", _perspective
-        ),
-        "tilt": Variation(True, "turned by 0.5 to 2.5 degrees", "the camera was held slightly askew", _tilt),
-        "lighting": Variation(
-            True, "5 to 20 % darker towards one side", "gallery light comes from one side", _lighting
-        ),
-        "colour_jitter": Variation(
-            True, "brightness and contrast within 10 %, white balance within 6 %", "cameras differ", _colour_jitter
-        ),
-        "saturation": Variation(True, "colour strength x 0.8 to 1.2", "cameras and screens differ", _saturation),
-        "blur": Variation(True, "Gaussian blur, 0.1 to 0.3 % of the shorter side", "focus and rescaling differ", _blur),
-        "jpeg": Variation(True, "JPEG at quality 45 to 89", "pictures on the web are compressed", _jpeg),
-        "invert": Variation(False, "negative", "no photograph of the genuine artwork looks so", _invert),
-        "flip": Variation(False, "mirrored or upside down", "the genuine artwork has one handedness", _flip),
-        "strong_tilt": Variation(
-            False, "turned by 12 to 35 degrees", "the composition is no longer upright", _strong_tilt
-        ),
-        "strong_saturation": Variation(
-            False, "colour strength below 0.2 or above 2.2", "colours that the artist did not paint", _strong_saturation
-        ),
-        "different_colour": Variation(
-            False, "hues turned by 80 to 280 degrees", "the report names another colour an anomaly", _different_colour
-        ),
-        "strong_blur": Variation(
-            False,
-            "Gaussian blur, 1.5 to 4 % of the shorter side",
-            "the report names fuzziness an anomaly; brushwork is lost",
-            _strong_blur,
-        ),
-    }
+VARIATIONS: tuple[Variation, ...] = (
+    Variation("crop", False, "cut off up to 5 % of each side", "photographs rarely show the exact edge", _crop),
+    Variation(
+        "perspective", False, "corners shifted by up to 4 %", "the camera did not stand straight in front", _perspective
+    ),
+    Variation("tilt", False, "turned by 0.5 to 2.5 degrees", "the camera was held slightly askew", _tilt),
+    Variation("lighting", False, "5 to 20 % darker towards one side", "gallery light comes from one side", _lighting),
+    Variation(
+        "colour_jitter",
+        False,
+        "brightness and contrast within 10 %, white balance within 6 %",
+        "cameras differ",
+        _colour_jitter,
+    ),
+    Variation("saturation", False, "colour strength x 0.8 to 1.2", "cameras and screens differ", _saturation),
+    Variation("blur", False, "Gaussian blur, 0.1 to 0.3 % of the shorter side", "focus and rescaling differ", _blur),
+    Variation("jpeg", False, "JPEG at quality 45 to 89", "pictures on the web are compressed", _jpeg),
+    Variation("invert", True, "negative", "no photograph of the genuine artwork looks so", _invert),
+    Variation("flip", True, "mirrored or upside down", "the genuine artwork has one handedness", _flip),
+    Variation("strong_tilt", True, "turned by 12 to 35 degrees", "the composition is no longer upright", _strong_tilt),
+    Variation(
+        "strong_saturation",
+        True,
+        "colour strength below 0.2 or above 2.2",
+        "colours that the artist did not paint",
+        _strong_saturation,
+    ),
+    Variation(
+        "different_colour",
+        True,
+        "hues turned by 80 to 280 degrees",
+        "the report names another colour an anomaly",
+        _different_colour,
+    ),
+    Variation(
+        "strong_blur",
+        True,
+        "Gaussian blur, 1.5 to 4 % of the shorter side",
+        "the report names fuzziness an anomaly; brushwork is lost",
+        _strong_blur,
+    ),
 )
 """Every change of a whole picture, normal ones first; the one place that says which counts as what."""
 
-NORMAL_VARIATIONS = tuple(name for name, variation in VARIATIONS.items() if variation.is_normal)
-ANOMALOUS_VARIATIONS = tuple(name for name, variation in VARIATIONS.items() if not variation.is_normal)
+NORMAL_VARIATIONS = tuple(v.name for v in VARIATIONS if not v.is_anomalous)
+ANOMALOUS_VARIATIONS = tuple(v.name for v in VARIATIONS if v.is_anomalous)
+_BY_NAME = {variation.name: variation for variation in VARIATIONS}
