@@ -110,8 +110,9 @@ def build_dataset(
 
     Pictures derived from one source picture (``group``) stay in one split. Where there are fewer genuine pictures than
     asked for, they are photographed again (:func:`helpers.synthesis.rephotograph`); where there are more, all are
-    used, up to :data:`MOST_TIMES` as many. Damage is done to test normals only, to each about equally often, so that
-    an anomalous picture differs from a normal one by the damage and not by the way it was photographed. The source's
+    used, up to :data:`MOST_TIMES` as many. Damage is done to test normals only, genuine and re-photographed, to
+    each source picture about equally often, so that an anomalous picture differs from a normal one by the damage and
+    not by the way it was photographed. The source's
     own anomalous pictures are all kept, for testing only. With one or two genuine pictures of an artwork, splits
     cannot be separate; they are simulated by re-photographs and a warning is printed and recorded.
 
@@ -328,17 +329,18 @@ class _Plan:
         chosen["calibration"] += [s for group in sorted(calibration) for s in calibration[group]]
         chosen["test"] += [s for group in sorted(tested) for s in tested[group]]
         simulated = tuple(split for split in SPLITS if not chosen[split])
+        n_train, n_rest = (len({s.group for s in chosen[split]}) for split in SPLITS[:2])
         if simulated:
             self.warnings.append(
-                f"{category}: only {_pictures(len(chosen['train']))} to learn from, so {' and '.join(simulated)} "
-                "pictures are simulated: re-photographs (light, colour, crop, perspective, compression) of the same "
-                "source. Real photographs differ more, so scores and false-alarm rates will look better than they "
-                "are. Add at least three genuine photographs of the artwork."
+                f"{category}: only {_pictures(n_train, 'independent genuine')} to learn from, so the pictures for "
+                f"{' and '.join(simulated)} are simulated: re-photographs (light, colour, crop, perspective, "
+                "compression) of what is learnt. Real photographs differ more, so scores and false-alarm rates will "
+                "look better than they are. Add at least three genuine photographs of the artwork."
             )
-        elif (n_groups := len({s.group for s in chosen["calibration"]})) < 3:
+        elif n_rest < 3:
             self.notes.append(
-                f"{category}: thresholds rest on {_pictures(n_groups)} and re-photographs of it; real false-alarm "
-                "rates may be higher than aimed at. More genuine pictures help."
+                f"{category}: thresholds rest on {_pictures(n_rest, 'independent genuine')} and re-photographs; real "
+                "false-alarm rates may be higher than aimed at. More genuine pictures help."
             )
         return chosen, simulated
 
@@ -418,9 +420,11 @@ class _CategoryPlan:
             )
         if len(samples) <= limit:
             return samples
+        # From as many groups as possible: the first of each group, then the second, ...
         shuffled = [samples[i] for i in rng.permutation(len(samples))]
-        turns = _turns(shuffled)  # from as many groups as possible
-        kept = {id(next(turns)) for _ in range(limit)}
+        pairs = [pair for members in _by_group(shuffled).values() for pair in enumerate(members)]
+        ranked = sorted(pairs, key=lambda pair: pair[0])
+        kept = {id(sample) for _, sample in ranked[:limit]}
         return [sample for sample in samples if id(sample) in kept]
 
     def _add(self, split: str, sample: Sample, origin: str) -> None:
@@ -793,8 +797,8 @@ def _unique(name: str, taken: set[str]) -> str:
     return candidate
 
 
-def _pictures(n: int) -> str:
-    return f"{n} genuine picture" + ("" if n == 1 else "s")
+def _pictures(n: int, which: str = "genuine") -> str:
+    return f"{n} {which} picture" + ("" if n == 1 else "s")
 
 
 def _lines(title: str, lines: Sequence[str]) -> str:
