@@ -636,6 +636,9 @@ def _resumed(folder: Path, settings_hash: str) -> dict[str, dict[str, Any]]:
             continue  # the line that the interruption cut off: its picture is made again
         if (folder / row["image_path"]).exists():
             done[row["image_path"]] = row
+    storage.write_text(progress, "".join(json.dumps(row) + "\n" for row in done.values()))
+    for leftover in list(folder.rglob(".*")):  # temporary names of files that were being written
+        leftover.unlink()
     return done
 
 
