@@ -112,6 +112,7 @@ def execute(
         timeout=None,
         kernel_name="python3",
         resources={"metadata": {"path": str(path.parent)}},
+        extra_arguments=["--log-level=ERROR"],  # the kernel's warnings about its own transport are not for the reader
         on_cell_start=count,
     )
     try:
