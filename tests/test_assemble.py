@@ -83,7 +83,9 @@ def test_counts_splits_and_layout(built: tuple[list[Sample], data.Dataset]) -> N
     for sample in dataset.samples:
         folder = "test" if sample.split == "test" else "train"
         assert sample.image_path.parent == dataset.folder / "saint" / folder / sample.kind
-        assert sample.image_path.suffix == ".png" and max(images.load_image(sample.image_path).shape) == 48
+        side = max(images.load_image(sample.image_path).shape)
+        assert sample.image_path.suffix == ".png"
+        assert 40 <= side <= 48, "re-photographs may be cropped by a few percent"
         if sample.mask_path is not None:
             name = f"{sample.image_path.stem}_mask.png"
             assert sample.mask_path == dataset.folder / "saint/ground_truth" / sample.kind / name
