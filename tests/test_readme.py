@@ -45,11 +45,6 @@ def test_anchors_resolve(anchor: str) -> None:
     assert anchor in headings
 
 
-@pytest.mark.parametrize("module", sorted(set(re.findall(r"`(helpers/[a-z_0-9]+\.py|tests/[a-z_0-9/]+\.py)`", README))))
-def test_named_files_exist(module: str) -> None:
-    assert (profiles.REPOSITORY / module).exists()
-
-
 def test_every_helper_stands_in_the_map_of_the_code() -> None:
     tracked = subprocess.run(
         ["git", "ls-files", "helpers/*.py"], cwd=profiles.REPOSITORY, capture_output=True, text=True, check=True

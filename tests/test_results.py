@@ -147,3 +147,11 @@ def test_is_complete_compares_dataset_settings_and_weights(tmp_path: Path, sampl
 def test_missing_results_name_what_to_do(tmp_path: Path, samples: list[Sample]) -> None:
     with pytest.raises(FileNotFoundError, match="Run the notebook that makes them"):
         results.read(tmp_path / "results" / "anomalygpt", samples, tmp_path / "data", "a" * 64)
+
+
+def test_numbers_may_be_missing_and_texts_may_look_so(tmp_path: Path, samples: list[Sample], writer) -> None:
+    with writer() as run:
+        for sample in samples:
+            run.add(Prediction(sample, 1.0, answer="nan"))
+    predictions = results.read(tmp_path / "results" / "clip_lof", samples, tmp_path / "data", "a" * 64).predictions
+    assert all(np.isnan(p.threshold) and np.isnan(p.p_value) and p.answer == "nan" for p in predictions)

@@ -73,3 +73,11 @@ def test_hashes_agree_with_hashlib(tmp_path: Path) -> None:
 
 def test_free_bytes_of_a_folder_to_be_made(tmp_path: Path) -> None:
     assert storage.free_bytes(tmp_path / "not" / "yet") > 0
+
+
+def test_a_reader_of_the_old_file_never_sees_half_of_the_new_one(tmp_path: Path) -> None:
+    """The file is replaced as a whole: another name of the old one keeps the old content."""
+    storage.write_text(tmp_path / "table.csv", "old")
+    os.link(tmp_path / "table.csv", tmp_path / "held_open.csv")
+    storage.write_text(tmp_path / "table.csv", "new")
+    assert (tmp_path / "held_open.csv").read_text() == "old"

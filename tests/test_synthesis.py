@@ -232,3 +232,21 @@ def test_wrong_variation_and_empty_mask_are_refused():
         synthesis.vary(_painting(), "sharpen", np.random.default_rng(0))
     with pytest.raises(ValueError, match="empty"):
         synthesis.visibility(_painting(), _painting(), np.zeros((120, 96), bool))
+
+
+def test_seeds_stay_what_they_were():
+    """The definition once more: the first 8 bytes of the hash of seed, line break and name, without the last bit."""
+    expected = int(hashlib.sha256(b"2024\nmona_lisa/box_001.png").hexdigest()[:16], 16) >> 1
+    assert synthesis.seed_for(2024, "mona_lisa/box_001.png") == expected
+    assert 0 <= expected < 2**63
+
+
+@pytest.mark.parametrize(("value", "name"), [(0.0, "faint"), (4.99, "faint"), (14.9, "moderate"), (15.0, "plain")])
+def test_visibility_bins(value, name):
+    assert synthesis.visibility_bin(value) == name
+
+
+def test_contrast_of_drawn_marks_is_spread_over_an_order_of_magnitude():
+    image = _painting((240, 200))
+    found = [synthesis.synthesize(image, "box", np.random.default_rng(i))[2]["delta_e"] for i in range(60)]
+    assert np.percentile(found, 90) > 2.5 * np.percentile(found, 10)
