@@ -246,7 +246,7 @@ def test_visibility_bins(value, name):
     assert synthesis.visibility_bin(value) == name
 
 
-def test_contrast_of_drawn_marks_is_spread_over_an_order_of_magnitude():
+def test_drawn_marks_stand_out_by_more_than_the_least_contrast():
     image = _painting((240, 200))
     found = [synthesis.synthesize(image, "box", np.random.default_rng(i))[2]["delta_e"] for i in range(60)]
-    assert np.percentile(found, 90) > 2.5 * np.percentile(found, 10)
+    assert np.median(found) > 12 and np.percentile(found, 10) < 10
