@@ -684,7 +684,7 @@ def loss_curve(history: Sequence[Mapping[str, float]], *, title: str, x_key: str
         ax.set_ylabel("loss" if names and names[0] in losses else "value")
         ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(6, integer=True))
         if names:
-            ax.legend(loc="best")
+            ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=4, columnspacing=1.2, handlelength=1.4)
     _title(fig, title)
     return _with_alt(fig, f"Training curves: {', '.join(keys)}. {title}")
 
