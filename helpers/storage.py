@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, hashes, completion marks, locks.
+"""Files that are whole or absent: atomic writes, JSON and hashes.
 
 Everything is written under a temporary name in the same folder, flushed to disk and renamed. A folder is complete
 when its mark (``manifest.json`` or ``READY.json``), written last, is there.
