@@ -20,7 +20,7 @@ import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from helpers import storage, tensor_files
 
@@ -28,6 +28,7 @@ CHUNK_BYTES = 8 << 20
 SMALL_FILE_BYTES = 50_000_000
 MAX_ARCHIVE_FILES = 200_000
 MAX_ARCHIVE_BYTES = 100_000_000_000
+T = TypeVar("T")
 _WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 
 
@@ -311,33 +312,75 @@ def unpack(
     return target
 
 
-def copy_verified(source: Path, target: Path, *, n_tries: int = 3, wait_seconds: float = 2.0) -> Path:
-    """Copy a file to a disk that may fail (Google Drive): read back and compared before it gets its name.
+def copy_verified(
+    source: Path,
+    target: Path,
+    *,
+    sha256: str | None = None,
+    n_tries: int = 4,
+    wait_seconds: float = 2.0,
+    reconnect: Callable[[], None] | None = None,
+) -> Path:
+    """Copy a file from or to a disk that may fail (Google Drive): read back and compared before it gets its name.
 
+    Args:
+        source, target: files; the folder above that of ``target`` must exist, so that a lost mount is an error and
+            not a new local folder.
+        sha256: what the copy must have, when it is known; None takes the source's own hash.
+        n_tries, wait_seconds, reconnect: see :func:`patiently`.
     Raises:
-        DownloadError: the copy keeps differing or failing; the source is untouched and still good.
+        DownloadError: the copy keeps differing or failing; the source is untouched, and ``target`` as it was before.
     """
     source, target = Path(source), Path(target)
-    expected, problem = storage.sha256_file(source), ""
-    target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
-    for attempt in range(n_tries):
-        if attempt:
-            time.sleep(wait_seconds * 2 ** (attempt - 1))
+
+    def copy() -> Path:
+        expected = sha256 or storage.sha256_file(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, part)
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        if storage.sha256_file(part) != expected:
+            raise OSError(f"the copy has {part.stat().st_size} of {source.stat().st_size} bytes or other content")
+        os.replace(part, target)
+        return target
+
+    try:
+        return patiently(copy, n_tries=n_tries, wait_seconds=wait_seconds, reconnect=reconnect)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise DownloadError(
+            f"{source} could not be copied to {target} in {n_tries} attempts ({error}). The source is kept as it is. "
+            f"Free space on Drive (15 GB without a plan), or mount it again, then repeat."
+        ) from error
+
+
+def patiently(
+    action: Callable[[], T],
+    *,
+    n_tries: int = 4,
+    wait_seconds: float = 2.0,
+    reconnect: Callable[[], None] | None = None,
+) -> T:
+    """Do something on a disk that may fail, again after a pause when it does.
+
+    Args:
+        action: without arguments; repeating it must do no harm.
+        n_tries: attempts in all.
+        wait_seconds: pause before the second attempt; doubles with each further one.
+        reconnect: called before each further attempt, to mount the disk again.
+    Raises:
+        OSError: of the last attempt.
+    """
+    for attempt in range(n_tries - 1):
         try:
-            shutil.copyfile(source, part)
-            if storage.sha256_file(part) == expected:
-                os.replace(part, target)
-                return target
-            problem = f"the copy has {part.stat().st_size} of {source.stat().st_size} bytes or other content"
-        except OSError as error:
-            problem = str(error)
-    with contextlib.suppress(OSError):
-        part.unlink()
-    raise DownloadError(
-        f"{source} could not be copied to {target} in {n_tries} attempts ({problem}). The local file is good and kept. "
-        f"Free space on Drive (15 GB without a plan), or mount it again, then repeat."
-    )
+            return action()
+        except OSError:
+            time.sleep(wait_seconds * 2**attempt)
+            if reconnect is not None:
+                reconnect()
+    return action()
 
 
 class _SameHostToken(urllib.request.HTTPRedirectHandler):

@@ -396,7 +396,7 @@ def test_18_copy_onto_a_full_disk_keeps_the_local_file(tmp_path: Path) -> None:
     try:
         source = tmp_path / "x"
         source.write_bytes(CONTENT)
-        with pytest.raises(DownloadError, match=r"in 2 attempts .*No space left.*local file is good"):
+        with pytest.raises(DownloadError, match=r"in 2 attempts .*No space left.*source is kept"):
             downloads.copy_verified(source, disk / "x", n_tries=2, wait_seconds=0)
         assert source.read_bytes() == CONTENT and not list(disk.iterdir())
     finally:
