@@ -345,7 +345,7 @@ class AnomalyGPT:
         Returns:
             cleaned answers, one per picture.
         Raises:
-            ValueError: prompt and answer do not fit the language model's context.
+            helpers.language.PromptTooLong: prompt and answer do not fit the language model's context.
         """
         rows, keys = self.prompt_rows(look, question, history=history)
         tokens = self.language.tokens
@@ -389,7 +389,11 @@ class AnomalyGPT:
         return rows, keys
 
     def _features(self, images: Sequence[np.ndarray] | ImageFeatures, *, mode: str = "squash") -> ImageFeatures:
-        return images if isinstance(images, ImageFeatures) else self.eyes.embed_images(images, mode=mode)
+        """Features on the model's device, in a type that it computes in: caches keep them in float16 on the CPU."""
+        if not isinstance(images, ImageFeatures):
+            return self.eyes.embed_images(images, mode=mode)
+        taps = images.taps.to(self.device)
+        return ImageFeatures(images.embedding.to(self.device), taps if taps.is_cuda else taps.float())
 
 
 def load(

@@ -289,7 +289,7 @@ def _test_category(
         bank = None
         if shots:
             chosen = draw_references(category.references, shots, draw, settings)
-            bank = model.bank(_for_model(model, category.reference_features.take(chosen)))
+            bank = model.bank(category.reference_features.take(chosen))
         started = time.perf_counter()
         look = _look(model, category.features, bank, name, settings)
         seconds = (time.perf_counter() - started) / len(category.test)
@@ -327,7 +327,7 @@ def _look(
     parts = []
     for start in range(0, len(features), settings.batch_size):
         chosen = features.take(range(start, min(start + settings.batch_size, len(features))))
-        parts.append(model.look(_for_model(model, chosen), references=bank, name=name))
+        parts.append(model.look(chosen, references=bank, name=name))
     return Look(
         torch.cat([part.maps for part in parts]),
         torch.cat([part.image_tokens for part in parts]),
@@ -335,12 +335,6 @@ def _look(
         features,
         tuple(number for part in parts for number in part.numbers),
     )
-
-
-def _for_model(model: AnomalyGPT, features: ImageFeatures) -> ImageFeatures:
-    """Cached features on the model's device, in a type that it computes in."""
-    taps = features.taps.to(model.device)
-    return ImageFeatures(features.embedding.to(model.device), taps if taps.is_cuda else taps.float())
 
 
 def _answers(
@@ -412,7 +406,7 @@ def _foreign_bank(
     if not shots or other.name == category.name:
         return None
     chosen = draw_references(other.references, shots, 0, settings)
-    return model.bank(_for_model(model, other.reference_features.take(chosen)))
+    return model.bank(other.reference_features.take(chosen))
 
 
 def _controls(

@@ -30,6 +30,10 @@ VICUNA_ROWS = 32001
 GREEDY_TOP_P = 0.01
 
 
+class PromptTooLong(ValueError):
+    """Prompt and answer do not fit the language model; the message says what to shorten."""
+
+
 @dataclass(frozen=True)
 class ChatTokens:
     """Text <-> token ids, and the ids with a meaning in the prompt.
@@ -407,7 +411,7 @@ def next_logits(speaker: Language, rows: Sequence[torch.Tensor]) -> torch.Tensor
         speaker: the language model.
         rows: input embeddings ``(S_i, hidden)``.
     Raises:
-        ValueError: a prompt is longer than the context.
+        PromptTooLong: a prompt is longer than the context.
     """
     _check_length(speaker, rows, 1)
     embeds, mask = _pad_left(rows)
@@ -443,7 +447,8 @@ def generate(
     Returns:
         new ids per row, stop and end tokens excluded.
     Raises:
-        ValueError: prompt and answer do not fit the context, or the sampling numbers make no sense.
+        PromptTooLong: prompt and answer do not fit the context.
+        ValueError: the sampling numbers make no sense.
     """
     if max_new_tokens < 1 or not 0 <= top_p <= 1 or temperature < 0 or top_k < 1:
         raise ValueError(
@@ -500,7 +505,10 @@ def _forward(speaker: Language, embeds: torch.Tensor, mask: torch.Tensor, cache:
 
 
 def _recall(memory: PrefixMemory, keys: Sequence[Hashable]) -> tuple[Any, int]:
-    """The cached prefix that this prompt shares, cut to length; the last position is always computed anew."""
+    """The cached prefix that this prompt shares, cut to length; the last position is always computed anew.
+
+    The memory is emptied: an answer that fails half-way must not leave keys that its cache no longer has.
+    """
     from transformers import DynamicCache
 
     n_known = 0
@@ -508,13 +516,13 @@ def _recall(memory: PrefixMemory, keys: Sequence[Hashable]) -> tuple[Any, int]:
         if known != wanted:
             break
         n_known += 1
-    memory.n_reused = n_known
+    surplus, cache = len(memory.keys) - n_known, memory.cache
+    memory.keys, memory.cache, memory.n_reused = [], None, n_known
     if n_known == 0:
         return DynamicCache(), 0
-    surplus = len(memory.keys) - n_known
     if surplus:
-        memory.cache.crop(-surplus)  # newer transformers refuse the length to keep and want the number to drop
-    return memory.cache, n_known
+        cache.crop(-surplus)  # newer transformers refuse the length to keep and want the number to drop
+    return cache, n_known
 
 
 def _sample(
@@ -545,7 +553,7 @@ def _check_length(speaker: Language, rows: Sequence[torch.Tensor], n_new: int) -
     longest = max(len(row) for row in rows)
     if longest + n_new > speaker.context:
         room = max(0, speaker.context - n_new)
-        raise ValueError(
+        raise PromptTooLong(
             f"The prompt has {longest} positions and the answer may have {n_new}; the language model holds "
             f"{speaker.context}. Shorten the question to fit {room} positions or clear the history."
         )

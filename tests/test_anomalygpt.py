@@ -163,6 +163,15 @@ def test_new_pictures_get_new_numbers(chain, model):
     assert model.look(pictures).numbers != model.look(pictures).numbers
 
 
+def test_cached_half_precision_features_are_compared_in_single_precision(chain, model):
+    seen = model.eyes.embed_images([tiny.image(chain[2], name) for name in ("query", "normal0")])
+    cached = imagebind.ImageFeatures(seen.embedding, seen.taps.half())
+    single = imagebind.ImageFeatures(seen.embedding, seen.taps.half().float())
+    assert model.bank(cached).dtype == torch.float32
+    maps = model.look(cached, references=model.bank(cached)).maps
+    torch.testing.assert_close(maps, model.look(single, references=model.bank(single)).maps, atol=0, rtol=0)
+
+
 # --- chat ------------------------------------------------------------------------------------------------------------
 
 
@@ -187,6 +196,19 @@ def test_a_chat_reuses_its_prefix_and_says_the_same(model, look):
     assert other == model.ask(look.take([1]), "Where?", max_new_tokens=6)[0]
 
 
+def test_an_answer_that_failed_half_way_leaves_no_broken_prefix(model, look):
+    memory, one = language.PrefixMemory(), look.take([0])
+    model.ask(one, "Is it whole?", max_new_tokens=6, memory=memory)
+
+    def fail(text):
+        raise RuntimeError("the page is gone")
+
+    with pytest.raises(RuntimeError, match="gone"):
+        model.ask(one, "Where is it?", max_new_tokens=6, memory=memory, on_text=fail)
+    again = model.ask(one, "Is it whole?", max_new_tokens=6, memory=memory)[0]
+    assert memory.n_reused == 0 and again == model.ask(one, "Is it whole?", max_new_tokens=6)[0]
+
+
 def test_words_are_shown_as_they_come(model, look):
     shown = []
     answer = model.ask(look.take([0]), "Is it whole?", max_new_tokens=5, on_text=shown.append)[0]
@@ -204,7 +226,7 @@ def test_the_stop_token_ends_each_row_by_itself(model, look):
 
 
 def test_a_question_longer_than_the_context_is_refused(model, look):
-    with pytest.raises(ValueError, match="Shorten the question"):
+    with pytest.raises(language.PromptTooLong, match="Shorten the question"):
         model.ask(look.take([0]), "word " * 3000)
 
 
