@@ -1,0 +1,115 @@
+"""File operations that fail below one folder, as a mounted Google Drive does: a stand-in for system calls.
+
+Failures, drawn from a seed: *Transport endpoint is not connected* (error 107) for this and all further calls until the
+disk is mounted again, *No such file* for a file that exists, an input/output error, a write that is cut short, a full
+disk. With ``kill_at`` the process ends itself with SIGKILL at that call, counting every write, rename and removal, on
+the local disk as well: nothing of it can be caught.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import errno
+import io
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+_ERRORS = {
+    errno.ENOTCONN: "Transport endpoint is not connected",
+    errno.ENOENT: "No such file or directory",
+    errno.EIO: "Input/output error",
+}
+
+
+class FailingDrive:
+    """
+    Args:
+        folder: where Drive is mounted.
+        seed: of the failures.
+        rate: chance that a call fails.
+        kill_at: end the process at this call; None never.
+        is_full: whether every new file is refused with *No space left*.
+    """
+
+    def __init__(
+        self, folder: Path, *, seed: int = 0, rate: float = 0.0, kill_at: int | None = None, is_full: bool = False
+    ) -> None:
+        self._folder, self._random = str(folder), random.Random(seed)
+        self.rate, self.kill_at, self.is_full = rate, kill_at, is_full
+        self.is_lost = False
+        self.n_calls = self.n_failures = self.n_reconnects = 0
+
+    def reconnect(self) -> None:
+        """``drive.mount(..., force_remount=True)``: works often, not always."""
+        self.n_reconnects += 1
+        if self._random.random() < 0.8:
+            self.is_lost = False
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[FailingDrive]:
+        """Puts itself between the program and the disk for the length of the block."""
+        before = {
+            (owner, name): getattr(owner, name)
+            for owner, names in (
+                (os, ("replace", "listdir", "unlink", "remove", "mkdir", "rmdir", "stat")),
+                (builtins, ("open",)),
+                (io, ("open",)),
+                (shutil, ("copyfile",)),
+            )
+            for name in names
+        }
+        for (owner, name), real in before.items():
+            setattr(owner, name, self._open(real) if name == "open" else self._guarded(real, name))
+        try:
+            yield self
+        finally:
+            for (owner, name), real in before.items():
+                setattr(owner, name, real)
+
+    def _guarded(self, real: Callable, name: str) -> Callable:
+        def call(*arguments: Any, **options: Any) -> Any:
+            self._strike(arguments[:2], changes=name not in ("listdir", "stat"))
+            if name == "copyfile" and self.is_full and self._is_ours(arguments[1]):
+                raise OSError(errno.ENOSPC, "No space left on device", str(arguments[1]))
+            result = real(*arguments, **options)
+            if name == "copyfile" and self._is_ours(arguments[1]) and self._random.random() < self.rate:
+                os.truncate(arguments[1], os.path.getsize(arguments[1]) // 2)
+            return result
+
+        return call
+
+    def _open(self, real: Callable) -> Callable:
+        def call(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+            writes = any(letter in mode for letter in "wax+")
+            self._strike((file,), changes=writes)
+            if writes and self.is_full and self._is_ours(file):
+                raise OSError(errno.ENOSPC, "No space left on device", str(file))
+            return real(file, mode, *arguments, **options)
+
+        return call
+
+    def _is_ours(self, path: Any) -> bool:
+        return isinstance(path, str | os.PathLike) and os.fspath(path).startswith(self._folder)
+
+    def _strike(self, paths: tuple[Any, ...], *, changes: bool) -> None:
+        ours = any(self._is_ours(path) for path in paths)
+        if not (ours or changes):
+            return
+        self.n_calls += 1
+        if self.kill_at is not None and self.n_calls >= self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if not ours:
+            return
+        if not self.is_lost and self._random.random() < self.rate:
+            code = self._random.choice(list(_ERRORS))
+            self.is_lost = code == errno.ENOTCONN
+            self.n_failures += 1
+            raise OSError(code, _ERRORS[code], str(paths[0]))
+        if self.is_lost:
+            raise OSError(errno.ENOTCONN, _ERRORS[errno.ENOTCONN], str(paths[0]))
