@@ -132,6 +132,7 @@ def trainings(
             cnn=cnn,
             cache_dir=cache_dir,
             batch_size=batch_size,
+            patches=True,
             n_pictures=n_anomalies,
         )
         found[category] = Training(tuple(normals), embedded.of(normals), anomalies, tuple(sources), tuple(kinds))
@@ -202,7 +203,8 @@ def fit_all(
         search = _kept_search(path, key, type(base_settings))
         if search is None:
             search = one_class.search(method, training, n_trials=n_trials, seed=seed, base=base_settings)
-        detector, normal_scores = one_class.calibrate(search.settings, training, seed=seed, device=device)
+        calibrated = one_class.calibrate(search.settings, training, seed=seed, device=device)
+        detector, normal_scores = calibrated.detector, calibrated.normal_scores
         threshold = calibration.conformal_threshold(normal_scores, alpha)
         seconds = time.perf_counter() - start
         fitted[category] = Fitted(search, detector, normal_scores, threshold, seconds)
@@ -310,12 +312,19 @@ def predict(
         ) as writer:
             for category in sorted({sample.category for sample in samples}):
                 chosen = [s for s in samples if s.category == category and s.image_path not in writer.done]
-                for prediction in _predictions(fitted[category], chosen, embedded.of(chosen)):
+                for prediction in predictions(fitted[category], chosen, embedded.of(chosen)):
                     writer.add(prediction)
     return results.read(results_dir, samples, dataset.folder, dataset.hash)
 
 
-def _predictions(one: Fitted, samples: Sequence[Sample], rows: Features) -> Iterator[Prediction]:
+def predictions(one: Fitted, samples: Sequence[Sample], rows: Features) -> Iterator[Prediction]:
+    """A detector's verdicts on pictures of its painting, one by one, written nowhere.
+
+    Args:
+        one: the painting's detector.
+        samples: the pictures.
+        rows: their features, row by row.
+    """
     if not samples:
         return
     start = time.perf_counter()

@@ -591,6 +591,44 @@ def paired_tests(methods: Sequence[MethodResult]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*names, "n_images", "sentence"])
 
 
+def balanced_accuracy_test(correct_a: np.ndarray, correct_b: np.ndarray, labels: np.ndarray) -> statistics.PairedTest:
+    """Do two rounds of verdicts on the same pictures differ in balanced accuracy? Exact.
+
+    McNemar's idea for both classes at once: only pictures on which exactly one of the two is right count, each of them
+    as likely for the one as for the other when there is no difference. The p-value is the probability, over all ways
+    the coins could fall, of a difference in balanced accuracy at least as large.
+
+    Args:
+        correct_a: bool ``(n,)``, True where the first verdict is right.
+        correct_b: bool ``(n,)`` of the second, same pictures in the same order.
+        labels: bool ``(n,)``, True = anomalous.
+    Returns:
+        the test with balanced accuracies as values; all nan when one class is missing; no standard error.
+    Raises:
+        ValueError: lengths differ, or values other than bool.
+    Source: McNemar, Psychometrika 1947; two independent binomials, one for each class.
+    """
+    from scipy.stats import binom
+
+    a, b, labels = (np.asarray(values) for values in (correct_a, correct_b, labels))
+    if not a.shape == b.shape == labels.shape or any(values.dtype != bool for values in (a, b, labels)):
+        raise ValueError(f"Pass three lists of True/False of one length; got {a.shape}, {b.shape}, {labels.shape}.")
+    n = len(labels)
+    if labels.all() or not labels.any():
+        return statistics.PairedTest(math.nan, math.nan, math.nan, math.nan, math.nan, n)
+    values = [(c[labels].mean() + c[~labels].mean()) / 2 for c in (a, b)]
+    differences, chances = [], []
+    for chosen in (labels, ~labels):
+        n_apart = int((a[chosen] != b[chosen]).sum())
+        counts = np.arange(n_apart + 1)
+        differences.append((2 * counts - n_apart) / (2 * chosen.sum()))
+        chances.append(binom.pmf(counts, n_apart, 0.5))
+    total = np.abs(differences[0][:, None] + differences[1][None, :])
+    chance = chances[0][:, None] * chances[1][None, :]
+    p_value = min(1.0, float(chance[total >= abs(values[0] - values[1]) - 1e-12].sum()))
+    return statistics.PairedTest(*map(float, values), float(values[0] - values[1]), math.nan, p_value, n)
+
+
 def _pair(a: MethodResult, b: MethodResult, category: str, measure: str) -> statistics.PairedTest | None:
     chosen_a = [p for p in a.predictions if p.sample.category == category]
     chosen_b = [p for p in b.predictions if p.sample.category == category]

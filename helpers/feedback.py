@@ -217,15 +217,19 @@ def read(path: Path | str) -> FeedbackLog:
     return FeedbackLog(path, tuple(entries), tuple(skipped))
 
 
-def picture_of(entry: Entry, log: FeedbackLog) -> np.ndarray | None:
-    """The picture that was judged, uint8 RGB; None when it was not kept and its file is gone or has changed."""
+def picture_of(entry: Entry, log: FeedbackLog) -> tuple[Path, np.ndarray] | None:
+    """File and pixels (uint8 RGB) of the picture that was judged.
+
+    Returns:
+        None when the picture was not kept and its file is gone or has changed.
+    """
     source = Path(entry.image_path) if entry.image_path else None
     if source is not None and source.is_file() and storage.sha256_file(source) == entry.file_sha256:
-        return images.load_image(source)
+        return source, images.load_image(source)
     kept = log.path.parent / PICTURES / Path(entry.kept_picture).name  # the name only: a log is not trusted with paths
     if entry.kept_picture and kept.is_file():
         picture = images.load_image(kept)
-        return picture if features.image_id(picture) == entry.pixels_sha256 else None
+        return (kept, picture) if features.image_id(picture) == entry.pixels_sha256 else None
     return None
 
 
@@ -292,6 +296,7 @@ class Confirmed:
 
     Attributes:
         entry: the judgement.
+        image_path: where it lies.
         picture: uint8 RGB.
         is_anomalous: the confirmed label.
         category: the artwork.
@@ -299,6 +304,7 @@ class Confirmed:
     """
 
     entry: Entry
+    image_path: Path
     picture: np.ndarray
     is_anomalous: bool
     category: str
@@ -343,15 +349,15 @@ def sort_out(log: FeedbackLog, dataset: Dataset) -> SortedOut:
         elif reason := _reason_against(entry, dataset.categories, learnt.get(entry.file_sha256)):
             unused.append(f"{entry.name}: {reason}")
         else:
-            picture = picture_of(entry, log)
-            twin = None if picture is None else frozen.get(features.image_id(picture))
-            if picture is None:
+            found = picture_of(entry, log)
+            twin = None if found is None else frozen.get(features.image_id(found[1]))
+            if found is None:
                 unused.append(f"{entry.name}: the picture was not kept and its file is gone or has changed")
             elif twin is not None:  # judged at another size than its file has
                 refused.append(f"{entry.name} is the test picture {twin.image_path.name} of {twin.category}")
             else:
                 group = group or f"feedback/{entry.pixels_sha256[:16]}"
-                confirmed.append(Confirmed(entry, picture, bool(entry.is_anomalous), entry.category, group))
+                confirmed.append(Confirmed(entry, *found, bool(entry.is_anomalous), entry.category, group))
     return SortedOut(tuple(confirmed), tuple(refused), tuple(unused))
 
 

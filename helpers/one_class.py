@@ -29,6 +29,9 @@ METHODS = ("clip_resnet50", "clip_cross_entropy", "clip_isolation_forest", "clip
 MIN_CALIBRATION = 40
 """From this many calibration normals on they set the threshold alone; below, out-of-fold scores of all normals do."""
 
+CONFIRMED = "confirmed"
+"""Kind of the anomalies that a person confirmed (see :mod:`helpers.feedback_loop`), beside the synthetic kinds."""
+
 _FUSION = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -674,9 +677,25 @@ def search(
     return Search(candidates[best], float(table[best].mean()), unseen, trials)
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """What :func:`calibrate` returns.
+
+    Attributes:
+        detector: the final one.
+        normal_scores: float64 ``(n,)``, normal pictures scored by detectors that had not seen them, for
+            :func:`helpers.calibration.conformal_threshold`.
+        confirmed_scores: float64 ``(m,)``, the same for confirmed anomalies (kind :data:`CONFIRMED`); empty without.
+    """
+
+    detector: Detector
+    normal_scores: np.ndarray
+    confirmed_scores: np.ndarray
+
+
 def calibrate(
     settings: Settings, training: Training, *, n_folds: int = 5, seed: int = 0, device: str = "cpu"
-) -> tuple[Detector, np.ndarray]:
+) -> Calibration:
     """Fit the final detector and score normal pictures for its threshold, each by a detector that has not seen it.
 
     With at least :data:`MIN_CALIBRATION` calibration pictures (in groups of their own) the detector is fitted on the
@@ -686,8 +705,7 @@ def calibrate(
     scores of fresh normals tend to be lower than the pooled ones: the threshold errs on the safe side of false
     alarms. (Vovk, Annals of Mathematics and AI 2015: cross-conformal predictors.)
 
-    Returns:
-        the detector, and the float64 scores ``(n,)`` for :func:`helpers.calibration.conformal_threshold`.
+    Confirmed anomalies are scored alike: with the calibration pictures, or in the fold of their group.
     """
     groups = np.array(training.groups)
     is_calibration = np.array([sample.split == "calibration" for sample in training.samples])
@@ -695,13 +713,20 @@ def calibrate(
     if is_calibration.sum() >= MIN_CALIBRATION and held.isdisjoint(groups[~is_calibration]):
         learn, rest = training.where(frozenset(groups) - held), training.where(held)
         detector = fit(settings, learn, seed=seed, device=device)
-        return detector, detector.score(rest.normals)
-    scores = np.full(len(groups), np.nan)
+        return Calibration(detector, detector.score(rest.normals), _confirmed_scores(detector, rest))
+    normal_scores, confirmed_scores = np.full(len(groups), np.nan), []
     for fold in group_folds(training.groups, n_folds, seed):
-        learn = training.where(frozenset(groups) - fold)
+        detector = fit(settings, training.where(frozenset(groups) - fold), seed=seed, device=device)
         rows = np.isin(groups, sorted(fold))
-        scores[rows] = fit(settings, learn, seed=seed, device=device).score(training.normals.take(rows))
-    return fit(settings, training, seed=seed, device=device), scores
+        normal_scores[rows] = detector.score(training.normals.take(rows))
+        confirmed_scores.append(_confirmed_scores(detector, training.where(fold)))
+    detector = fit(settings, training, seed=seed, device=device)
+    return Calibration(detector, normal_scores, np.concatenate(confirmed_scores))
+
+
+def _confirmed_scores(detector: Detector, held_out: Training) -> np.ndarray:
+    rows = [i for i, kind in enumerate(held_out.kinds) if kind == CONFIRMED]
+    return detector.score(held_out.anomalies.take(rows)) if rows else np.empty(0)
 
 
 def _candidates(base: Settings, space: Mapping[str, tuple], n_trials: int, seed: int) -> list[Settings]:

@@ -8,60 +8,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_clip
 import torch
 
-from helpers import backbones, clip_methods, data, features, images, one_class, results, synthesis
-from helpers.records import Sample
+from helpers import clip_methods, data, features, one_class, results, synthesis
 
-SHAPE = (40, 32)
 QUICK = {
     "clip_cross_entropy": one_class.HeadSettings(n_hidden=16, n_components=8, max_epochs=15),
     "clip_isolation_forest": one_class.ForestSettings(n_trees=20),
 }
 
 
-def write_dataset(folder: Path, categories: tuple[str, ...] = ("harbour", "portrait")) -> data.Dataset:
-    """Per painting 8 training, 4 calibration, 3 normal test pictures and a box and a replica."""
-    samples = []
-    for c, category in enumerate(categories):
-        rng = np.random.default_rng(c)
-        base = rng.integers(40, 200, (*SHAPE, 3)).astype(float)
-        for i in range(17):
-            picture = np.clip(base * rng.uniform(0.9, 1.1) + rng.normal(0, 4, base.shape), 0, 255).astype(np.uint8)
-            split = "train" if i < 8 else "calibration" if i < 12 else "test"
-            kind, mask_path = {15: "box", 16: "replica"}.get(i, "good"), None
-            path = folder / category / ("test" if split == "test" else "train") / kind / f"{i:02d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if kind == "box":
-                picture, mask, _ = synthesis.synthesize(picture, "box", rng)
-                mask_path = folder / category / "ground_truth" / "box" / f"{i:02d}_mask.png"
-                mask_path.parent.mkdir(parents=True)
-                images.save_png(mask_path, mask)
-            elif kind == "replica":
-                picture = 255 - picture
-            images.save_png(path, picture)
-            samples.append(Sample(path, category, kind != "good", mask_path, split, kind, f"{category}/{i}"))
-    data.write_manifest(folder / "manifest.csv", samples)
-    return data.open_dataset(folder)
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        net = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 5, stride=4), torch.nn.ReLU(), torch.nn.Flatten())
-    preprocess = backbones.square_preprocess(20)
-    return {
-        "clip": backbones.load_clip("art-vit-mini", pretrained=None, image_size=112, device="cpu"),
-        "cnn": backbones.Cnn(net.eval().requires_grad_(False), preprocess, "small", 16 * 16),
-        "cache_dir": tmp_path_factory.mktemp("features"),
-        "batch_size": 64,
-    }
+    return tiny_clip.models(tmp_path_factory.mktemp("features"))
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> data.Dataset:
-    return write_dataset(tmp_path_factory.mktemp("data"))
+    return tiny_clip.write_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +90,7 @@ def test_trainings_hold_no_test_picture(learn_from, dataset):
 
 
 def test_painting_without_normals_is_named(tmp_path, models):
-    complete = write_dataset(tmp_path, ("harbour",))
+    complete = tiny_clip.write_dataset(tmp_path, ("harbour",))
     data.write_manifest(tmp_path / "manifest.csv", complete.select(split="test"))
     dataset = data.open_dataset(tmp_path)
     embedded = features.embed_samples(dataset.samples, **models)
@@ -237,7 +202,7 @@ def test_map_examples_show_a_normal_and_masked_pictures(learn_from, dataset, emb
         "Portrait: good",
         "Portrait: box",
     ]
-    assert all(panel.anomaly_map.shape == (14, 14) for panel in panels)
+    assert all(panel.anomaly_map.shape == (4, 4) for panel in panels)
     assert not panels[0].mask.any()
     assert panels[1].mask.any()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny_comparison as tiny
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import comparison, data, metrics, published, results, statistics, wording
@@ -262,6 +263,35 @@ def test_every_pair_is_tested_on_every_painting_and_corrected(compared: comparis
     # clip_lof errs on 3 of 8 pictures where anomalyclip is right, never the other way round: p = 2 / 2^3
     assert row.p_value == pytest.approx(0.25)
     assert "cannot tell CLIP LOF from AnomalyCLIP" in row.sentence
+
+
+@given(st.data())
+@settings(max_examples=50, deadline=None)
+def test_balanced_accuracy_test_counts_every_fall_of_the_coins(drawn: st.DataObject) -> None:
+    n = drawn.draw(st.integers(3, 9))
+    flags = st.lists(st.booleans(), min_size=n, max_size=n)
+    labels, a, b = (np.array(drawn.draw(flags)) for _ in range(3))
+    labels[:2] = True, False
+
+    def balanced(correct: np.ndarray) -> float:
+        return (correct[labels].mean() + correct[~labels].mean()) / 2
+
+    falls = [
+        balanced(np.where(swap, b, a)) - balanced(np.where(swap, a, b))
+        for swap in itertools.product([False, True], repeat=n)
+    ]
+    test = comparison.balanced_accuracy_test(a, b, labels)
+    assert test.difference == pytest.approx(balanced(a) - balanced(b))
+    assert test.p_value == pytest.approx(np.mean(np.abs(falls) >= abs(test.difference) - 1e-12))
+
+
+def test_balanced_accuracy_needs_both_classes_and_equal_lengths() -> None:
+    yes = np.ones(4, bool)
+    assert math.isnan(comparison.balanced_accuracy_test(yes, ~yes, yes).p_value)
+    with pytest.raises(ValueError, match="three lists of True/False"):
+        comparison.balanced_accuracy_test(yes, yes, np.ones(5, bool))
+    with pytest.raises(ValueError, match="three lists of True/False"):
+        comparison.balanced_accuracy_test(yes, yes.astype(int), yes)
 
 
 # ----------------------------------------------------------------------------------------------------------- sentences

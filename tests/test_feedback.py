@@ -62,14 +62,16 @@ def test_the_picture_is_kept_only_when_allowed(tmp_path):
     judge(path, tiny.picture(91), keep_image=True)
     log = feedback.read(path)
     assert feedback.picture_of(log.entries[0], log) is None
-    np.testing.assert_array_equal(feedback.picture_of(log.entries[1], log), tiny.picture(91))
+    np.testing.assert_array_equal(feedback.picture_of(log.entries[1], log)[1], tiny.picture(91))
 
 
 def test_a_file_that_changed_since_is_not_the_picture_that_was_judged(tmp_path):
     path, picture = saved(tmp_path, 92)
     judge(tmp_path / "log.jsonl", picture, image_path=path)
     log = feedback.read(tmp_path / "log.jsonl")
-    np.testing.assert_array_equal(feedback.picture_of(log.entries[0], log), picture)
+    found, pixels = feedback.picture_of(log.entries[0], log)
+    assert found == path
+    np.testing.assert_array_equal(pixels, picture)
     images.save_png(path, tiny.picture(93))
     assert feedback.picture_of(log.entries[0], log) is None
 

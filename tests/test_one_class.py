@@ -231,20 +231,22 @@ def test_a_picture_is_never_scored_by_a_detector_of_its_group(monkeypatch):
     rows = np.random.default_rng(0).normal(size=(10, 6))
     samples = tuple(sample_of(i, group=f"g{i % 10}") for i in range(20))
     training = Training(samples, features_of(np.concatenate([rows, rows]), "n"))
-    _, scores = one_class.calibrate(CosineSettings(), training, n_folds=5)
+    scores = one_class.calibrate(CosineSettings(), training, n_folds=5).normal_scores
     assert np.isfinite(scores).all()
     assert scores.min() > 1e-4
 
 
 def test_few_calibration_pictures_use_every_normal_once(training):
-    detector, scores = one_class.calibrate(CosineSettings(), training)
+    found = one_class.calibrate(CosineSettings(), training)
+    detector, scores = found.detector, found.normal_scores
     assert len(scores) == 40
     assert detector._references.shape[0] == 40
 
 
 def test_many_calibration_pictures_are_kept_out_of_the_detector():
     training = training_of(n_train=20, n_calibration=40, n_per_picture=1)
-    detector, scores = one_class.calibrate(CosineSettings(), training)
+    found = one_class.calibrate(CosineSettings(), training)
+    detector, scores = found.detector, found.normal_scores
     assert len(scores) == 40
     assert detector._references.shape[0] == 20
     held_out = training.normals.take(range(20, 60))
@@ -263,10 +265,29 @@ def test_false_alarms_on_exchangeable_normals_stay_near_alpha(method, n_calibrat
         rows = rng.normal(size=(n + 40, 6))
         everything = features_of(rows, "n", seed=draw_number)
         training = Training(samples, everything.take(range(n)))
-        detector, scores = one_class.calibrate(QUICK[method], training, seed=draw_number)
-        threshold = calibration.conformal_threshold(scores, 0.1)
-        alarms.append(np.mean(detector.score(everything.take(range(n, n + 40))) > threshold))
+        found = one_class.calibrate(QUICK[method], training, seed=draw_number)
+        threshold = calibration.conformal_threshold(found.normal_scores, 0.1)
+        alarms.append(np.mean(found.detector.score(everything.take(range(n, n + 40))) > threshold))
     assert 0.05 < np.mean(alarms) < 0.12
+
+
+@pytest.mark.parametrize("n_calibration", [10, 40])
+def test_confirmed_anomalies_are_scored_where_their_group_was_held_out(n_calibration):
+    training = training_of(n_train=20, n_calibration=n_calibration, n_per_picture=1)
+    kinds = tuple(one_class.CONFIRMED if i % 7 == 0 else kind for i, kind in enumerate(training.kinds))
+    training = dataclasses.replace(training, kinds=kinds)
+    found = one_class.calibrate(CosineSettings(), training, n_folds=3)
+    expected = []
+    if n_calibration == 40:  # split conformal: those of the calibration groups
+        rows = [i for i in range(20, 60) if i % 7 == 0]
+        expected = found.detector.score(training.anomalies.take(rows))
+    else:
+        for fold in one_class.group_folds(training.groups, 3, 0):
+            detector = one_class.fit(CosineSettings(), training.where(frozenset(training.groups) - fold))
+            rows = [i for i in range(30) if i % 7 == 0 and training.groups[i] in fold]
+            expected.extend(detector.score(training.anomalies.take(rows)) if rows else [])
+    np.testing.assert_allclose(found.confirmed_scores, expected)
+    assert len(found.confirmed_scores) == (6 if n_calibration == 40 else 5)
 
 
 # ------------------------------------------------------------------------------------------------- the head

@@ -1,0 +1,251 @@
+"""The feedback loop on a tiny real dataset: what is learnt from, what is refused, and what is measured on what."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_anomalygpt
+import tiny_clip
+
+from helpers import anomalygpt_training, calibration, data, feedback, feedback_loop, images, one_class
+from helpers.feedback_loop import Loop
+
+METHODS = ("clip_resnet50", "clip_patch_knn", "clip_cross_entropy")
+FIXTURE = Path(__file__).parent / "golden" / "anomalygpt_seed0.safetensors"
+BASES = {"clip_cross_entropy": one_class.HeadSettings(n_hidden=16, n_components=8, max_epochs=15)}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> data.Dataset:
+    return tiny_clip.write_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def loop(dataset, tmp_path_factory) -> Loop:
+    folder = tmp_path_factory.mktemp("home")
+    return feedback_loop.open_loop(
+        dataset,
+        models=tiny_clip.models(folder / "features"),
+        checkpoint_dir=lambda method: folder / "checkpoints" / method,
+        n_anomalies=45,
+        n_trials=2,
+        alpha=0.1,
+        seed=0,
+        bases=BASES,
+        methods=METHODS,
+    )
+
+
+def simulate(loop: Loop, folder: Path, **changes) -> feedback.FeedbackLog:
+    return feedback_loop.simulate_user(loop, folder / "simulated.jsonl", **({"n_pictures": 12, "seed": 3} | changes))
+
+
+@pytest.fixture(scope="module")
+def log(loop, tmp_path_factory) -> feedback.FeedbackLog:
+    return simulate(loop, tmp_path_factory.mktemp("feedback"))
+
+
+# ------------------------------------------------------------------------------------------------- the simulated user
+
+
+def test_the_simulated_user_looks_at_new_pictures_that_no_test_picture_knows(loop, log, dataset):
+    assert len(log.entries) == 24
+    tested = {sample.group for sample in dataset.select(split="test")}
+    for category in dataset.categories:
+        mine = [entry for entry in log.entries if entry.category == category]
+        assert [entry.label for entry in mine] == ["normal", "anomalous"] * 6
+        assert tested.isdisjoint(entry.context["group"] for entry in mine)
+    found = feedback.sort_out(log, dataset)
+    assert (len(found.confirmed), found.refused, found.unused) == (24, (), ())
+
+
+def test_the_simulated_user_is_always_right(log):
+    for entry in log.entries:
+        predicted = entry.context["score"] > entry.context["threshold"]
+        assert entry.context["is_predicted_anomalous"] == predicted
+        assert (entry.verdict == "correct") == (predicted == (entry.label == "anomalous"))
+        assert (entry.region is None) == (entry.label == "normal")
+
+
+def test_the_same_seed_gives_the_same_feedback(loop, log, tmp_path):
+    pixels = [entry.pixels_sha256 for entry in log.entries]
+    again = simulate(loop, tmp_path)
+    assert [entry.pixels_sha256 for entry in again.entries] == pixels
+    once_more = simulate(loop, tmp_path)  # replaces the first log
+    assert [entry.pixels_sha256 for entry in once_more.entries] == pixels
+    assert [entry.pixels_sha256 for entry in simulate(loop, tmp_path, seed=4).entries] != pixels
+
+
+def test_a_real_users_log_is_never_replaced(loop, tmp_path):
+    path = tmp_path / "simulated.jsonl"
+    feedback.record(path, image_path=None, image=np.zeros((4, 4, 3), np.uint8), verdict="unsure")
+    with pytest.raises(ValueError, match="1 judgements of a real user"):
+        simulate(loop, tmp_path)
+    assert len(feedback.read(path).entries) == 1
+
+
+def test_the_cell_is_where_most_of_the_mask_is():
+    mask = np.zeros((30, 60), bool)
+    mask[25:, 50:] = mask[0, 0] = True
+    assert feedback_loop._cell(mask) == 8
+
+
+# ------------------------------------------------------------------------------------------------- applying it
+
+
+def test_confirmed_pictures_join_bank_training_and_tuning(loop, log, monkeypatch):
+    searched = {}
+    search = one_class.search
+
+    def spy(method, training, **options):
+        searched[method, training.category] = training
+        return search(method, training, **options)
+
+    monkeypatch.setattr(one_class, "search", spy)
+    outcome = feedback_loop.apply_feedback(loop, log)
+    for category, training in loop.learn_from.items():
+        with_feedback = searched["clip_resnet50", category]
+        assert len(with_feedback.samples) == len(training.samples) + 6
+        assert with_feedback.kinds.count(one_class.CONFIRMED) == 6
+        bank = outcome.fitted["clip_resnet50"][category].detector._references
+        assert len(bank) == len(loop.fitted["clip_resnet50"][category].detector._references) + 6
+        for sample, group in zip(with_feedback.samples[-6:], with_feedback.groups[-6:], strict=True):
+            assert group in training.groups
+            assert sample.split in {s.split for s in training.samples if s.group == group}
+
+
+def test_keeping_the_settings_is_possible(loop, log, monkeypatch):
+    monkeypatch.setattr(one_class, "search", None)  # a search would fail
+    outcome = feedback_loop.apply_feedback(loop, log, n_trials=1)
+    for method, paintings in outcome.fitted.items():
+        for category, one in paintings.items():
+            before = loop.fitted[method][category]
+            assert one.search.settings == before.search.settings
+            assert len(one.normal_scores) == len(before.normal_scores) + 6
+
+
+def test_the_table_counts_verdicts_on_the_frozen_test_set(loop, log, dataset):
+    outcome = feedback_loop.apply_feedback(loop, log, n_trials=1)
+    test = dataset.select(split="test")
+    for method in METHODS:
+        for when, fitted in (("before", loop.fitted), ("after", outcome.fitted)):
+            found = passed = 0
+            for sample in test:
+                one = fitted[method][sample.category]
+                called = one.detector.score(loop.embedded.of([sample]))[0] > one.threshold
+                found += called and sample.is_anomalous
+                passed += not called and not sample.is_anomalous
+            row = outcome.table.loc[method]
+            assert (row[f"found {when}"], row[f"passed {when}"]) == (f"{found}/4", f"{passed}/6")
+            assert row[when] == pytest.approx((found / 4 + passed / 6) / 2)
+    words = outcome.describe()
+    assert "Learnt from 24 confirmed pictures, 12 of them anomalous." in words
+    assert "on 10 frozen test pictures" in words
+
+
+def test_feedback_on_test_pictures_is_named_and_changes_nothing(loop, dataset, tmp_path):
+    sample = dataset.select(split="test", category="harbour")[0]
+    picture = images.load_image(sample.image_path)
+    context = {"category": "harbour"}
+    path = tmp_path / "log.jsonl"
+    feedback.record(
+        path, image_path=sample.image_path, image=picture, verdict="wrong", label="anomalous", context=context
+    )
+    outcome = feedback_loop.apply_feedback(loop, feedback.read(path))
+    assert outcome.fitted == {method: dict(paintings) for method, paintings in loop.fitted.items()}
+    assert (outcome.table["difference"] == 0).all()
+    assert f"Refused: {sample.image_path.name} is the test picture" in outcome.describe()
+    assert "no difference." in outcome.describe()
+
+
+def test_only_paintings_with_feedback_change(loop, log, tmp_path):
+    shutil.copy(log.path, tmp_path / "log.jsonl")
+    lines = [line for line in log.path.read_text().splitlines() if '"category": "harbour"' in line]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
+    outcome = feedback_loop.apply_feedback(loop, feedback.read(tmp_path / "log.jsonl"), n_trials=1)
+    for method in METHODS:
+        assert outcome.fitted[method]["portrait"] is loop.fitted[method]["portrait"]
+        assert outcome.fitted[method]["harbour"] is not loop.fitted[method]["harbour"]
+
+
+# ------------------------------------------------------------------------------------------------- the threshold
+
+
+NORMAL = np.arange(20.0)  # conformal thresholds: 19 at 5 %, 18 at 10 %, 15 at 25 %
+
+
+def test_the_threshold_lies_in_the_middle_of_the_best_gap():
+    confirmed = np.array([17.5, 17.6, 18.5, 30.0, 40.0])
+    # Above 17: 2 of 20 normals and all 5 anomalies; the gap reaches from 17 to 17.5.
+    assert feedback_loop.feedback_threshold(NORMAL, confirmed, alpha=0.05) == 17.25
+
+
+def test_the_threshold_stays_between_two_promises():
+    low = feedback_loop.feedback_threshold(NORMAL, np.full(9, 2.5), alpha=0.05, max_alpha=0.25)
+    assert low == calibration.conformal_threshold(NORMAL, 0.25)
+    high = feedback_loop.feedback_threshold(NORMAL, np.full(9, 99.0), alpha=0.05)
+    assert high == calibration.conformal_threshold(NORMAL, 0.05) == 19.0
+    with pytest.raises(ValueError, match="at least alpha"):
+        feedback_loop.feedback_threshold(NORMAL, np.full(9, 2.5), alpha=0.3, max_alpha=0.25)
+
+
+def test_a_handful_of_anomalies_is_needed():
+    confirmed = np.array([15.5] * (feedback_loop.MIN_CONFIRMED - 1))
+    assert feedback_loop.feedback_threshold(NORMAL, confirmed, alpha=0.05) == 19.0
+    assert feedback_loop.feedback_threshold(NORMAL, np.append(confirmed, 15.5), alpha=0.05) == 15.25
+
+
+def test_verdict_in_words(loop, log):
+    table = feedback_loop.apply_feedback(loop, log, n_trials=1).table
+    row = table.iloc[0].copy()
+    for difference, p_value, words in (
+        (0.1, 0.01, "better than luck"),
+        (-0.1, 0.01, "worse than luck"),
+        (0.1, 0.2, "can show"),
+    ):
+        row["difference"], row["p_holm"] = difference, p_value
+        assert words in feedback_loop._sentence("clip_lof", row)
+
+
+# ------------------------------------------------------------------------------------------------- AnomalyGPT
+
+
+def test_head_learns_from_confirmed_pictures_and_their_regions(dataset, log, tmp_path, monkeypatch):
+    learnt = []
+    train_head = anomalygpt_training.train_head
+
+    def spy(model, samples, **options):
+        learnt.extend(samples)
+        return train_head(model, samples, **options)
+
+    monkeypatch.setattr(anomalygpt_training, "train_head", spy)
+    model = tiny_anomalygpt.talkative(tiny_anomalygpt.build(FIXTURE)[0])
+    before = {name: tensor.clone() for name, tensor in model.head.state_dict().items()}
+    confirmed = feedback.sort_out(log, dataset).confirmed
+    settings = anomalygpt_training.HeadTraining(
+        n_epochs=1, batch_size=2, micro_batch=2, max_pairs=2, n_tuning=2, patience=None, wording=None
+    )
+    trained = feedback_loop.fine_tune_head(model, dataset, confirmed, folder=tmp_path / "head", settings=settings)
+    assert trained.result.n_steps == 1
+    assert (tmp_path / "head" / "model.safetensors").exists()
+    assert any(not tensor.equal(before[name]) for name, tensor in model.head.state_dict().items())
+    own = [sample for sample in learnt if sample.sha256 in {one.entry.pixels_sha256 for one in confirmed}]
+    assert len(own) == 24 and len(learnt) == 24 + len(anomalygpt_training.training_samples(dataset))
+    for sample in own:
+        entry = next(entry for entry in log.entries if entry.pixels_sha256 == sample.sha256)
+        assert sample.is_anomalous == (entry.label == "anomalous")
+        if sample.is_anomalous:
+            mask = data.mask_of(sample)
+            assert feedback_loop._cell(mask) == entry.region
+            assert mask.mean() == pytest.approx(1 / 9, abs=0.03)
+
+
+def test_head_needs_something_to_learn(dataset, log, tmp_path):
+    marks = [one for one in feedback.sort_out(log, dataset).confirmed if one.is_anomalous]
+    blind = [dataclasses.replace(one, entry=dataclasses.replace(one.entry, region=None)) for one in marks]
+    with pytest.raises(ValueError, match="None of the 12 confirmed pictures"):
+        feedback_loop.fine_tune_head(None, dataset, blind, folder=tmp_path, settings=None)
