@@ -1,11 +1,11 @@
-"""Features of one painting's normal pictures -> anomaly scores: five detectors, their search and their thresholds.
+"""Features of one painting's normal pictures -> anomaly scores: five detectors and their thresholds.
 
 Every detector has ``score(features) -> float64 (n,)``, higher = more anomalous. scikit-learn's detectors mean the
 opposite; the sign is turned here and nowhere else. A detector belongs to one painting: the density of one painting
 says nothing about another.
 
-Nothing in this module can see a test picture. Search, fit and calibration take a :class:`Training`, which refuses
-every picture that is anomalous or of the test split. What the report of 2024 did instead (thresholds moved on the test
+Nothing in this module can see a test picture. Fit, calibration and tuning (:mod:`helpers.tuning`) take a
+:class:`Training`, which refuses every picture that is anomalous or of the test split. What the report of 2024 did instead (thresholds moved on the test
 pictures) is in :mod:`helpers.report_2024`.
 """
 
@@ -35,6 +35,10 @@ CONFIRMED = "confirmed"
 _FUSION = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
+class TooFewPictures(ValueError):
+    """There are not enough pictures for this detector or this way of holding some out."""
+
+
 # ------------------------------------------------------------------------------------------------- settings
 
 
@@ -50,10 +54,12 @@ class CosineSettings:
     Attributes:
         cnn_weight: share of the CNN in the similarity, in [0, 1]; the rest is CLIP's (see :func:`fuse`).
         pooling: ``"max"`` for the nearest reference, ``"top3"`` for the mean of the three nearest.
+        augment: whether new photographs of the training pictures join them (:attr:`Training.views`).
     """
 
     cnn_weight: float = 0.5
     pooling: str = "max"
+    augment: bool = False
 
     def __post_init__(self) -> None:
         _check_weight(self.cnn_weight)
@@ -74,6 +80,7 @@ class HeadSettings:
             the other directions hold no variance, and without them an epoch is ten times as fast.
         max_epochs: upper limit; one epoch is one step over all pictures.
         patience: epochs without a better tuning AUROC after which training stops.
+        augment: see :class:`CosineSettings`.
     """
 
     cnn_weight: float = 0.5
@@ -84,6 +91,7 @@ class HeadSettings:
     n_components: int = 128
     max_epochs: int = 200
     patience: int = 10
+    augment: bool = False
 
     def __post_init__(self) -> None:
         _check_weight(self.cnn_weight)
@@ -99,14 +107,15 @@ class ForestSettings:
 
     Attributes:
         cnn_weight: share of the CNN in the features, see :func:`fuse`.
-        n_trees, max_samples, max_features: as scikit-learn's ``n_estimators``, ``max_samples``, ``max_features``. The
-            number of trees is not searched: more trees only lower the noise of the score, they never hurt.
+        n_trees, max_samples, max_features: as scikit-learn's ``n_estimators``, ``max_samples``, ``max_features``.
+        augment: see :class:`CosineSettings`.
     """
 
     cnn_weight: float = 0.5
     n_trees: int = 200
     max_samples: int | str = "auto"
     max_features: float = 1.0
+    augment: bool = False
 
     def __post_init__(self) -> None:
         _check_weight(self.cnn_weight)
@@ -121,12 +130,14 @@ class LofSettings:
         n_neighbors: neighbours; cut to the number of training pictures less one.
         metric: ``"euclidean"`` or ``"cosine"``.
         pca: share of variance that principal components must keep, None for all of the features.
+        augment: see :class:`CosineSettings`.
     """
 
     cnn_weight: float = 0.5
     n_neighbors: int = 5
     metric: str = "euclidean"
     pca: float | None = None
+    augment: bool = False
 
     def __post_init__(self) -> None:
         _check_weight(self.cnn_weight)
@@ -136,18 +147,20 @@ class LofSettings:
 
 @dataclass(frozen=True)
 class PatchKnnSettings:
-    """Nearest patch of the normal pictures, per patch: a score and an anomaly map. Nothing is searched here.
+    """Nearest patch of the normal pictures, per patch: a score and an anomaly map.
 
     Attributes:
         max_bank_rows: patches in the memory bank; more are thinned out at random (fixed seed).
         top_fraction: the image score is the mean over this share of the highest patch scores (at least one patch).
         chunk_rows: patches compared at a time; bounds the memory of the product.
+        augment: see :class:`CosineSettings`; views and pictures share the bank's rows.
     Source: PatchCore (Roth et al., CVPR 2022) without its coreset; top 1 % as in AnomalyDINO (WACV 2025).
     """
 
     max_bank_rows: int = 40_000
     top_fraction: float = 0.01
     chunk_rows: int = 2_048
+    augment: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.top_fraction <= 1 or min(self.max_bank_rows, self.chunk_rows) < 1:
@@ -165,28 +178,34 @@ DEFAULTS: Mapping[str, Settings] = {
 }
 
 SPACES: Mapping[str, Mapping[str, tuple]] = {
-    "clip_resnet50": {"cnn_weight": _FUSION, "pooling": ("max", "top3")},
+    "clip_resnet50": {"cnn_weight": _FUSION, "pooling": ("max", "top3"), "augment": (False, True)},
     "clip_cross_entropy": {
         "cnn_weight": _FUSION[:-1],
         "n_hidden": (128, 256, 512),
         "dropout": (0.0, 0.2, 0.5),
         "weight_decay": (0.0, 1e-4, 1e-2),
         "learning_rate": (1e-3, 3e-4),
+        "patience": (5, 10, 20),
+        "augment": (False, True),
     },
     "clip_isolation_forest": {
         "cnn_weight": _FUSION[:-1],
+        "n_trees": (50, 100, 200),
         "max_samples": (64, 128, "auto"),
         "max_features": (0.25, 0.5, 1.0),
+        "augment": (False, True),
     },
     "clip_lof": {
         "cnn_weight": _FUSION[:-1],
         "n_neighbors": (3, 5, 10, 20, 35),
         "metric": ("euclidean", "cosine"),
         "pca": (None, 0.95),
+        "augment": (False, True),
     },
-    "clip_patch_knn": {},
+    "clip_patch_knn": {"top_fraction": (0.005, 0.01, 0.02, 0.05, 0.1), "augment": (False, True)},
 }
-"""What :func:`search` may try. Only the ResNet row may drop CLIP altogether, as in the report's own fusion."""
+"""What :func:`helpers.tuning.tune` may try. Only the ResNet row may drop CLIP altogether, as in the report's own
+fusion."""
 
 
 # ------------------------------------------------------------------------------------------------- what is learnt from
@@ -202,6 +221,9 @@ class Training:
         anomalies: features of synthetic anomalies, None when the method needs none.
         sources: for each anomaly the normal picture it was made from.
         kinds: for each anomaly its kind.
+        views: features of new photographs (variations) of normal pictures, for detectors with ``augment``; never
+            scored, only learnt from.
+        view_sources: for each view the picture it was made from.
     Raises:
         ValueError: a test picture, an anomalous picture or a second painting is among the samples or sources, or
             counts differ.
@@ -212,6 +234,8 @@ class Training:
     anomalies: Features | None = None
     sources: tuple[Sample, ...] = ()
     kinds: tuple[str, ...] = ()
+    views: Features | None = None
+    view_sources: tuple[Sample, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.samples:
@@ -222,19 +246,22 @@ class Training:
                 f"{len(self.samples)} samples with {len(self.normals)} rows of features; {n_anomalies} anomalies with "
                 f"{len(self.sources)} sources and {len(self.kinds)} kinds. They must agree row by row."
             )
-        for sample in (*self.samples, *self.sources):
+        if len(self.view_sources) != (0 if self.views is None else len(self.views)):
+            raise ValueError(f"{len(self.view_sources)} sources of views; each view needs one.")
+        everything = (*self.samples, *self.sources, *self.view_sources)
+        for sample in everything:
             if sample.split == "test" or sample.is_anomalous:
                 raise ValueError(
                     f"{sample.image_path} is a {'anomalous' if sample.is_anomalous else 'normal'} picture of the split "
                     f"{sample.split!r}. Detectors learn and are tuned on normal pictures of 'train' and 'calibration' "
                     "only; select those."
                 )
-        categories = sorted({sample.category for sample in (*self.samples, *self.sources)})
+        categories = sorted({sample.category for sample in everything})
         if len(categories) > 1:
             raise ValueError(f"A detector belongs to one painting, got {', '.join(categories)}. Fit one for each.")
-        stray = {sample.group for sample in self.sources} - set(self.groups)
+        stray = {_group(sample) for sample in (*self.sources, *self.view_sources)} - set(self.groups)
         if stray:
-            raise ValueError(f"Anomalies were made from pictures that are not among the samples: {sorted(stray)[:3]}.")
+            raise ValueError(f"Anomalies or views were made from pictures that are not among the samples: {sorted(stray)[:3]}.")
 
     @property
     def category(self) -> str:
@@ -253,13 +280,28 @@ class Training:
             for i, (source, kind) in enumerate(zip(self.sources, self.kinds, strict=True))
             if _group(source) in groups and (kinds is None or kind in kinds)
         ]
+        views = [i for i, source in enumerate(self.view_sources) if _group(source) in groups]
         return Training(
             samples=tuple(self.samples[i] for i in rows),
             normals=self.normals.take(rows),
             anomalies=None if self.anomalies is None else self.anomalies.take(marks),
             sources=tuple(self.sources[i] for i in marks),
             kinds=tuple(self.kinds[i] for i in marks),
+            views=None if self.views is None else self.views.take(views),
+            view_sources=tuple(self.view_sources[i] for i in views),
         )
+
+    def learnt(self, *, augment: bool) -> Features:
+        """The normal pictures that a detector learns from, with their views when ``augment`` is set.
+
+        Raises:
+            ValueError: views are asked for and there are none.
+        """
+        if not augment:
+            return self.normals
+        if self.views is None:
+            raise ValueError("augment=True needs views of the normal pictures. Make them with clip_methods.trainings.")
+        return Features.join([self.normals, self.views])
 
 
 def group_folds(groups: Sequence[str], n_folds: int, seed: int) -> list[frozenset[str]]:
@@ -270,7 +312,7 @@ def group_folds(groups: Sequence[str], n_folds: int, seed: int) -> list[frozense
     """
     names, counts = np.unique(np.asarray(groups, dtype=object).astype(str), return_counts=True)
     if len(names) < 2:
-        raise ValueError(
+        raise TooFewPictures(
             f"{len(groups)} normal pictures come from {len(names)} source picture: nothing can be held out to set a "
             "threshold. Add photographs of the artwork from other sources to train/good."
         )
@@ -325,16 +367,42 @@ def fit(settings: Settings, training: Training, *, seed: int = 0, device: str = 
     """
     match settings:
         case CosineSettings():
-            return CosineDetector(settings, training.normals)
+            return CosineDetector(settings, training.learnt(augment=settings.augment))
         case HeadSettings():
             return HeadDetector(settings, training, seed)
         case ForestSettings():
-            return ForestDetector(settings, training.normals, seed)
+            return ForestDetector(settings, training.learnt(augment=settings.augment), seed)
         case LofSettings():
-            return LofDetector(settings, training.normals)
+            return LofDetector(settings, training.learnt(augment=settings.augment))
         case PatchKnnSettings():
-            return PatchKnnDetector(settings, training.normals, seed, device)
+            return PatchKnnDetector(settings, training.learnt(augment=settings.augment), seed, device)
     raise ValueError(f"No detector for settings of type {type(settings).__name__}.")
+
+
+def fit_and_score(
+    settings: Settings,
+    learn: Training,
+    queries: Features,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    memo: dict[Settings, np.ndarray] | None = None,
+) -> np.ndarray:
+    """Scores ``(n,)`` of pictures by a detector fitted for them.
+
+    Args:
+        settings, learn, seed, device: as for :func:`fit`.
+        queries: features of the pictures.
+        memo: kept between calls with the same ``learn`` and ``queries``: the patch maps of one memory bank serve every
+            way to make an image score of them.
+    """
+    if not isinstance(settings, PatchKnnSettings):
+        return fit(settings, learn, seed=seed, device=device).score(queries)
+    memo = {} if memo is None else memo
+    bank = replace(settings, top_fraction=1.0)
+    if bank not in memo:
+        memo[bank] = fit(bank, learn, seed=seed, device=device).maps(queries)
+    return top_mean(memo[bank], settings.top_fraction)
 
 
 class CosineDetector:
@@ -417,7 +485,7 @@ class HeadDetector:
 
     def __init__(self, settings: HeadSettings, training: Training, seed: int) -> None:
         if training.anomalies is None or len(set(training.kinds)) < 2:
-            raise ValueError(
+            raise TooFewPictures(
                 "The cross-entropy head learns from synthetic anomalies of two or more kinds (one is kept for tuning), "
                 f"got {sorted(set(training.kinds)) or 'none'}. Make them with clip_methods.synthetic_anomalies."
             )
@@ -427,9 +495,10 @@ class HeadDetector:
         n_tune = max(1, len(kinds) // 3)
         self.tune_kinds, self.train_kinds = frozenset(kinds[:n_tune]), frozenset(kinds[n_tune:])
         learn, tune = self._split(training, seed)
-        rows = np.concatenate([self._fused(learn.normals), self._fused(learn.anomalies)])
+        normals = learn.learnt(augment=settings.augment)
+        rows = np.concatenate([self._fused(normals), self._fused(learn.anomalies)])
         self._fit_projection(rows)
-        labels = np.repeat([0, 1], [len(learn.normals), len(learn.anomalies)])
+        labels = np.repeat([0, 1], [len(normals), len(learn.anomalies)])
         tune_rows = self._project(np.concatenate([self._fused(tune.normals), self._fused(tune.anomalies)]))
         tune_labels = np.repeat([False, True], [len(tune.normals), len(tune.anomalies)])
         self._net, self.history = train_head(
@@ -443,13 +512,37 @@ class HeadDetector:
             tune = training.where(quarter, kinds=set(self.tune_kinds))
             if learn.kinds and tune.kinds:
                 return learn, tune
-        raise ValueError(
+        raise TooFewPictures(
             f"{training.category}: {len(training.kinds)} synthetic anomalies from {len(set(training.groups))} source "
             "pictures cannot be parted into some to train and others to tune on. Make more, or add normal pictures."
         )
 
     def score(self, features: Features) -> np.ndarray:
         return log_odds(self._net, self._project(self._fused(features)))
+
+    @classmethod
+    def from_state(cls, settings: HeadSettings, state: Mapping[str, torch.Tensor]) -> HeadDetector:
+        """A head that was trained before: the inverse of :meth:`state`; its history is empty.
+
+        Raises:
+            ValueError: a tensor is missing, or does not fit the settings.
+        """
+        missing = {"mean", "components", "scale", "0.weight", "3.weight"} - state.keys()
+        if missing:
+            raise ValueError(f"The stored head lacks {', '.join(sorted(missing))}. Run notebook 03_clip again.")
+        head = cls.__new__(cls)
+        head.settings, head.history = settings, []
+        head.tune_kinds = head.train_kinds = frozenset()
+        head._mean, head._components, head._scale = (state[name].numpy() for name in ("mean", "components", "scale"))
+        head._net = two_layers(len(head._components), settings.n_hidden, settings.dropout)
+        try:
+            head._net.load_state_dict({name: state[name] for name in head._net.state_dict()})
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(
+                f"The stored head does not fit its settings ({error}). Run notebook 03_clip again."
+            ) from error
+        head._net.eval()
+        return head
 
     def state(self) -> dict[str, torch.Tensor]:
         """The trained tensors, for a safetensors file: projection, scale and the two layers."""
@@ -581,100 +674,13 @@ class PatchKnnDetector:
 
     def score_maps(self, maps: np.ndarray) -> np.ndarray:
         """Image scores of maps ``(n, g, g)``: the mean of the highest patches."""
-        flat = maps.reshape(len(maps), -1).astype(np.float64)
-        n_top = max(1, round(self.settings.top_fraction * flat.shape[1]))
-        return np.partition(flat, -n_top, axis=1)[:, -n_top:].mean(axis=1)
+        return top_mean(maps, self.settings.top_fraction)
 
     def score(self, features: Features) -> np.ndarray:
         return self.score_maps(self.maps(features))
 
 
-# ------------------------------------------------------------------------------------------------- search, calibration
-
-
-@dataclass(frozen=True)
-class Search:
-    """Result of :func:`search`.
-
-    Attributes:
-        settings: the best ones.
-        auroc: mean AUROC over the kinds with these settings, on held-out normals against synthetic anomalies. It is
-            the value that was maximised, so it flatters.
-        unseen_auroc: leave-one-kind-out: for each kind, the AUROC of the settings that are best on all *other*
-            kinds, averaged. It does not flatter; nan when there was nothing to choose or to score with.
-        trials: one row per setting tried: the setting's fields, ``auroc``, and ``auroc_<kind>``.
-    """
-
-    settings: Settings
-    auroc: float = math.nan
-    unseen_auroc: float = math.nan
-    trials: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
-
-
-def search(
-    method: str, training: Training, *, n_trials: int, n_folds: int = 3, seed: int = 0, base: Settings | None = None
-) -> Search:
-    """Choose a method's settings by random search, without test pictures: there is no way to hand any over.
-
-    Normal pictures are dealt into folds by source picture. Each trial fits on the other folds and ranks the held-out
-    normals against anomalies made from held-out normals. The cross-entropy head, which trains on anomalies, is in
-    addition ranked only on kinds that it was not trained on. Calibration pictures take no part: the threshold that
-    they set must not know them.
-
-    Args:
-        method: one of :data:`METHODS`.
-        training: normal pictures and synthetic anomalies of one painting.
-        n_trials: settings tried, the default ones among them; the whole grid when it is smaller.
-        n_folds: folds of normals (and of kinds, for the head).
-        seed: of folds, draws and fits.
-        base: values of the fields that are not searched, and the first setting tried; :data:`DEFAULTS` by default.
-    Raises:
-        ValueError: unknown method, fewer than two source pictures, or no anomaly to rank against.
-    """
-    if method not in SPACES:
-        raise ValueError(f"Unknown method {method!r}; allowed are {', '.join(METHODS)}.")
-    base = base or DEFAULTS[method]
-    candidates = _candidates(base, SPACES[method], n_trials, seed)
-    if len(candidates) == 1:
-        return Search(settings=base)
-    if training.anomalies is None or not len(training.anomalies):
-        raise ValueError(f"{method}: the search ranks normals against synthetic anomalies, but none were given.")
-    held = {_group(sample) for sample in training.samples if sample.split == "calibration"}
-    training = training.where(frozenset(training.groups) - held)
-    kinds = sorted(set(training.kinds))
-    table = np.full((len(candidates), len(kinds)), np.nan)
-    partial_table = np.full_like(table, np.nan)
-    parts = list(_search_folds(training, n_folds, seed, by_kind=isinstance(base, HeadSettings)))
-    for i, settings in enumerate(candidates):
-        found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
-        for learn, held_out in parts:
-            detector = fit(_quicker(settings), learn, seed=seed)
-            scores = detector.score(Features.join([held_out.normals, held_out.anomalies]))
-            normal, anomalous = np.split(scores, [len(held_out.normals)])
-            for kind in sorted(set(held_out.kinds)):
-                chosen = anomalous[np.array(held_out.kinds) == kind]
-                found[kind].append((auroc_of(normal, chosen), auroc_of(normal, chosen, max_fpr=0.1)))
-        for j, kind in enumerate(kinds):
-            if found[kind]:
-                table[i, j], partial_table[i, j] = np.mean(found[kind], axis=0)
-    scored = np.flatnonzero(~np.isnan(table).any(axis=0))
-    if not len(scored):
-        raise ValueError(f"{method}: no fold holds normals and anomalies at once. Make more anomalies per picture.")
-    table, partial_table = table[:, scored], partial_table[:, scored]
-    names = [kinds[j] for j in scored]
-    best = _argmax(table.mean(axis=1), partial_table.mean(axis=1))
-    unseen = math.nan
-    if len(names) > 1:
-        others = [np.arange(len(names)) != j for j in range(len(names))]
-        picks = [_argmax(table[:, rest].mean(axis=1), partial_table[:, rest].mean(axis=1)) for rest in others]
-        unseen = float(np.mean([table[pick, j] for j, pick in enumerate(picks)]))
-    trials = tuple(
-        {field.name: getattr(settings, field.name) for field in fields(settings)}
-        | {"auroc": float(table[i].mean())}
-        | {f"auroc_{kind}": float(value) for kind, value in zip(names, table[i], strict=True)}
-        for i, settings in enumerate(candidates)
-    )
-    return Search(candidates[best], float(table[best].mean()), unseen, trials)
+# ------------------------------------------------------------------------------------------------- calibration
 
 
 @dataclass(frozen=True)
@@ -693,6 +699,19 @@ class Calibration:
     confirmed_scores: np.ndarray
 
 
+def learning_part(training: Training) -> Training:
+    """What the final detector is fitted on: all normals, without those of ``calibration`` when they set the threshold.
+
+    They do from :data:`MIN_CALIBRATION` pictures on, in groups of their own.
+    """
+    groups = np.array(training.groups)
+    is_calibration = np.array([sample.split == "calibration" for sample in training.samples])
+    held = frozenset(groups[is_calibration])
+    if is_calibration.sum() >= MIN_CALIBRATION and held.isdisjoint(groups[~is_calibration]):
+        return training.where(frozenset(groups) - held)
+    return training
+
+
 def calibrate(
     settings: Settings, training: Training, *, n_folds: int = 5, seed: int = 0, device: str = "cpu"
 ) -> Calibration:
@@ -708,10 +727,9 @@ def calibrate(
     Confirmed anomalies are scored alike: with the calibration pictures, or in the fold of their group.
     """
     groups = np.array(training.groups)
-    is_calibration = np.array([sample.split == "calibration" for sample in training.samples])
-    held = frozenset(groups[is_calibration])
-    if is_calibration.sum() >= MIN_CALIBRATION and held.isdisjoint(groups[~is_calibration]):
-        learn, rest = training.where(frozenset(groups) - held), training.where(held)
+    learn = learning_part(training)
+    if learn is not training:
+        rest = training.where(frozenset(groups) - frozenset(learn.groups))
         detector = fit(settings, learn, seed=seed, device=device)
         return Calibration(detector, detector.score(rest.normals), _confirmed_scores(detector, rest))
     normal_scores, confirmed_scores = np.full(len(groups), np.nan), []
@@ -729,32 +747,6 @@ def _confirmed_scores(detector: Detector, held_out: Training) -> np.ndarray:
     return detector.score(held_out.anomalies.take(rows)) if rows else np.empty(0)
 
 
-def _candidates(base: Settings, space: Mapping[str, tuple], n_trials: int, seed: int) -> list[Settings]:
-    if n_trials < 1:
-        raise ValueError(f"n_trials is {n_trials}; at least 1 (the default settings) is needed.")
-    grid = [dict(zip(space, values, strict=True)) for values in itertools.product(*space.values())]
-    order = np.random.default_rng(seed).permutation(len(grid))
-    drawn = [replace(base, **grid[i]) for i in order]
-    return [base, *(settings for settings in drawn if settings != base)][:n_trials]
-
-
-def _search_folds(training: Training, n_folds: int, seed: int, *, by_kind: bool):
-    """(learn from, ranked on) for each fold; ``by_kind`` also keeps the kinds of the two apart."""
-    kinds = np.random.default_rng(seed).permutation(sorted(set(training.kinds))).tolist()
-    folds = group_folds(training.groups, n_folds, seed)
-    for k, fold in enumerate(folds):
-        unseen = set(kinds[k :: len(folds)]) if by_kind else set(kinds)
-        seen = set(kinds) - unseen if by_kind else set(kinds)
-        held_out = training.where(fold, kinds=unseen)
-        if len(held_out.kinds):
-            yield training.where(frozenset(training.groups) - fold, kinds=seen), held_out
-
-
-def _quicker(settings: Settings) -> Settings:
-    """What a trial fits: a forest of 50 trees ranks settings nearly as well as a larger one."""
-    return replace(settings, n_trees=min(settings.n_trees, 50)) if isinstance(settings, ForestSettings) else settings
-
-
 def auroc_of(normal: np.ndarray, anomalous: np.ndarray, *, max_fpr: float = 1.0) -> float:
     """AUROC of two lists of scores, or the area up to a false-alarm rate divided by that rate.
 
@@ -768,12 +760,14 @@ def auroc_of(normal: np.ndarray, anomalous: np.ndarray, *, max_fpr: float = 1.0)
     return float(np.clip(max_fpr - false_alarm_rate, 0, None).mean() / max_fpr)
 
 
-def _argmax(values: np.ndarray, tie_break: np.ndarray) -> int:
-    """First of the highest values; among equal ones (to 1e-9) the one with the highest tie-break."""
-    return int(np.lexsort((np.arange(len(values)), -tie_break, -np.round(values, 9)))[0])
-
-
 # ------------------------------------------------------------------------------------------------- small parts
+
+
+def top_mean(maps: np.ndarray, fraction: float) -> np.ndarray:
+    """Mean over the highest share of each map ``(n, g, g)``, at least one patch: float64 ``(n,)``."""
+    flat = maps.reshape(len(maps), -1).astype(np.float64)
+    n_top = max(1, round(fraction * flat.shape[1]))
+    return np.partition(flat, -n_top, axis=1)[:, -n_top:].mean(axis=1)
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:
@@ -792,7 +786,7 @@ def _distinct(rows: np.ndarray, n_needed: int, who: str) -> np.ndarray:
     """Rows without repetitions."""
     different = np.unique(rows, axis=0)
     if len(different) < n_needed:
-        raise ValueError(
+        raise TooFewPictures(
             f"{who} needs at least {n_needed} different normal pictures, got {len(rows)} of which {len(different)} "
             "differ. Add photographs of the artwork to train/good."
         )

@@ -251,6 +251,17 @@ def test_many_calibration_pictures_are_kept_out_of_the_detector():
     assert detector._references.shape[0] == 20
     held_out = training.normals.take(range(20, 60))
     np.testing.assert_allclose(scores, detector.score(held_out))
+    assert one_class.learning_part(training).samples == training.samples[:20]
+
+
+def test_groups_that_span_the_splits_are_not_held_out():
+    training = training_of(n_train=20, n_calibration=40, n_per_picture=1)
+    shared = dataclasses.replace(training.samples[-1], group=training.samples[0].group)
+    mixed = dataclasses.replace(
+        training, samples=(*training.samples[:-1], shared), anomalies=None, sources=(), kinds=()
+    )
+    assert one_class.learning_part(mixed) is mixed
+    assert len(one_class.calibrate(CosineSettings(), mixed).normal_scores) == 60
 
 
 @pytest.mark.parametrize("method", ["clip_resnet50", "clip_lof", "clip_patch_knn"])
@@ -327,6 +338,22 @@ def test_head_state_is_all_that_a_score_needs(training):
     hidden = np.maximum(hidden @ state["0.weight"].T + state["0.bias"], 0)
     logits = hidden @ state["3.weight"].T + state["3.bias"]
     np.testing.assert_allclose(detector.score(test), logits[:, 1] - logits[:, 0], atol=1e-4)
+
+
+def test_a_stored_head_scores_as_before(training, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    detector = one_class.fit(QUICK["clip_cross_entropy"], training)
+    save_file({name: tensor.contiguous() for name, tensor in detector.state().items()}, tmp_path / "head.safetensors")
+    state = load_file(tmp_path / "head.safetensors")
+    again = one_class.HeadDetector.from_state(detector.settings, state)
+    test = draw(5, 1, "t", 8)
+    np.testing.assert_array_equal(again.score(test), detector.score(test))
+    with pytest.raises(ValueError, match="does not fit its settings"):
+        one_class.HeadDetector.from_state(dataclasses.replace(detector.settings, n_hidden=8), state)
+    del state["scale"]
+    with pytest.raises(ValueError, match="lacks scale"):
+        one_class.HeadDetector.from_state(detector.settings, state)
 
 
 @pytest.mark.parametrize(
