@@ -24,6 +24,8 @@ RATES = {
     "T4": (1.19, "users' measurements of 2026-03-10"),
     "L4": (1.71, "users' measurements of 2026-03-10"),
     "A100": (5.40, "users' measurements of 2026-03-10"),
+    "A100 80GB": (7.52, "users' measurements of 2026-03-10"),
+    "RTX PRO 6000": (8.71, "users' measurements of 2026-03-10"),
 }
 """Colab compute units per hour and where the number is from. Google changes them: edit this table."""
 

@@ -1,0 +1,123 @@
+"""The set-up cell's one call: profile, what is kept from earlier sessions, and whether this machine will do.
+
+Afterwards every cell that finishes something has it copied to the lasting folder, where there is one.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from helpers import colab, persistence, preflight, profiles
+from helpers.persistence import Archive
+
+_PAUSE_SECONDS = 300
+"""After a failed round, so that a dead Drive does not slow down every cell."""
+
+_current: _Keeper | None = None
+
+
+def start(*, log: Callable[[str], None] = print) -> profiles.Profile:
+    """Find the profile, bring back finished work, and print the preflight table.
+
+    Run again it mounts a lost Drive anew. Nothing here stops a session: a ``✗`` says what will, and what to do.
+
+    Args:
+        log: receives the printed lines.
+    Returns:
+        the active profile.
+    Raises:
+        ValueError, FileNotFoundError: ``ART_PROFILE`` or ``ART_DATA`` are wrong, see :func:`helpers.profiles.active`;
+            ``ART_DRIVE_LIMIT_GB`` is not a number.
+    """
+    profile = profiles.active()
+    log(str(profile))
+    lasting = lasting_folder(profile.device, log=log)
+    _forget_current()
+    if lasting is not None:
+        archive = Archive(
+            lasting / profile.name, reconnect=lambda: colab.mount_drive(log=log), max_unit_bytes=_limit_bytes()
+        )
+        for outcome in persistence.restore(profile.home, archive):
+            if outcome.state != "here":
+                log(f"kept in {lasting}: {outcome}")
+        _keep_from_now_on(profile.home, archive, log)
+    log(preflight.as_text(preflight.run(profile, lasting=lasting)))
+    log(preflight.where_am_i(profile.home))
+    return profile
+
+
+def lasting_folder(device: str, *, log: Callable[[str], None] = print) -> Path | None:
+    """Where finished work is kept: ``ART_DRIVE``, or Google Drive on a machine with a GPU; None: nowhere.
+
+    ``ART_DRIVE=off`` keeps nothing. Without a GPU everything is made again in minutes, so no dialog is opened.
+    """
+    asked = os.environ.get("ART_DRIVE", "").strip()
+    if asked.lower() == "off":
+        return None
+    if asked:
+        return Path(asked).expanduser().absolute()
+    if not device.startswith("cuda"):
+        return None
+    root = colab.mount_drive(log=log)
+    return None if root is None else root / colab.FOLDER
+
+
+def _limit_bytes() -> int:
+    """Largest unit to keep: ``ART_DRIVE_LIMIT_GB``, by default 2, so that a Drive of 15 GB is enough."""
+    asked = os.environ.get("ART_DRIVE_LIMIT_GB", "").strip()
+    try:
+        return int(float(asked) * 1e9) if asked else persistence.MAX_UNIT_BYTES
+    except ValueError:
+        raise ValueError(f"ART_DRIVE_LIMIT_GB is {asked!r}; give a number of GB, or unset it for 2.") from None
+
+
+def checkpoint_keeper() -> Callable[[Path], None] | None:
+    """For ``on_checkpoint`` of a training that takes hours in one cell; None where nothing is kept."""
+    if _current is None:
+        return None
+    return persistence.keeper(_current.home, _current.archive)
+
+
+class _Keeper:
+    """Called by IPython when a cell has ended."""
+
+    def __init__(self, home: Path, archive: Archive, log: Callable[[str], None]) -> None:
+        self.home, self.archive, self._log = home, archive, log
+        self._not_before = 0.0
+
+    def __call__(self, _result: Any = None) -> None:
+        if time.monotonic() < self._not_before:
+            return
+        outcomes = persistence.save(self.home, self.archive)
+        for outcome in outcomes:
+            self._log(f"kept: {outcome}")
+        if any(outcome.state == "failed" for outcome in outcomes):
+            self._not_before = time.monotonic() + _PAUSE_SECONDS
+
+
+def _keep_from_now_on(home: Path, archive: Archive, log: Callable[[str], None]) -> None:
+    global _current
+    _current = _Keeper(home, archive, log)
+    shell = _shell()
+    if shell is not None:
+        shell.events.register("post_run_cell", _current)
+        log(f"finished work is copied to {archive.folder} whenever a cell ends")
+
+
+def _forget_current() -> None:
+    """A set-up cell that runs twice must not save twice."""
+    global _current
+    shell = _shell()
+    if shell is not None and _current is not None:
+        shell.events.unregister("post_run_cell", _current)
+    _current = None
+
+
+def _shell() -> Any:
+    from IPython import get_ipython
+
+    return get_ipython()
