@@ -41,8 +41,14 @@ find_python() { # prints a Python >= 3.11
   fail "no Python of version 3.11 or newer found (python3 is $(python3 --version 2>&1 || echo missing)). Install one, or name it: PYTHON=/path/to/python3.12 bash colab_setup.sh"
 }
 
+update_checkout() { # to the newest commit; a checkout with changes of your own stays as it is
+  git -C "$root" pull --quiet --ff-only 2>/dev/null && return
+  say "Colab: the notebooks' code was not updated (no network, or files changed here); going on with what is here"
+}
+
 install_on_colab() {
   python=$(command -v python3)
+  update_checkout
   say "Colab: installing what is missing into the system Python (nothing that is preinstalled changes)"
   "$python" -m pip install --quiet --disable-pip-version-check -r "$root/requirements.txt"
   if [ "$command" != install ]; then

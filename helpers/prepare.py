@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,24 @@ def obtain(
             _get(plan, file, token, clip_model, clip_image_size, log)
     _verify_once(plan, log)
     log("nothing left to fetch: every file is here, or what it was needed for is ready")
+
+
+def prepare_free(plan: Plan, *, clip_model: str, clip_image_size: int, log: Callable[[str], None] = print) -> None:
+    """AnomalyCLIP's prompts (MIT), fetched, verified and converted: all that notebook 04 needs, without any consent.
+
+    Args:
+        plan, clip_model, clip_image_size, log: as for :func:`obtain`.
+    Raises:
+        DownloadError, WeightFileError: a file is wrong or cannot be fetched; says where to put it by hand.
+    """
+    for file in plan.files:
+        if not file.component.startswith("anomalyclip/") or plan.is_ready(file.component):
+            continue
+        if not file.is_present:
+            _get(plan, file, None, clip_model, clip_image_size, log)
+        _verify_once(replace(plan, files=(file,)), log)
+        checkpoints.convert_anomalyclip(file.path, plan.weights_dir / file.component, log=log)
+        _finish(plan, file, log)
 
 
 def convert_base(plan: Plan, *, shard_bytes: int, log: Callable[[str], None] = print) -> Path:
@@ -118,9 +137,14 @@ def convert_checkpoints(plan: Plan, *, log: Callable[[str], None] = print) -> No
             checkpoints.convert_anomalygpt(file.path, target, language_model=language_model, log=log)
         else:
             checkpoints.convert_anomalyclip(file.path, target, log=log)
-        if plan.delete_raw:
-            file.path.unlink()
-        log(f"{file.component}: {len(weights.read_ready(target)['tensors'])} tensors, every key and shape as published")
+        _finish(plan, file, log)
+
+
+def _finish(plan: Plan, file: WeightFile, log: Callable[[str], None]) -> None:
+    if plan.delete_raw:
+        file.path.unlink()
+    ready = weights.read_ready(plan.weights_dir / file.component)
+    log(f"{file.component}: {len(ready['tensors'])} tensors, every key and shape as published")
 
 
 def check_fit(weights_dir: Path) -> dict[str, int]:

@@ -33,6 +33,7 @@ def start(*, log: Callable[[str], None] = print) -> profiles.Profile:
         ValueError, FileNotFoundError: ``ART_PROFILE`` or ``ART_DATA`` are wrong, see :func:`helpers.profiles.active`;
             ``ART_DRIVE_LIMIT_GB`` is not a number.
     """
+    _reach_pictures(log)
     profile = profiles.active()
     log(str(profile))
     lasting = lasting_folder(profile.device, log=log)
@@ -64,6 +65,13 @@ def lasting_folder(device: str, *, log: Callable[[str], None] = print) -> Path |
         return None
     root = colab.mount_drive(log=log)
     return None if root is None else root / colab.FOLDER
+
+
+def _reach_pictures(log: Callable[[str], None]) -> None:
+    """Mount Drive first when the user's pictures lie there."""
+    asked = os.environ.get("ART_DATA", "").strip()
+    if asked and Path(asked).absolute().is_relative_to(colab.MOUNT_POINT):
+        colab.mount_drive(log=log)
 
 
 def _limit_bytes() -> int:

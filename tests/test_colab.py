@@ -121,6 +121,17 @@ def test_a_gpu_asks_for_drive_and_the_user_may_refuse(fake: ModuleType, monkeypa
     assert session.lasting_folder("cpu") == Path("/somewhere/else")
 
 
+def test_pictures_on_drive_are_reached_before_they_are_looked_for(
+    fake: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (fake.state.cloud / "pictures").mkdir()
+    colab.MOUNT_POINT.parent.mkdir()
+    monkeypatch.chdir(colab.MOUNT_POINT.parent)
+    monkeypatch.setenv("ART_DATA", "drive/MyDrive/pictures")
+    assert session.start().data_source == fake.state.cloud / "pictures"
+    assert fake.state.calls == ["drive.mount"]
+
+
 def test_largest_kept_unit_can_be_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert session._limit_bytes() == persistence.MAX_UNIT_BYTES == 2e9
     monkeypatch.setenv("ART_DRIVE_LIMIT_GB", "14.5")

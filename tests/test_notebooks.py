@@ -3,58 +3,227 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from helpers import preflight, profiles
+
+REPOSITORY = profiles.REPOSITORY
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
-MAX_CELL_LINES = 15
+MAX_CELL_LINES, MAX_SET_UP_LINES = 15, 8
+BADGE = "https://colab.research.google.com/github/art-anomaly/art-anomaly-notebooks/blob/main/notebooks/"
+CARD = ("Reads", "Writes", "Needs", "Time and hardware")
+COLAB_NOISE = ("id", "outputId", "colab", "collapsed", "scrolled", "executionInfo")
+BRANCH = re.compile(r"\bif\b[^#\n]*\bprofile\b|\bprofile\.name\s*[!=]=|\bwhile\b|\btry:|\bdef |\bclass ")
+TOKENS = re.compile(
+    r"\bhf_[A-Za-z0-9]{20,}|\bAKIA[0-9A-Z]{16}\b|\bghp_[A-Za-z0-9]{30,}|\bsk-[A-Za-z0-9]{20,}"
+    r"|\bAIza[0-9A-Za-z_-]{30,}|\bglpat-[A-Za-z0-9_-]{20,}"
+)
 
-pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
-def _code_cells(path: Path) -> list[nbformat.NotebookNode]:
-    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+def _cells(path: Path, kind: str) -> list[nbformat.NotebookNode]:
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == kind]
 
 
+def test_notebooks_are_numbered_without_a_gap() -> None:
+    assert [int(path.stem[:2]) for path in NOTEBOOKS] == list(range(1, len(NOTEBOOKS) + 1))
+
+
+@each_notebook
 def test_notebook_is_valid_and_stripped(path: Path) -> None:
+    """Saved from Colab with a progress bar, ``metadata.widgets`` makes GitHub show *Invalid Notebook*."""
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
     assert "widgets" not in notebook.metadata
-    for cell in _code_cells(path):
+    for cell in notebook.cells:
+        assert not set(cell.metadata) & set(COLAB_NOISE)
+        assert cell.source.strip(), "an empty cell"
+    for cell in _cells(path, "code"):
         assert cell.outputs == [] and cell.execution_count is None
-        assert "skip-execution" not in cell.metadata.get("tags", [])
+        assert not {"skip-execution", "raises-exception"} & set(cell.metadata.get("tags", []))
+        assert "nbmake" not in cell.metadata
 
 
+@each_notebook
 def test_notebook_opens_with_title_badge_and_card(path: Path) -> None:
     first = nbformat.read(path, as_version=4).cells[0]
     assert first.cell_type == "markdown"
     assert first.source.startswith(f"# {path.stem[:2]} · ")
-    assert f"/notebooks/{path.name})" in first.source, "the Colab badge names another notebook"
-    for word in ("Reads", "Writes", "Needs", "Time and hardware"):
-        assert f"**{word}**" in first.source
+    assert f"({BADGE}{path.name})" in first.source, "the Colab badge names another notebook"
+    card = dict(re.findall(r"^\| \*\*(.+?)\*\* \| (.+?) \|$", first.source, flags=re.MULTILINE))
+    assert list(card) == list(CARD) and all(len(text) >= 5 for text in card.values())
+    assert "mini" in card["Time and hardware"] and "estimate" in card["Time and hardware"]
 
 
+@each_notebook
+def test_notebook_ends_with_checks_and_a_summary(path: Path) -> None:
+    assert any("assert " in cell.source for cell in _cells(path, "code")[-4:])
+    assert any(cell.source.startswith("## Summary") for cell in _cells(path, "markdown")[-2:])
+
+
+@each_notebook
 def test_set_up_cell_is_the_same_everywhere(path: Path) -> None:
-    set_up = _code_cells(path)[0].source
-    assert set_up == _code_cells(NOTEBOOKS[0])[0].source
-    assert len(set_up.splitlines()) <= 8
+    set_up = _cells(path, "code")[0].source
+    assert set_up == _cells(NOTEBOOKS[0], "code")[0].source
+    assert len(set_up.splitlines()) <= MAX_SET_UP_LINES
 
 
+@each_notebook
 def test_cells_are_short_and_hold_no_branch_on_the_profile(path: Path) -> None:
-    for cell in _code_cells(path):
+    for cell in _cells(path, "code"):
         lines = [line for line in cell.source.splitlines() if line.strip()]
         assert len(lines) <= MAX_CELL_LINES, f"{len(lines)} lines: {lines[0]}"
-        assert not re.search(r"\bif\b.*\bprofile\.name\b|\bprofile\.name\s*==", cell.source)
+        assert not re.search(
+            r"\bif\b[^#\n]*\bprofile\b|\bprofile\.name\s*[!=]=|\bwhile\b|\btry:|\bdef |\bclass ", cell.source
+        )
 
 
+@each_notebook
+def test_prose_outweighs_code_cells(path: Path) -> None:
+    """A result without a sentence about it is a result nobody understood."""
+    n_words = sum(len(cell.source.split()) for cell in _cells(path, "markdown"))
+    assert n_words >= 25 * len(_cells(path, "code"))
+
+
+@each_notebook
+def test_nothing_is_installed_and_nothing_foreign_imported(path: Path) -> None:
+    """A remote service or an unquoted ``>=`` in a cell is what breaks notebooks most often."""
+    for cell in _cells(path, "code"):
+        assert not re.search(r"^\s*[!%]", cell.source, flags=re.MULTILINE), "no shell and no magic commands"
+        assert not re.search(r"^\s*(?:import|from) google\b", cell.source, flags=re.MULTILINE), (
+            "helpers.colab has guards"
+        )
+        assert not re.search(r"weights_only\s*=\s*False|\bpickle\b|allow_pickle", cell.source)
+
+
+@each_notebook
 def test_no_absolute_path_and_no_token(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert not re.search(r"[\"'](/home/|/content/|/root/|/work/|/tmp/)", text)
-    assert not re.search(r"\bhf_[A-Za-z0-9]{20,}|\bAKIA[0-9A-Z]{16}\b", text)
+    assert not re.search(r"(?<![\w./])/(home|content|root|work|tmp|mnt|Users|usr|opt)/", text)
+    assert not re.search(r"\b[A-Z]:\\\\", text)
+    assert not TOKENS.search(text)
 
 
+@each_notebook
+def test_links_resolve(path: Path) -> None:
+    for cell in _cells(path, "markdown"):
+        for target in re.findall(r"\]\(([^)]+)\)", cell.source):
+            assert not target.startswith("http://")
+            if not target.startswith("https://"):
+                assert (path.parent / target.partition("#")[0]).exists(), target
+
+
+@each_notebook
 def test_notebook_stands_in_the_readme(path: Path) -> None:
-    assert path.name in (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert f"[{path.stem}](notebooks/{path.name})" in readme and f"({BADGE}{path.name})" in readme
+
+
+def test_a_damaged_notebook_is_noticed(tmp_path: Path) -> None:
+    """The checks above can fail: a copy with every fault that Colab's *save* and a hasty edit leave."""
+    notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
+    code = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    code.source += "\nif profile.name == 'mini':\n    !pip install x>=1\nopen('/content/drive/x')"
+    code.outputs = [nbformat.v4.new_output("stream", text="hf_" + "a" * 30)]
+    notebook.metadata["widgets"] = {}
+    notebook.cells[0].source = "# Title"
+    path = tmp_path / NOTEBOOKS[0].name
+    nbformat.write(notebook, path)
+    for check in (
+        test_notebook_is_valid_and_stripped,
+        test_notebook_opens_with_title_badge_and_card,
+        test_set_up_cell_is_the_same_everywhere,
+        test_cells_are_short_and_hold_no_branch_on_the_profile,
+        test_nothing_is_installed_and_nothing_foreign_imported,
+        test_no_absolute_path_and_no_token,
+    ):
+        with pytest.raises(AssertionError):
+            check(path)
+
+
+# --- the set-up cell and the script that it calls -------------------------------------------------------------------
+
+
+@pytest.fixture
+def set_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
+    """The set-up cell, run by ``run(folder)`` with every command recorded; ``git clone`` links this repository."""
+    commands: list[list[str]] = []
+
+    def record(command: list[str], check: bool) -> None:
+        commands.append(command)
+        assert check, "a failed command must stop the cell"
+        if command[:2] == ["git", "clone"]:
+            Path(command[-1]).symlink_to(REPOSITORY, target_is_directory=True)
+
+    monkeypatch.setattr(subprocess, "run", record)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("ART_PROFILE", "mini")
+    monkeypatch.setenv("ART_HOME", str(tmp_path / "home"))
+    for name in ("ART_DATA", "ART_DRIVE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(folder: Path) -> profiles.Profile:
+        monkeypatch.chdir(folder)
+        names: dict[str, object] = {}
+        exec(_cells(NOTEBOOKS[0], "code")[0].source, names)
+        return names["profile"]
+
+    return SimpleNamespace(run=run, commands=commands)
+
+
+def test_set_up_works_from_a_local_checkout(set_up: SimpleNamespace, capsys: pytest.CaptureFixture) -> None:
+    assert set_up.run(REPOSITORY / "notebooks").name == "mini"
+    assert set_up.commands == []
+    assert "✓ versions" in capsys.readouterr().out
+
+
+def test_set_up_clones_on_colab_once_and_installs(
+    set_up: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A machine that has only the notebook: clone, then the script; the second time neither."""
+    monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace())
+    monkeypatch.delitem(sys.modules, "helpers")
+    set_up.run(tmp_path)
+    clone, install = set_up.commands
+    assert clone[:3] == ["git", "clone", "--depth"] and clone[-1] == "art-anomaly"
+    assert install == ["bash", "art-anomaly/colab_setup.sh"]
+    set_up.run(tmp_path)
+    assert len(set_up.commands) == 2, "modules in use are not exchanged under a running kernel"
+
+
+def test_script_on_colab_updates_and_installs_only_what_is_missing(tmp_path: Path) -> None:
+    """With stand-ins for python3 and git that write down how they were called."""
+    log = tmp_path / "log"
+    for name, answer in (("python3", "echo full"), ("git", "exit 1")):
+        stub = tmp_path / "bin" / name
+        stub.parent.mkdir(exist_ok=True)
+        stub.write_text(f'#!/bin/sh\necho "{name} $*" >>"{log}"\n{answer}\n')
+        stub.chmod(0o755)
+    done = subprocess.run(
+        ["bash", REPOSITORY / "colab_setup.sh"], capture_output=True, text=True, check=True,
+        env={"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "COLAB_RELEASE_TAG": "release-colab_20260819"},
+    )  # fmt: skip
+    assert "was not updated" in done.stdout and "Set-up: done" in done.stdout
+    calls = log.read_text().splitlines()
+    assert calls[0] == f"git -C {REPOSITORY} pull --quiet --ff-only"
+    installs = [call for call in calls if " -m pip install " in call]
+    assert len(installs) == 1 and installs[0].endswith(f"-r {REPOSITORY}/requirements.txt")
+    assert " -U" not in installs[0] and "--upgrade" not in installs[0]
+
+
+def test_cards_and_costs_agree_on_minutes() -> None:
+    """One number for one thing: the README's table and the table of costs; the cards say it in words."""
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    for path in NOTEBOOKS:
+        (row,) = [line for line in readme.splitlines() if f"](notebooks/{path.name}) |" in line]
+        seconds = re.search(r"\| (\d+) s \|", row)
+        assert seconds, row
+        assert int(seconds[1]) == preflight.STAGES[path.stem].mini_seconds, path.stem
