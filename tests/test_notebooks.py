@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 
-from helpers import preflight, profiles
+from helpers import profiles
 
 REPOSITORY = profiles.REPOSITORY
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
@@ -217,13 +217,3 @@ def test_script_on_colab_updates_and_installs_only_what_is_missing(tmp_path: Pat
     installs = [call for call in calls if " -m pip install " in call]
     assert len(installs) == 1 and installs[0].endswith(f"-r {REPOSITORY}/requirements.txt")
     assert " -U" not in installs[0] and "--upgrade" not in installs[0]
-
-
-def test_cards_and_costs_agree_on_minutes() -> None:
-    """One number for one thing: the README's table and the table of costs; the cards say it in words."""
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    for path in NOTEBOOKS:
-        (row,) = [line for line in readme.splitlines() if f"](notebooks/{path.name}) |" in line]
-        seconds = re.search(r"\| (\d+) s \|", row)
-        assert seconds, row
-        assert int(seconds[1]) == preflight.STAGES[path.stem].mini_seconds, path.stem

@@ -7,7 +7,8 @@ import subprocess
 
 import pytest
 
-from helpers import profiles, readme
+from helpers import preflight, profiles, readme, weight_plan
+from helpers.anomalygpt_plan import RATES
 
 README = readme.README.read_text(encoding="utf-8")
 
@@ -43,6 +44,63 @@ def test_anchors_resolve(anchor: str) -> None:
         if line.startswith("#")
     ]
     assert anchor in headings
+
+
+THEIRS = {
+    "Transport endpoint is not connected", "mount failed: timeout during initial read of root folder",
+    "Requesting secret HF_TOKEN timed out", "Notebook does not have access to secret", "401", "GatedRepoError",
+    "Cannot retrieve the public link of the file", "Your session crashed after using all available RAM",
+    "CUDA out of memory", "No space left on device", "the 'state' key is missing from 'metadata.widgets'",
+    "ImportError: libGL.so.1",
+}  # fmt: skip
+"""Messages of Colab, Drive, the hub and the system; all others in the troubleshooting table are our own."""
+
+
+def _troubles() -> list[str]:
+    section = README.partition("## Troubleshooting")[2].partition("\n## ")[0]
+    rows = [line.split(" | ")[0] for line in section.splitlines() if line.startswith("| ")]
+    return [text for row in rows for text in re.findall(r"`([^`]+)`", row)]
+
+
+def test_troubleshooting_knows_what_users_meet() -> None:
+    assert len(_troubles()) >= 15 and set(_troubles()) >= THEIRS
+
+
+@pytest.mark.parametrize("text", [text for text in _troubles() if text not in THEIRS])
+def test_our_messages_are_quoted_as_they_are(text: str) -> None:
+    files = [*sorted((profiles.REPOSITORY / "helpers").glob("*.py")), profiles.REPOSITORY / "colab_setup.sh"]
+    source = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    source = re.sub(r'"\n\s*f?"', "", source)  # a message goes on in the next line
+    for part in re.split(r"\.\.\.|'", text):
+        assert part.strip() in source, part
+
+
+def test_licences_are_those_of_the_plan() -> None:
+    plan = weight_plan.make_plan(profiles.REPOSITORY / "workspace" / "none", size="7B")
+    section = README.partition("## Weights of the full profile")[2].partition("\n### ")[0]
+    rows = {row.split(" | ")[0].strip("| "): row for row in section.splitlines() if row.startswith("| ")}
+    names = {"vicuna": "LLaMA", "imagebind": "ImageBind", "pandagpt": "PandaGPT", "anomalygpt": "AnomalyGPT"}
+    for file in plan.files:
+        start = names.get(file.component.split("/")[0], "AnomalyCLIP")
+        if file.licence.startswith("Apache"):
+            start = "Vicuna"
+        (row,) = [row for name, row in rows.items() if name.startswith(start)]
+        assert file.licence.split(" + ")[0].split(", ")[0] in row, f"{file.licence} is not in: {row}"
+
+
+@pytest.mark.parametrize("stem", sorted(path.stem for path in (profiles.REPOSITORY / "notebooks").glob("*.ipynb")))
+def test_minutes_and_units_are_those_of_the_cost_table(stem: str) -> None:
+    stage = preflight.STAGES[stem]
+    (row,) = [line for line in README.splitlines() if f"](notebooks/{stem}.ipynb) |" in line]
+    seconds, minutes, units = row.split(" | ")[-3:]
+    assert seconds == f"{stage.mini_seconds} s" and minutes == f"{stage.l4_minutes} min"
+    assert units.rstrip(" |") == f"{RATES['L4'][0] * stage.l4_minutes / 60:.1f}"
+
+
+def test_every_setting_of_the_environment_is_explained() -> None:
+    files = (profiles.REPOSITORY / "helpers").glob("*.py")
+    asked = {name for path in files for name in re.findall(r'environ\.get\("(ART_[A-Z_]+)"', path.read_text("utf-8"))}
+    assert asked and all(f"| `{name}` |" in README for name in asked)
 
 
 def test_every_helper_stands_in_the_map_of_the_code() -> None:
