@@ -33,6 +33,7 @@ from helpers import (
     results,
     statistics,
     synthesis,
+    tuning,
 )
 from helpers.clip_methods import Fitted
 from helpers.features import Features
@@ -315,12 +316,14 @@ def _fit_again(
 ) -> Fitted:
     seed, device, alpha = loop.options["seed"], loop.options["device"], loop.options["alpha"]
     n_trials = loop.options["n_trials"] if n_trials is None else n_trials
-    search = before.search
+    tuned = before.tuned
     if n_trials > 1:
-        search = one_class.search(method, training, n_trials=n_trials, seed=seed, base=before.search.settings)
-    found = one_class.calibrate(search.settings, training, seed=seed, device=device)
+        options = {"n_trials": n_trials, "seed": seed, "device": device, "with_nested": False}
+        tuned = tuning.tune(method, training, default=before.tuned.settings, **options)
+    with tuning.one_thread():
+        found = one_class.calibrate(tuned.settings, training, seed=seed, device=device)
     threshold = feedback_threshold(found.normal_scores, found.confirmed_scores, alpha=alpha, max_alpha=max_alpha)
-    return Fitted(search, found.detector, found.normal_scores, threshold, math.nan)
+    return Fitted(tuned, found.detector, found.normal_scores, threshold, math.nan)
 
 
 # ------------------------------------------------------------------------------------------------- AnomalyGPT

@@ -659,6 +659,57 @@ def shots_curve(points: Mapping[str, Mapping[int, Sequence[float]]], *, title: s
     return _with_alt(fig, f"{y_label} by number of normal references. {title}")
 
 
+@dataclass(frozen=True)
+class TuningSet:
+    """One search of settings.
+
+    Args:
+        method: row of the comparison.
+        category: the painting.
+        trials: AUROC of every setting tried.
+        default, chosen: AUROC of the default settings and of the best ones.
+        nested: what the choice is worth on pictures and kinds it did not know; nan when unknown.
+    """
+
+    method: str
+    category: str
+    trials: Sequence[float]
+    default: float
+    chosen: float
+    nested: float
+
+
+def tuning(sets: Sequence[TuningSet], *, title: str) -> Figure:
+    """Settings tried, default, best and nested estimate: a panel per painting, a row per method."""
+    methods = list(dict.fromkeys(item.method for item in sets))
+    categories = list(dict.fromkeys(item.category for item in sets))
+    fig, axes = plt.subplots(
+        1, len(categories), figsize=(3.0 + 3.4 * len(categories), 1.8 + 0.5 * len(methods)), squeeze=False, sharey=True
+    )
+    for ax, category in zip(axes[0], categories):
+        for item in (item for item in sets if item.category == category):
+            y, color = methods.index(item.method), method_color(item.method)
+            ax.plot(item.trials, [y] * len(item.trials), "o", color=color, alpha=0.3, markersize=6, clip_on=False)
+            ax.plot(item.default, y, "|", color=INK, markersize=15, markeredgewidth=1.8, zorder=3)
+            ax.plot(item.chosen, y, "o", color=color, markersize=9, clip_on=False, zorder=3)
+            ax.plot(item.nested, y, "D", color="white", markeredgecolor=INK, markersize=7, zorder=4)
+        ax.set_title(category_label(category))
+        ax.set(ylim=(len(methods) - 0.4, -0.6), xlabel="AUROC on held-out training pictures")
+        ax.set_yticks(range(len(methods)), [method_label(method) for method in methods])
+        ax.grid(axis="y", visible=False)
+        ax.tick_params(axis="y", length=0)
+        ax.spines["left"].set_visible(False)
+    marks = [
+        mpl.lines.Line2D([], [], linestyle="", marker="o", color=MUTED, alpha=0.4, label="tried"),
+        mpl.lines.Line2D([], [], linestyle="", marker="|", color=INK, markersize=12, label="default"),
+        mpl.lines.Line2D([], [], linestyle="", marker="o", color=MUTED, markersize=9, label="best (flatters)"),
+        mpl.lines.Line2D([], [], linestyle="", marker="D", color="white", markeredgecolor=INK, label="nested estimate"),
+    ]
+    fig.legend(handles=marks, loc="outside lower center", ncols=4)
+    _title(fig, title)
+    return _with_alt(fig, f"AUROC of the settings tried, of the default and of the best, by method. {title}")
+
+
 def loss_curve(history: Sequence[Mapping[str, float]], *, title: str, x_key: str = "epoch") -> Figure:
     """Losses, and in a second panel everything else, against epoch or step.
 

@@ -5,17 +5,16 @@ opposite; the sign is turned here and nowhere else. A detector belongs to one pa
 says nothing about another.
 
 Nothing in this module can see a test picture. Fit, calibration and tuning (:mod:`helpers.tuning`) take a
-:class:`Training`, which refuses every picture that is anomalous or of the test split. What the report of 2024 did instead (thresholds moved on the test
-pictures) is in :mod:`helpers.report_2024`.
+:class:`Training`, which refuses every picture that is anomalous or of the test split. What the report of 2024 did
+instead (thresholds moved on the test pictures) is in :mod:`helpers.report_2024`.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -261,7 +260,9 @@ class Training:
             raise ValueError(f"A detector belongs to one painting, got {', '.join(categories)}. Fit one for each.")
         stray = {_group(sample) for sample in (*self.sources, *self.view_sources)} - set(self.groups)
         if stray:
-            raise ValueError(f"Anomalies or views were made from pictures that are not among the samples: {sorted(stray)[:3]}.")
+            raise ValueError(
+                f"Anomalies or views were made from pictures that are not among the samples: {sorted(stray)[:3]}."
+            )
 
     @property
     def category(self) -> str:

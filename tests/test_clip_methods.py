@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import inspect
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import tiny_clip
 import torch
 
-from helpers import clip_methods, data, features, one_class, results, synthesis
+from helpers import clip_methods, data, features, one_class, results, synthesis, tuning
 
 QUICK = {
     "clip_cross_entropy": one_class.HeadSettings(n_hidden=16, n_components=8, max_epochs=15),
@@ -131,11 +132,10 @@ def test_a_negative_of_the_painting_is_found(learn_from, dataset, embedded, tmp_
 
 def test_search_is_kept_until_something_changes(learn_from, tmp_path, monkeypatch):
     first = fit("clip_lof", learn_from, tmp_path)
-    monkeypatch.setattr(one_class, "search", None)  # a search would now fail
+    monkeypatch.setattr(tuning, "tune", None)  # a search would now fail
     again = fit("clip_lof", learn_from, tmp_path)
     for category in first:
-        assert again[category].search.settings == first[category].search.settings
-        assert again[category].search.unseen_auroc == first[category].search.unseen_auroc
+        np.testing.assert_equal(dataclasses.asdict(again[category].tuned), dataclasses.asdict(first[category].tuned))
         assert again[category].threshold == first[category].threshold
     for change in ({"seed": 1}, {"n_trials": 2}):
         with pytest.raises(TypeError):

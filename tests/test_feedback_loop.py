@@ -11,7 +11,7 @@ import pytest
 import tiny_anomalygpt
 import tiny_clip
 
-from helpers import anomalygpt_training, calibration, data, feedback, feedback_loop, images, one_class
+from helpers import anomalygpt_training, calibration, data, feedback, feedback_loop, images, one_class, tuning
 from helpers.feedback_loop import Loop
 
 METHODS = ("clip_resnet50", "clip_patch_knn", "clip_cross_entropy")
@@ -99,13 +99,13 @@ def test_the_cell_is_where_most_of_the_mask_is():
 
 def test_confirmed_pictures_join_bank_training_and_tuning(loop, log, monkeypatch):
     searched = {}
-    search = one_class.search
+    tune = tuning.tune
 
     def spy(method, training, **options):
         searched[method, training.category] = training
-        return search(method, training, **options)
+        return tune(method, training, **options)
 
-    monkeypatch.setattr(one_class, "search", spy)
+    monkeypatch.setattr(tuning, "tune", spy)
     outcome = feedback_loop.apply_feedback(loop, log)
     for category, training in loop.learn_from.items():
         with_feedback = searched["clip_resnet50", category]
@@ -119,12 +119,12 @@ def test_confirmed_pictures_join_bank_training_and_tuning(loop, log, monkeypatch
 
 
 def test_keeping_the_settings_is_possible(loop, log, monkeypatch):
-    monkeypatch.setattr(one_class, "search", None)  # a search would fail
+    monkeypatch.setattr(tuning, "tune", None)  # a search would fail
     outcome = feedback_loop.apply_feedback(loop, log, n_trials=1)
     for method, paintings in outcome.fitted.items():
         for category, one in paintings.items():
             before = loop.fitted[method][category]
-            assert one.search.settings == before.search.settings
+            assert one.tuned.settings == before.tuned.settings
             assert len(one.normal_scores) == len(before.normal_scores) + 6
 
 

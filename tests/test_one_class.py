@@ -367,63 +367,11 @@ def test_each_option_of_the_head_matters(training, field, value):
     assert np.abs(first - other).max() > 1e-4
 
 
-# ------------------------------------------------------------------------------------------------- search
-
-
-@pytest.mark.parametrize("method", ["clip_resnet50", "clip_cross_entropy", "clip_isolation_forest", "clip_lof"])
-def test_search_returns_its_best_trial(training, method):
-    found = one_class.search(method, training, n_trials=4, seed=3, base=QUICK[method])
-    assert len(found.trials) == 4
-    best = max(found.trials, key=lambda trial: trial["auroc"])
-    assert found.auroc == pytest.approx(best["auroc"])
-    assert {name: best[name] for name in one_class.SPACES[method]} == {
-        name: getattr(found.settings, name) for name in one_class.SPACES[method]
-    } or sum(trial["auroc"] > found.auroc - 1e-9 for trial in found.trials) > 1
-    assert found.unseen_auroc <= found.auroc + 1e-9
-    assert {f"auroc_{kind}" for kind in KINDS} <= set(best)
-    again = one_class.search(method, training, n_trials=4, seed=3, base=QUICK[method])
-    assert again == found
-
-
-def test_search_tries_the_default_first_and_nothing_twice(training):
-    found = one_class.search("clip_resnet50", training, n_trials=99)
-    tried = [(trial["cnn_weight"], trial["pooling"]) for trial in found.trials]
-    assert tried[0] == (0.5, "max")
-    assert len(tried) == len(set(tried)) == 10
-
-
-def test_search_finds_the_part_that_carries_the_signal():
-    """The anomaly shows in the CNN's features only; CLIP's are noise of another picture."""
-    base = training_of(shift=4.0)
-    noise = np.random.default_rng(5)
-
-    def without_clip(part: Features) -> Features:
-        return dataclasses.replace(part, clip=noise.normal(size=part.clip.shape).astype(np.float32))
-
-    training = dataclasses.replace(base, normals=without_clip(base.normals), anomalies=without_clip(base.anomalies))
-    found = one_class.search("clip_resnet50", training, n_trials=10)
-    assert found.settings.cnn_weight == 1.0
-
-
-def test_search_does_not_know_the_calibration_pictures(training):
-    """Replacing them and their anomalies by rubbish changes nothing."""
-    first = one_class.search("clip_resnet50", training, n_trials=10)
-    rubbish = dataclasses.replace(
-        training,
-        normals=Features.join([training.normals.take(range(30)), draw(10, 50, "n", 11)]),
-        anomalies=Features.join([training.anomalies.take(range(90)), draw(30, -50, "a", 12)]),
-    )
-    assert one_class.search("clip_resnet50", rubbish, n_trials=10) == first
-
-
-def test_the_head_is_ranked_on_kinds_it_was_not_trained_on(training):
-    for learn, held_out in one_class._search_folds(training, 3, 0, by_kind=True):
-        assert set(learn.kinds).isdisjoint(held_out.kinds)
-        assert set(learn.groups).isdisjoint(held_out.groups)
+# ------------------------------------------------------------------------------------------------- no test pictures
 
 
 def test_no_function_takes_test_pictures_and_training_refuses_them(training):
-    for function in (one_class.search, one_class.calibrate, one_class.fit):
+    for function in (one_class.calibrate, one_class.fit):
         assert {"training"} <= set(inspect.signature(function).parameters)
         assert not {"test", "features", "samples", "labels"} & set(inspect.signature(function).parameters)
     test_sample = dataclasses.replace(training.samples[0], split="test")
@@ -433,6 +381,45 @@ def test_no_function_takes_test_pictures_and_training_refuses_them(training):
             dataclasses.replace(training, samples=(wrong, *training.samples[1:]))
         with pytest.raises(ValueError, match="'train' and 'calibration'"):
             dataclasses.replace(training, sources=(wrong, *training.sources[1:]))
+        with pytest.raises(ValueError, match="'train' and 'calibration'"):
+            dataclasses.replace(training, views=training.normals.take([0]), view_sources=(wrong,))
+
+
+# ------------------------------------------------------------------------------------------------- views
+
+
+def test_views_follow_their_picture_and_join_what_is_learnt(training):
+    views = dataclasses.replace(training, views=draw(30, 0, "v", 21), view_sources=training.samples[:30])
+    part = views.where(frozenset(["g2", "g5", "g35"]))
+    assert part.views.ids == ("v2", "v5")
+    assert part.learnt(augment=True).ids == ("n2", "n5", "n35", "v2", "v5")
+    assert part.learnt(augment=False).ids == ("n2", "n5", "n35")
+    with pytest.raises(ValueError, match="needs views"):
+        training.learnt(augment=True)
+    with pytest.raises(ValueError, match="each view needs one"):
+        dataclasses.replace(views, view_sources=())
+    with pytest.raises(ValueError, match="not among the samples"):
+        dataclasses.replace(views, view_sources=(*views.view_sources[1:], sample_of(99)))
+
+
+@pytest.mark.parametrize("method", one_class.METHODS)
+def test_augmentation_changes_what_a_detector_knows(training, method):
+    views = dataclasses.replace(training, views=draw(30, 0, "v", 21), view_sources=training.samples[:30])
+    test = draw(5, 1, "t", 8)
+    plain, more = (dataclasses.replace(QUICK[method], augment=augment) for augment in (False, True))
+    assert np.abs(one_class.fit(plain, views).score(test) - one_class.fit(more, views).score(test)).max() > 1e-6
+
+
+def test_maps_of_one_bank_serve_every_image_score(training):
+    memo = {}
+    test = draw(5, 1, "t", 8)
+    for top_fraction in (0.1, 0.5):
+        settings_ = PatchKnnSettings(top_fraction=top_fraction)
+        expected = one_class.fit(settings_, training).score(test)
+        np.testing.assert_allclose(one_class.fit_and_score(settings_, training, test, memo=memo), expected)
+    assert len(memo) == 1
+    one_class.fit_and_score(PatchKnnSettings(max_bank_rows=9), training, test, memo=memo)
+    assert len(memo) == 2
 
 
 # ------------------------------------------------------------------------------------------------- hostile input
@@ -497,12 +484,6 @@ def test_missing_parts_are_named(training):
         one_class.fit(PatchKnnSettings(), bare)
     with pytest.raises(ValueError, match="two or more kinds"):
         one_class.fit(QUICK["clip_cross_entropy"], bare)
-    with pytest.raises(ValueError, match="none were given"):
-        one_class.search("clip_lof", bare, n_trials=3)
-    with pytest.raises(ValueError, match="Unknown method 'clip'"):
-        one_class.search("clip", training, n_trials=3)
-    with pytest.raises(ValueError, match="n_trials is 0"):
-        one_class.search("clip_lof", training, n_trials=0)
 
 
 @pytest.mark.parametrize(
