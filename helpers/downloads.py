@@ -294,7 +294,8 @@ def unpack(
     """
     archive, target = Path(archive), Path(target)
     try:
-        if zipfile.is_zipfile(archive):
+        # A tar first: one whose last file is a zip (a torch checkpoint) looks like a zip from its end.
+        if not tarfile.is_tarfile(archive) and zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as file:
                 members = [(i.filename, i.file_size, (i.external_attr >> 28) == 0xA) for i in file.infolist()]
                 _check_members(archive, target, members, max_files, max_bytes)

@@ -27,8 +27,8 @@ MAX_UNIT_BYTES = 2_000_000_000
 
 _MARKS = {"weights": "READY.json", "data": "manifest.json", "results": "manifest.json"}
 """Areas whose units are the folders that hold a mark, written last by whoever made them."""
-_REMADE = ("features", "executed")
-"""Areas that are computed again in little time."""
+_REMADE = ("features", "executed", "weights/llama")
+"""Folders that are computed again in little time, or only a step on the way: the base that is merged."""
 _MEMO = ".kept.json"
 _STALE_SECONDS = 24 * 3600
 _CHECKPOINT = re.compile(r"^checkpoints/.*/step_\d+$")
@@ -208,8 +208,8 @@ def keeper(home: Path, archive: Archive, *, min_seconds: float = 900, log: Calla
 def _files(home: Path) -> Iterator[Path]:
     """Finished files: neither hidden nor temporary, in areas worth keeping."""
     for folder, folders, names in os.walk(home):
-        at_top = Path(folder) == home
-        folders[:] = [f for f in folders if not _is_temporary(f) and not (at_top and f in _REMADE)]
+        place = Path(folder).relative_to(home)
+        folders[:] = [f for f in folders if not _is_temporary(f) and (place / f).as_posix() not in _REMADE]
         yield from (Path(folder) / name for name in names if not _is_temporary(name))
 
 

@@ -35,7 +35,7 @@ class Need:
     disk_gb: float
 
 
-NEEDS = {"mini": Need(0, 3, 2), "full": Need(profiles.MIN_FULL_GPU_GB, 12, 55)}
+NEEDS = {"mini": Need(0, 3, 2), "full": Need(profiles.MIN_FULL_GPU_GB, 12, 65)}
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Stage:
 
 
 STAGES = {
-    "01_prepare_weights": Stage(23, 45, 41.0, "weights/pandagpt/READY.json"),
+    "01_prepare_weights": Stage(23, 45, 49.5, "weights/pandagpt/READY.json"),
     "02_synthesize_anomalies": Stage(15, 2, 1.0, "data/*/manifest.json"),
     "03_clip": Stage(63, 5, 3.0, "results/clip_patch_knn/manifest.json"),
     "04_anomalyclip": Stage(35, 25, 6.0, "results/anomalyclip/manifest.json"),
@@ -245,7 +245,9 @@ def _disk(home: Path, need_gb: float) -> Check:
     used = sum(path.stat().st_size for path in home.rglob("*") if path.is_file()) if home.exists() else 0
     free, need = storage.free_bytes(home), max(need_gb * GB - used, GB)
     found = f"{free / GB:.1f} GB free for {home}, {need / GB:.1f} needed"
-    return Check("disk", free >= need, found, "Set DELETE_RAW = True in 01, delete files, or point ART_HOME elsewhere.")
+    return Check(
+        "disk", free >= need, found, "Set DELETE_RAW = True in 01 (8 GB less), or point ART_HOME to another disk."
+    )
 
 
 def _lasting(folder: Path | None) -> Check:

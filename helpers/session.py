@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,9 @@ def start(*, log: Callable[[str], None] = print) -> profiles.Profile:
     lasting = lasting_folder(profile.device, log=log)
     _forget_current()
     if lasting is not None:
-        archive = Archive(
-            lasting / profile.name, reconnect=lambda: colab.mount_drive(log=log), max_unit_bytes=_limit_bytes()
-        )
+        is_drive = lasting.is_relative_to(colab.MOUNT_POINT)
+        reconnect = partial(colab.mount_drive, log=log) if is_drive else None
+        archive = Archive(lasting / profile.name, reconnect, max_unit_bytes=_limit_bytes())
         for outcome in persistence.restore(profile.home, archive):
             if outcome.state != "here":
                 log(f"kept in {lasting}: {outcome}")

@@ -34,6 +34,7 @@ COMPLETE = {
 UNFINISHED = (
     "weights/vicuna/model-00001-of-00003.safetensors",
     "weights/vicuna/journal.json",
+    "weights/llama/READY.json",
     "weights/raw/imagebind_huge.pth.part",
     "data/embedded.partial/girl/test/good/001.png",
     "results/.anomalyclip.partial/journal.jsonl",
@@ -417,3 +418,78 @@ def test_checkpoints_in_a_long_cell_are_kept_now_and_then(tmp_path: Path, cloud:
     write(home, "results/clip_lof", version=2)
     keep(home / "checkpoints/anomalygpt/c4cb/step_00000010")
     assert len(lines) == len(COMPLETE), "the second call came too early"
+
+
+# --- what the notebooks make of it ----------------------------------------------------------------------------------
+
+
+def _move_house(home: Path, cloud: Path, fresh: Path) -> None:
+    archive = archive_of(cloud)
+    persistence.restore(home, archive)
+    assert {outcome.state for outcome in persistence.save(home, archive)} == {"saved"}
+    assert {outcome.state for outcome in persistence.restore(fresh, archive)} == {"restored"}
+
+
+def test_a_restored_dataset_is_found_complete_and_its_results_are_read(
+    tmp_path: Path, cloud: Path, capsys: pytest.CaptureFixture
+) -> None:
+    import cv2
+    import numpy as np
+
+    from helpers import assemble, data, images, results
+    from helpers.records import Prediction
+
+    for i in range(6):
+        rough = np.random.default_rng(i).integers(0, 256, (5, 4, 3), np.uint8)
+        images.save_png(tmp_path / f"pictures/saint/train/good/{i}.png", cv2.resize(rough, (50, 60)))
+    settings = {"n_train": 4, "n_calibration": 2, "n_test_normal": 2, "n_test_anomalous": 2, "max_side": 48, "seed": 7}
+
+    def build(home: Path) -> data.Dataset:
+        samples = data.read_folder(tmp_path / "pictures").samples
+        return data.open_dataset(assemble.build_dataset(samples, home / "data" / "saint", **settings).parent)
+
+    made = build(tmp_path / "home")
+    test = made.select(split="test")
+    run = {"method": "clip_lof", "dataset_hash": made.hash, "profile": "mini", "settings": {"k": 5}}
+    folder = tmp_path / "home" / "results" / "clip_lof"
+    with results.Writer(folder, samples=test, dataset_dir=made.folder, **run) as writer:
+        for number, sample in enumerate(test):
+            writer.add(Prediction(sample, float(number), np.ones((3, 2), np.float32), 1.0, 0.5, 0.1))
+    _move_house(tmp_path / "home", cloud, tmp_path / "fresh")
+    capsys.readouterr()
+    found = build(tmp_path / "fresh")
+    assert "nothing to do" in capsys.readouterr().out and found.hash == made.hash
+    folder = tmp_path / "fresh" / "results" / "clip_lof"
+    assert results.is_complete(folder, dataset_hash=made.hash, settings={"k": 5})
+    read = results.read(folder, found.select(split="test"), found.folder, found.hash)
+    assert [p.anomaly_score for p in read.predictions] == [float(n) for n in range(len(test))]
+    assert read.anomaly_map(read.predictions[0]).shape == (3, 2)
+
+
+def test_training_goes_on_from_a_restored_checkpoint(tmp_path: Path, cloud: Path) -> None:
+    import torch
+
+    from helpers import training
+
+    class Line(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.slope = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": ((self.slope - 3) ** 2 * batch).mean()}
+
+    def train(home: Path, n_epochs: int) -> tuple[training.TrainingResult, float]:
+        module = Line()
+        result = training.train(
+            module, [torch.ones(1)] * 4, torch.optim.SGD(module.parameters(), lr=0.1),
+            folder=home / "checkpoints" / "line",
+            settings=training.TrainingSettings(n_epochs=n_epochs, batch_size=2, seed=1),
+        )  # fmt: skip
+        return result, module.slope.item()
+
+    train(tmp_path / "home", 1)
+    _move_house(tmp_path / "home", cloud, tmp_path / "fresh")
+    (through, slope), (resumed, same) = train(tmp_path / "straight", 2), train(tmp_path / "fresh", 2)
+    assert resumed.n_steps == through.n_steps == 4 and same == slope
+    assert len(resumed.history) == len(through.history), "the first epoch was not trained again"
