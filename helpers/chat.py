@@ -168,6 +168,11 @@ def sample_pictures(dataset: data.Dataset, *, n_normal: int = 2) -> dict[str, Sa
     return found
 
 
+def telling_sample(samples: Mapping[str, Sample]) -> str:
+    """The first anomalous sample, one whose place is known if there is any."""
+    return max(samples, key=lambda name: (samples[name].is_anomalous, samples[name].mask_path is not None))
+
+
 def pictures_in(folder: str | Path, *, max_side: int = MAX_SIDE, limit: int = 16) -> list[Picture]:
     """The first pictures of a folder, in the order of their names.
 
@@ -475,6 +480,11 @@ def describe_map(anomaly_map: np.ndarray, threshold: float) -> str:
     share = float((anomaly_map > threshold).mean())
     above = f"{share:.1%} of the picture lies above it" if share else "nothing lies above it"
     return f"Highest value {anomaly_map.max():.3f} ({cell}); threshold {threshold:.3f}: {above}."
+
+
+def as_text(history: Sequence[Turn]) -> str:
+    """Questions and answers as plain lines: saved notebooks keep these, and lose the widgets."""
+    return "\n".join(f"You:        {turn.question}\nAnomalyGPT: {turn.answer}" for turn in history)
 
 
 def png_bytes(image: np.ndarray) -> bytes:

@@ -39,7 +39,7 @@ def bubbles(
         height: of the box, as CSS.
         empty: shown when nothing was asked.
     """
-    parts = [_bubble("You", turn.question, turn.time, right=True) + _answer(turn) for turn in history]
+    parts = [_bubble("You", turn.question, _clock(turn), right=True) + _answer(turn) for turn in history]
     if asking:
         parts.append(_bubble("You", asking, "", right=True))
         parts.append(_bubble("AnomalyGPT", f"{answer_so_far} …" if answer_so_far else "thinking …", "", right=False))
@@ -148,10 +148,14 @@ def write_transcript(session: ChatSession, folder: Path, verdicts: Sequence[Verd
     return page, text
 
 
+def _clock(turn: Turn) -> str:
+    return f"{turn.time[11:16]} UTC"
+
+
 def _answer(turn: Turn) -> str:
     note = f"{turn.seconds:.1f} s"
     if turn.n_reused:
-        note += f", {turn.n_reused} tokens known"
+        note += f", {turn.n_reused} tokens reused"
     return _bubble("AnomalyGPT", turn.answer or "(no words)", note, right=False)
 
 
@@ -162,7 +166,7 @@ def _bubble(who: str, text: str, note: str, *, right: bool) -> str:
         f'<div style="font-size:11px;color:{figures.MUTED};line-height:1.4">{escape(who)} · {escape(note)}</div>'
         f'<div dir="auto" style="max-width:86%;background:{ground};border:1px solid {edge};border-radius:10px;'
         f"padding:6px 11px;font-size:14px;line-height:1.45;color:{figures.INK};overflow-wrap:anywhere;"
-        f'unicode-bidi:isolate">{escape(text)}</div></div>'
+        f'white-space:pre-line;unicode-bidi:isolate">{escape(text)}</div></div>'
     )
 
 
@@ -183,7 +187,7 @@ def _card(one: Verdict, image: np.ndarray) -> str:
         )
     note = f'<div style="margin-top:4px;color:{figures.MUTED}">{escape(one.note)}</div>' if one.note else ""
     return (
-        f'<div style="width:162px;box-sizing:border-box;border:1px solid {_EDGE};border-top:4px solid '
+        f'<div style="box-sizing:border-box;border:1px solid {_EDGE};border-top:4px solid '
         f"{figures.method_color(one.method)};border-radius:6px;padding:8px 10px;background:#ffffff;color:{figures.INK};"
         f'font-size:12px;line-height:1.45">'
         f'<div style="font-weight:600;font-size:13px;min-height:38px">{escape(results.method_label(one.method))}</div>'

@@ -28,6 +28,7 @@ _ECHO_SECONDS = 0.3
 
 _GENUINE, _ANOMALOUS, _UNKNOWN = "genuine", "anomalous", "not sure"
 _LABELS = {_GENUINE: "normal", _ANOMALOUS: "anomalous", _UNKNOWN: None}
+_COLAB_UPLOAD = "On Colab large files get lost here. Tick “upload” in the settings cell above, or give a path."
 _ARROWS = ("↖", "↑", "↗", "←", "•", "→", "↙", "↓", "↘")
 _SHOWN: list[ChatUI] = []
 
@@ -148,25 +149,28 @@ class ChatUI:
         self.compared_with.observe(lambda change: self._act("compare", self._compare, change["new"]), "value")
 
     def _build_picture(self) -> None:
-        self.image = widgets.Image(format="png", layout=_layout(max_width="100%", max_height="420px"))
-        self.image.layout.object_fit = "contain"
+        self.image = widgets.Image(format="png", layout=_layout(width="100%", max_height="420px", object_fit="contain"))
         self.view = widgets.ToggleButtons(options=[(name.capitalize(), name) for name in chat.VIEWS], value="overlay")
         self.view.style.button_width = "92px"
-        slider = {"continuous_update": False, "layout": _layout(width="98%"), "style": {"description_width": "72px"}}
+        slider = {"continuous_update": False, "layout": _layout(width="auto"), "style": {"description_width": "72px"}}
         self.opacity = widgets.FloatSlider(value=0.85, min=0.0, max=1.0, step=0.05, description="opacity", **slider)
         self.threshold = widgets.FloatSlider(
             value=0.5, min=0.0, max=1.0, step=0.001, readout_format=".3f", description="threshold", **slider
         )
-        self.legend = widgets.HTML(layout=_layout(width="100%"))
+        self.legend = widgets.HTML(layout=_layout(width="auto"))
         for control in (self.view, self.opacity, self.threshold):
             control.observe(lambda _: self._act("view", self._draw), "value")
 
     def _build_talk(self) -> None:
-        self.talk = widgets.HTML(layout=_layout(width="100%"))
-        self.message = widgets.HTML(layout=_layout(width="100%"))
-        self.quick = [_button(question, width="49%") for question in chat.QUICK_QUESTIONS]
+        self.talk = widgets.HTML(layout=_layout(width="auto"))
+        self.message = widgets.HTML(layout=_layout(width="auto"))
+        half = {"flex": "1 1 215px", "width": "auto"}
+        self.quick = [
+            widgets.Button(description=question, tooltip=question, layout=_layout(**half))
+            for question in chat.QUICK_QUESTIONS
+        ]
         self.question = widgets.Textarea(
-            placeholder="Ask about the picture …", layout=_layout(width="100%", height="62px")
+            placeholder="Ask about the picture …", layout=_layout(width="auto", height="62px")
         )
         self.send = widgets.Button(description="Send", icon="paper-plane", button_style="primary")
         self.again = widgets.Button(description="Start over", icon="refresh")
@@ -179,7 +183,7 @@ class ChatUI:
 
     def _build_verdicts(self) -> None:
         self.ask_all = widgets.Button(description="Ask every detector", icon="users", layout=_layout(width="190px"))
-        self.cards = widgets.HTML(layout=_layout(width="100%"))
+        self.cards = widgets.HTML(layout=_layout(width="auto"))
         self.ask_all.on_click(lambda _: self._act("all", self._ask_all))
 
     def _build_feedback(self) -> None:
@@ -194,7 +198,7 @@ class ChatUI:
             )
             for arrow, cell in zip(_ARROWS, cells, strict=True)
         ]
-        self.comment = widgets.Text(placeholder="What do you see? (optional)", layout=_layout(width="100%"))
+        self.comment = widgets.Text(placeholder="What do you see? (optional)", layout=_layout(width="auto"))
         self.keep_image = widgets.Checkbox(
             value=False,
             indent=False,
@@ -209,10 +213,8 @@ class ChatUI:
         self.give.on_click(lambda _: self._act("give", self._give))
 
     def _arranged(self) -> widgets.VBox:
-        line = _layout(width="100%", align_items="center")
-        upload = self.uploads if not on_colab() else widgets.HTML(
-            chat_html.message("On Colab large files get lost here: use the cell “Your own picture” above, or a path.")
-        )  # fmt: skip
+        line = _layout(width="auto", align_items="center")
+        upload = widgets.HTML(chat_html.message(_COLAB_UPLOAD)) if on_colab() else self.uploads
         hint = "At least two photographs of the genuine artwork, as a folder or as files:"
         own_upload = [] if on_colab() else [self.own_uploads]
         tabs = widgets.Tab(
@@ -234,7 +236,7 @@ class ChatUI:
                 [widgets.Label("Compared with", layout=_layout(width="104px")), self.compared_with], layout=line
             ),
             self.view,
-            widgets.HBox([self.image], layout=_layout(width="100%", justify_content="center", min_height="60px")),
+            widgets.HBox([self.image], layout=_layout(width="auto", justify_content="center", min_height="60px")),
             self.legend,
             self.opacity,
             self.threshold,
@@ -243,7 +245,7 @@ class ChatUI:
             widgets.HTML(chat_html.heading("2 · Conversation")),
             self.talk,
             self.message,
-            widgets.HBox(self.quick, layout=_layout(flex_flow="row wrap", width="100%")),
+            widgets.HBox(self.quick, layout=_layout(flex_flow="row wrap", width="auto")),
             self.question,
             widgets.HBox([self.send, self.again, self.save], layout=_layout(flex_flow="row wrap")),
         ]
@@ -255,16 +257,16 @@ class ChatUI:
                 widgets.VBox(left, layout=_layout(flex="1 1 400px", min_width="320px", padding="0 12px 0 0")),
                 widgets.VBox(right, layout=_layout(flex="1 1 440px", min_width="320px")),
             ],
-            layout=_layout(flex_flow="row wrap", width="100%"),
+            layout=_layout(flex_flow="row wrap", width="auto"),
         )
         parts = [columns]
         if self._detectors is not None:
             hint = "the same picture, with the thresholds of notebooks 03 to 06"
             title = chat_html.heading("3 · Every detector", hint, ruled=True)
-            parts.append(widgets.VBox([widgets.HTML(title), self.ask_all, self.cards], layout=_layout(width="100%")))
+            parts.append(widgets.VBox([widgets.HTML(title), self.ask_all, self.cards], layout=_layout(width="auto")))
         if self._on_feedback is not None:
             parts.append(self._feedback_panel())
-        frame = _layout(border="1px solid #d9d5cb", padding="14px 16px", max_width="1100px", width="100%")
+        frame = _layout(border="1px solid #d9d5cb", padding="14px 16px", max_width="1100px", width="auto")
         return widgets.VBox(parts, layout=frame)
 
     def _feedback_panel(self) -> widgets.VBox:
@@ -276,12 +278,12 @@ class ChatUI:
                 _labelled("Comment", self.comment),
                 widgets.HBox([self.give, self.keep_image], layout=_layout(flex_flow="row wrap", align_items="center")),
             ],
-            layout=_layout(flex="1 1 480px", min_width="320px"),
+            layout=_layout(flex="0 1 600px", min_width="320px"),
         )
         where = widgets.VBox([widgets.Label("Where is it?"), grid], layout=_layout(width="170px"))
         title = chat_html.heading("4 · Your judgement", "detectors learn from it only outside the test set", ruled=True)
-        row = widgets.HBox([fields, where], layout=_layout(flex_flow="row wrap", width="100%"))
-        return widgets.VBox([widgets.HTML(title), row], layout=_layout(width="100%"))
+        row = widgets.HBox([fields, where], layout=_layout(flex_flow="row wrap", width="auto"))
+        return widgets.VBox([widgets.HTML(title), row], layout=_layout(width="auto"))
 
     # --- what the controls do
 
@@ -404,7 +406,8 @@ class ChatUI:
 
     def _scale_threshold(self) -> None:
         low, high = self.session.references.limits
-        with self.threshold.hold_trait_notifications():
+        # One message for all three: the browser would cut the old value to the new range and send it back.
+        with self.threshold.hold_sync(), self.threshold.hold_trait_notifications():
             self.threshold.min, self.threshold.max = min(low, 0.0), high + (high - low)
             self.threshold.value = self.session.references.threshold
 
@@ -495,13 +498,9 @@ def _growing() -> widgets.Layout:
     return _layout(flex="1 1 auto", width="auto")
 
 
-def _button(description: str, *, width: str) -> widgets.Button:
-    return widgets.Button(description=description, tooltip=description, layout=_layout(width=width))
-
-
 def _labelled(text: str, control: widgets.Widget) -> widgets.HBox:
     label = widgets.Label(text, layout=_layout(width="104px"))
-    return widgets.HBox([label, control], layout=_layout(width="100%", align_items="center"))
+    return widgets.HBox([label, control], layout=_layout(width="auto", align_items="center"))
 
 
 def _close(widget: widgets.Widget) -> None:

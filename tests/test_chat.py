@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -129,6 +130,15 @@ def test_samples_show_genuine_pictures_and_every_kind(dataset):
     assert list(samples) == ["One: genuine 1", "One: box", "One: replica", "Two: genuine 1", "Two: box", "Two: replica"]
     assert all(sample.split == "test" for sample in samples.values())
     assert samples["Two: box"].is_anomalous and not samples["Two: genuine 1"].is_anomalous
+
+
+def test_the_telling_sample_is_anomalous_with_a_known_place(dataset):
+    samples = chat.sample_pictures(dataset)
+    assert chat.telling_sample(samples) == "One: box"
+    marked = dataclasses.replace(samples["Two: replica"], mask_path=Path("mask.png"))
+    assert chat.telling_sample(samples | {"Two: replica": marked}) == "Two: replica"
+    genuine = {name: sample for name, sample in samples.items() if not sample.is_anomalous}
+    assert chat.telling_sample(genuine) == "One: genuine 1"
 
 
 def test_a_folder_of_genuine_pictures(dataset, tmp_path):
@@ -402,6 +412,12 @@ def test_the_map_in_words():
         "Highest value 1.000 (top right); threshold 0.500: 4.2% of the picture lies above it."
     )
     assert chat.describe_map(peak(0.4), 0.5).endswith("nothing lies above it.")
+
+
+def test_a_conversation_as_plain_lines():
+    turns = [chat.Turn("Is it whole?", "…", "Yes.", "", 0.0, 0), chat.Turn("Sure?", "…", "No.", "", 0.0, 0)]
+    lines = chat.as_text(turns).splitlines()
+    assert lines[0].endswith("Is it whole?") and lines[3] == "AnomalyGPT: No." and len(lines) == 4
 
 
 def test_pngs_are_read_back(tmp_path: Path):

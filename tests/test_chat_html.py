@@ -15,7 +15,7 @@ from helpers import chat, chat_html, references
 from helpers.chat import Turn
 from helpers.verdicts import Verdict
 
-TURN = Turn(HOSTILE, HOSTILE, HOSTILE, "2026-01-01T00:00:00+00:00", 1.25, 40)
+TURN = Turn(HOSTILE, HOSTILE, HOSTILE, "2026-01-01T12:34:56+00:00", 1.25, 40)
 IMAGE = np.full((30, 40, 3), 120, np.uint8)
 VERDICTS = [
     Verdict("clip_lof", 1.5, 1.25, 0.014, seconds=0.1),
@@ -75,7 +75,7 @@ def session(tmp_path_factory):
 def test_bubbles_show_every_text_as_text():
     page = checked(chat_html.bubbles([TURN], asking=f"again {HOSTILE}", answer_so_far=f"so far {HOSTILE}"))
     assert page.text.count(HOSTILE) == 4 and f"so far {HOSTILE} …" in page.text
-    assert "1.2 s, 40 tokens known" in page.text and TURN.time in page.text
+    assert "1.2 s, 40 tokens reused" in page.text and "You · 12:34 UTC" in page.text
 
 
 def test_bubbles_say_what_to_do_and_what_goes_on():
@@ -125,7 +125,7 @@ def test_the_transcript_is_one_page_without_a_script(session):
     assert page.text.count(HOSTILE) >= 5
     for words in ("这幅画? 🎨", "لا.", session.id, "CLIP LOF", "Compared with: One", "no proof of a forgery"):
         assert words in page.text
-    assert page.tags.count("img") == 3
+    assert page.tags.count("img") == 3 and TURN.time in page.text
 
 
 def test_a_transcript_before_anything_was_asked(session):
