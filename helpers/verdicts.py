@@ -10,8 +10,9 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,7 @@ from helpers import (
     anomalyclip,
     anomalyclip_training,
     calibration,
+    clip_methods,
     features,
     figures,
     images,
@@ -185,36 +187,27 @@ def load(
         seed: of the profile; forests and memory banks are made again with it.
     """
     home = Path(home)
-    normals = [sample for sample in dataset.samples if not sample.is_anomalous and sample.split != "test"]
     models = {"clip": clip, "cnn": cnn, "batch_size": batch_size}
-    clip_methods: dict[str, dict[str, ClipMethod]] = {}
-    prompted, embedded = None, None
+    source = _Source(dataset, home, models, device, seed)
+    found: dict[str, dict[str, ClipMethod]] = {}
     missing: dict[str, str] = {}
+    prompted = None
     for method, notebook in NOTEBOOKS.items():
         try:
             result = results.read(home / "results" / method, dataset.samples, dataset.folder, dataset.hash)
-            probes = _probes(result)
             if method == ANOMALYCLIP:
-                prompted = _load_prompted(result, probes, home, clip)
-                continue
-            if embedded is None:
-                embedded = features.embed_samples([*normals, *probes], cache_dir=home / "features", **models)
-            folder = home / "checkpoints" / method
-            clip_methods[method] = {
-                category: _load_clip_method(
-                    result, folder / f"{category}.json", normals, embedded, device=device, seed=seed
-                )
-                for category in dataset.categories
-            }
-            _check(clip_methods[method], probes, embedded)
+                prompted = _load_prompted(result, home, clip)
+            else:
+                found[method] = _load_clip_method(result, source)
         except FileNotFoundError:
             missing[method] = f"Nothing saved for these pictures: run notebook {notebook}."
         except ValueError as error:
             missing[method] = str(error)
-    return Detectors(
-        clip_methods, prompted, missing, lambda image: features.embed_images([image], patches=True, **models),
-        frozenset(sample.sha256 for sample in normals),
-    )  # fmt: skip
+
+    def embed(image: np.ndarray) -> Features:
+        return features.embed_images([image], patches=True, **models)
+
+    return Detectors(found, prompted, missing, embed, frozenset(sample.sha256 for sample in source.normals))
 
 
 def table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
@@ -249,26 +242,62 @@ def _limits(result: MethodResult) -> tuple[float, float]:
     return figures.map_limits(one for one in maps if one is not None)
 
 
-def _load_clip_method(
-    result: MethodResult, path: Path, normals: Sequence[Sample], embedded: Features, *, device: str, seed: int
-) -> ClipMethod:
-    """The detector of one artwork: a stored head, or the others fitted again on the same normal pictures."""
-    kept = storage.read_json(path)
-    settings = type(one_class.DEFAULTS[result.method])(**kept["settings"])
-    if isinstance(settings, one_class.HeadSettings):
-        from safetensors.torch import load_file
+@dataclass(frozen=True)
+class _Source:
+    """What the CLIP methods are fitted on again; embedded (or read from the cache) when the first one asks."""
 
-        detector = one_class.HeadDetector.from_state(settings, load_file(path.with_suffix(".safetensors")))
-    else:
-        own = tuple(sample for sample in normals if sample.category == path.stem)
-        learnt = one_class.learning_part(one_class.Training(own, embedded.of(own)))
-        detector = one_class.fit(settings, learnt, seed=seed, device=device)
-    return ClipMethod(
-        result.method, detector, np.array(kept["normal_scores"]), float(kept["threshold"]), _limits(result)
-    )
+    dataset: Dataset
+    home: Path
+    models: Mapping[str, Any]
+    device: str
+    seed: int
+
+    @cached_property
+    def normals(self) -> list[Sample]:
+        return [s for s in self.dataset.samples if not s.is_anomalous and s.split != "test"]
+
+    @cached_property
+    def embedded(self) -> Features:
+        samples = [*self.normals, *self.dataset.select(split="test")]
+        return features.embed_samples(samples, cache_dir=self.home / "features", **self.models)
+
+    def training(self, category: str, *, augment: bool) -> one_class.Training:
+        """Normal pictures of an artwork, with the views of notebook 03 where a detector learnt from them."""
+        own = tuple(sample for sample in self.normals if sample.category == category)
+        views, sources = None, ()
+        if augment:
+            cache_dir = self.home / "features"
+            views, sources = clip_methods.embed_views(own, cache_dir=cache_dir, seed=self.seed, **self.models)
+        whole = one_class.Training(own, self.embedded.of(own), views=views, view_sources=sources)
+        return one_class.learning_part(whole)
 
 
-def _load_prompted(result: MethodResult, probes: Mapping[Sample, float], home: Path, clip: Clip) -> Prompted:
+def _load_clip_method(result: MethodResult, source: _Source) -> dict[str, ClipMethod]:
+    """The detectors of all artworks: a stored head, or the others fitted again on the same normal pictures."""
+    from safetensors.torch import load_file
+
+    limits, found = _limits(result), {}
+    for category in source.dataset.categories:
+        path = source.home / "checkpoints" / result.method / f"{category}.json"
+        kept = storage.read_json(path)
+        try:
+            settings = type(one_class.DEFAULTS[result.method])(**kept["settings"])
+        except TypeError as error:
+            raise ValueError(f"{path} is of another version ({error}). Run notebook 03_clip again.") from error
+        if isinstance(settings, one_class.HeadSettings):
+            detector = one_class.HeadDetector.from_state(settings, load_file(path.with_suffix(".safetensors")))
+        else:
+            learnt = source.training(category, augment=settings.augment)
+            detector = one_class.fit(settings, learnt, seed=source.seed, device=source.device)
+        scores = np.array(kept["normal_scores"])
+        found[category] = ClipMethod(result.method, detector, scores, float(kept["threshold"]), limits)
+    for sample, recorded in _probes(result).items():
+        row = source.embedded.of([sample])
+        _compare(result.method, found[sample.category].judge(row).anomaly_score, recorded)
+    return found
+
+
+def _load_prompted(result: MethodResult, home: Path, clip: Clip) -> Prompted:
     """AnomalyCLIP with the prompts whose hash stands in the results."""
     made = result.manifest["settings"]
     settings = anomalyclip.DetectorSettings(
@@ -288,7 +317,7 @@ def _load_prompted(result: MethodResult, probes: Mapping[Sample, float], home: P
         made["alpha"],
         _limits(result),
     )
-    for sample, recorded in probes.items():
+    for sample, recorded in _probes(result).items():
         now = found.judge(images.load_image(sample.image_path), sample.category).anomaly_score
         _compare(ANOMALYCLIP, now, recorded)
     return found
@@ -300,12 +329,6 @@ def _prompts(files: Sequence[Path], clip: Clip) -> Iterator[anomalyclip.PromptLe
             yield anomalyclip.load_prompts(path, clip)
         except ValueError:  # of another CLIP, left from an earlier training: not the one that is wanted
             continue
-
-
-def _check(found: Mapping[str, ClipMethod], probes: Mapping[Sample, float], embedded: Features) -> None:
-    for sample, recorded in probes.items():
-        one = found[sample.category]
-        _compare(one.method, one.judge(embedded.of([sample])).anomaly_score, recorded)
 
 
 def _compare(method: str, now: float, recorded: float) -> None:

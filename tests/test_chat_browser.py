@@ -96,9 +96,9 @@ def page(address) -> Iterator:
     options = webdriver.ChromeOptions()
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1240,1500"):
         options.add_argument(argument)
+    options.page_load_strategy = "none"  # the page is complete only when every cell has run; that is waited for below
     service = webdriver.ChromeService(shutil.which("chromedriver"))  # named, else selenium looks for one online
     driver = webdriver.Chrome(options=options, service=service)
-    driver.set_page_load_timeout(SECONDS)
     try:
         driver.get(address)
         wait(lambda: "Every detector" in text(driver), "the chat is shown")
@@ -117,7 +117,7 @@ def wait(condition: Callable[[], bool], what: str) -> None:
 
 
 def text(driver) -> str:
-    return driver.find_element("tag name", "body").text
+    return "".join(body.text for body in driver.find_elements("tag name", "body"))
 
 
 def button(driver, words: str):
