@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -380,6 +380,31 @@ def predictions(one: Fitted, samples: Sequence[Sample], rows: Features) -> Itera
     for values in zip(samples, scores, maps, p_values, seconds, strict=True):
         sample, score, anomaly_map, p_value, spent = values
         yield Prediction(sample, float(score), anomaly_map, one.threshold, float(p_value), float(spent))
+
+
+def scorer(fitted: Mapping[str, Fitted], **models: Any) -> Callable[[Sequence[Sample]], Iterator[Prediction]]:
+    """A function that embeds and scores any pictures of the paintings, for :func:`helpers.inbox.look`.
+
+    Args:
+        fitted: from :func:`fit_all`.
+        models: ``clip, cnn, cache_dir, batch_size``, as for :func:`helpers.features.embed_samples`.
+    """
+
+    def score(samples: Sequence[Sample]) -> Iterator[Prediction]:
+        for category in sorted({sample.category for sample in samples}):
+            chosen = [sample for sample in samples if sample.category == category]
+            yield from predictions(fitted[category], chosen, features.embed_samples(chosen, **models))
+
+    return score
+
+
+def fitted_id(fitted: Mapping[str, Fitted]) -> str:
+    """Identifies detectors by settings, calibration scores and thresholds: 16 hexadecimal digits."""
+    parts = [
+        (category, asdict(one.tuned.settings), one.threshold, np.round(one.normal_scores, 6).tolist())
+        for category, one in sorted(fitted.items())
+    ]
+    return storage.sha256_json(parts)[:16]
 
 
 def _test_samples(dataset: data.Dataset) -> list[Sample]:

@@ -660,6 +660,47 @@ def shots_curve(points: Mapping[str, Mapping[int, Sequence[float]]], *, title: s
 
 
 @dataclass(frozen=True)
+class HistoryPoint:
+    """One evaluation of a method.
+
+    Args:
+        method: row of the comparison.
+        number: 1 for the method's first evaluation.
+        value: the metric, in [0, 1].
+        dataset_hash: evaluations of different data sets are not joined by a line.
+        is_fall: significantly lower than before.
+    """
+
+    method: str
+    number: int
+    value: float
+    dataset_hash: str
+    is_fall: bool = False
+
+
+def history(metrics: Mapping[str, Sequence[HistoryPoint]], *, title: str) -> Figure:
+    """A metric against the number of the evaluation: a panel per metric, a line per method and data set."""
+    fig, axes = plt.subplots(1, len(metrics), figsize=(1.0 + 4.6 * len(metrics), 3.9), squeeze=False, sharex=True)
+    for ax, (name, points) in zip(axes[0], metrics.items()):
+        for method in dict.fromkeys(point.method for point in points):
+            mine = [point for point in points if point.method == method]
+            for dataset_hash in dict.fromkeys(point.dataset_hash for point in mine):
+                line = [point for point in mine if point.dataset_hash == dataset_hash]
+                is_first = line[0] is mine[0]
+                ax.plot([p.number for p in line], [p.value for p in line], marker=_MARKERS.get(method, "o"),
+                        color=method_color(method), label=method_label(method) if is_first else None)  # fmt: skip
+            falls = [point for point in mine if point.is_fall]
+            ax.plot([p.number for p in falls], [p.value for p in falls], "o", markersize=15, color=INK,
+                    fillstyle="none", markeredgewidth=1.6)  # fmt: skip
+        ax.set(title=name, xlabel="evaluation", ylim=(0, 1.02))
+        ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(6, integer=True))
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside right center")
+    _title(fig, title)
+    return _with_alt(fig, f"{', '.join(metrics)} of each method by evaluation; a ring marks a fall. {title}")
+
+
+@dataclass(frozen=True)
 class TuningSet:
     """One search of settings.
 

@@ -8,11 +8,12 @@ import inspect
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny_clip
 import torch
 
-from helpers import clip_methods, data, features, one_class, results, synthesis, tuning
+from helpers import clip_methods, data, features, metrics, one_class, results, synthesis, tuning
 
 QUICK = {
     "clip_cross_entropy": one_class.HeadSettings(n_hidden=16, n_components=8, max_epochs=15),
@@ -40,7 +41,7 @@ def learn_from(dataset, embedded, models) -> dict[str, one_class.Training]:
     return clip_methods.trainings(dataset, embedded, **models, n_anomalies=60, seed=1)
 
 
-def fit(method: str, learn_from, folder: Path, **changes):
+def fit(method: str, learn_from, folder: Path | None, **changes):
     options = {"n_trials": 3, "alpha": 0.1, "seed": 0, "base": QUICK.get(method)} | changes
     return clip_methods.fit_all(method, learn_from, checkpoint_dir=folder, **options)
 
@@ -226,3 +227,43 @@ def test_sorted_folders_hold_every_picture_once(learn_from, dataset, embedded, t
     assert contents == sorted(p.sample.image_path.read_bytes() for p in found.predictions)
     assert all(path.is_symlink() == links for path in files["anomaly"])
     assert any(path.name.startswith("harbour__replica__") for path in files["anomaly"])
+
+
+# ------------------------------------------------------------------------------------------------- tuning, new pictures
+
+
+def test_tuned_is_measured_against_default_on_the_test_pictures(learn_from, dataset, embedded, tmp_path):
+    tuned = {"clip_lof": fit("clip_lof", learn_from, tmp_path, n_trials=6)}
+    default = {"clip_lof": fit("clip_lof", learn_from, None, n_trials=1)}
+    bought = clip_methods.what_tuning_bought(default, tuned, dataset, embedded)
+    for (_, category), row in bought.iterrows():
+        samples = dataset.select(split="test", category=category)
+        labels = [sample.is_anomalous for sample in samples]
+        for name, found in (("tuned", tuned), ("default", default)):
+            scores = found["clip_lof"][category].detector.score(embedded.of(samples))
+            assert row[name] == pytest.approx(metrics.image_auroc(scores, labels))
+        assert row["difference"] == pytest.approx(row["tuned"] - row["default"])
+    assert default["clip_lof"]["harbour"].tuned.settings == one_class.DEFAULTS["clip_lof"]
+    assert len(clip_methods.tuning_sets(tuned)) == 2 and not clip_methods.tuning_sets(default)
+
+
+def test_tuning_verdict_says_what_the_table_shows():
+    index = pd.MultiIndex.from_product([["clip_lof", "clip_resnet50"], ["a", "b"]], names=["method", "painting"])
+    bought = pd.DataFrame({"difference": [0.1, -0.02, -0.3, 0.1], "p_holm": [0.01, 0.9, 0.02, 0.5]}, index=index)
+    words = clip_methods.tuning_verdict(bought)
+    assert "in 1 of 2 methods (CLIP LOF)" in words
+    assert "Of 4 comparisons, 1 are better and 1 worse than luck explains." in words
+
+
+def test_scorer_scores_any_picture_of_its_paintings(learn_from, dataset, embedded, models, tmp_path):
+    fitted = fit("clip_resnet50", learn_from, tmp_path)
+    samples = [*dataset.select(split="test", category="portrait"), *dataset.select(split="test", category="harbour")]
+    found = {p.sample.sha256: p for p in clip_methods.scorer(fitted, **models)(samples)}
+    for sample in samples:
+        one = fitted[sample.category]
+        assert found[sample.sha256].anomaly_score == pytest.approx(one.detector.score(embedded.of([sample]))[0])
+        assert found[sample.sha256].threshold == one.threshold
+    again = fit("clip_resnet50", learn_from, tmp_path)
+    assert clip_methods.fitted_id(again) == clip_methods.fitted_id(fitted)
+    other = fit("clip_resnet50", learn_from, tmp_path, alpha=0.4)
+    assert clip_methods.fitted_id(other) != clip_methods.fitted_id(fitted)
