@@ -224,6 +224,8 @@ class Outcome:
         lines += [f"Refused: {reason}." for reason in self.refused]
         lines += [f"Not used: {reason}." for reason in self.unused]
         lines += [_sentence(method, row) for method, row in self.table.iterrows()]
+        before, after = self.table["before"].mean(), self.table["after"].mean()
+        lines.append(f"Mean over {len(self.table)} methods: balanced accuracy {before:.3f} before, {after:.3f} after.")
         return "\n".join(lines)
 
 

@@ -145,6 +145,8 @@ def test_the_table_counts_verdicts_on_the_frozen_test_set(loop, log, dataset):
     words = outcome.describe()
     assert "Learnt from 24 confirmed pictures, 12 of them anomalous." in words
     assert "on 10 frozen test pictures" in words
+    before, after = outcome.table["before"].mean(), outcome.table["after"].mean()
+    assert words.endswith(f"Mean over 3 methods: balanced accuracy {before:.3f} before, {after:.3f} after.")
 
 
 def test_feedback_on_test_pictures_is_named_and_changes_nothing(loop, dataset, tmp_path):
@@ -159,7 +161,7 @@ def test_feedback_on_test_pictures_is_named_and_changes_nothing(loop, dataset, t
     assert outcome.fitted == {method: dict(paintings) for method, paintings in loop.fitted.items()}
     assert (outcome.table["difference"] == 0).all()
     assert f"Refused: {sample.image_path.name} is the test picture" in outcome.describe()
-    assert "no difference." in outcome.describe()
+    assert ": no difference.\n" in outcome.describe()
 
 
 def test_only_paintings_with_feedback_change(loop, log, tmp_path):
