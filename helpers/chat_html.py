@@ -93,9 +93,8 @@ def legend(limits: tuple[float, float], threshold: float, words: str) -> str:
 
 def cards(verdicts: Sequence[Verdict], image: np.ndarray) -> str:
     """All verdicts side by side, each with its map over the picture where it makes one."""
-    return (
-        f'<div style="{_FONT};display:flex;flex-wrap:wrap;gap:10px">{"".join(_card(v, image) for v in verdicts)}</div>'
-    )
+    grid = "display:grid;grid-template-columns:repeat(auto-fill,minmax(136px,1fr));gap:8px"
+    return f'<div style="{_FONT};{grid}">{"".join(_card(one, image) for one in verdicts)}</div>'
 
 
 def transcript(session: ChatSession, verdicts: Sequence[Verdict] = ()) -> str:

@@ -198,7 +198,7 @@ class ChatUI:
             )
             for arrow, cell in zip(_ARROWS, cells, strict=True)
         ]
-        self.comment = widgets.Text(placeholder="What do you see? (optional)", layout=_layout(width="auto"))
+        self.comment = widgets.Text(placeholder="What do you see? (optional)", layout=_growing())
         self.keep_image = widgets.Checkbox(
             value=False,
             indent=False,
