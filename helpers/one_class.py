@@ -189,7 +189,7 @@ SPACES: Mapping[str, Mapping[str, tuple]] = {
     },
     "clip_isolation_forest": {
         "cnn_weight": _FUSION[:-1],
-        "n_trees": (50, 100, 200),
+        "n_trees": (50, 100),
         "max_samples": (64, 128, "auto"),
         "max_features": (0.25, 0.5, 1.0),
         "augment": (False, True),
