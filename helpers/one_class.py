@@ -111,7 +111,7 @@ class ForestSettings:
     """
 
     cnn_weight: float = 0.5
-    n_trees: int = 200
+    n_trees: int = 100
     max_samples: int | str = "auto"
     max_features: float = 1.0
     augment: bool = False
@@ -189,7 +189,7 @@ SPACES: Mapping[str, Mapping[str, tuple]] = {
     },
     "clip_isolation_forest": {
         "cnn_weight": _FUSION[:-1],
-        "n_trees": (50, 100),
+        "n_trees": (25, 50, 100),
         "max_samples": (64, 128, "auto"),
         "max_features": (0.25, 0.5, 1.0),
         "augment": (False, True),

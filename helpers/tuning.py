@@ -25,7 +25,7 @@ from helpers.features import Features
 from helpers.one_class import HeadSettings, PatchKnnSettings, Settings, TooFewPictures, Training, auroc_of
 
 STRATEGIES = ("random", "grid", "tpe")
-SEARCH_BANK_ROWS = 1_000
+SEARCH_BANK_ROWS = 500
 """Patches in the memory bank while settings are searched; the detector that is kept has all of its bank."""
 MIN_GROUPS_A_FOLD = 2
 """Source pictures a fold needs for a nested estimate: a search with two folds left out still needs some to learn."""
