@@ -143,6 +143,9 @@ def _pass_on(profile: profiles.Profile) -> None:
     os.environ["ART_HOME"] = str(profile.home.parent)
     if profile.data_source is not None:
         os.environ["ART_DATA"] = str(profile.data_source)
+    lasting = os.environ.get("ART_DRIVE", "").strip()
+    if lasting and lasting.lower() != "off":
+        os.environ["ART_DRIVE"] = str(Path(lasting).expanduser().absolute())
 
 
 def _source_hash() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from helpers import colab, downloads, persistence, preflight, profiles, session, storage
+from helpers import colab, downloads, persistence, preflight, profiles, runner, session, storage
 
 FAKE = str(Path(__file__).parent / "fake_colab")
 
@@ -139,6 +140,18 @@ def test_largest_kept_unit_can_be_set(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setenv("ART_DRIVE_LIMIT_GB", "much")
     with pytest.raises(ValueError, match="is 'much'; give a number of GB"):
         session._limit_bytes()
+
+
+@pytest.mark.parametrize(("asked", "passed"), [("kept", "{cwd}/kept"), ("off", "off"), ("", "")])
+def test_all_notebooks_of_a_run_keep_in_one_place(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, asked: str, passed: str
+) -> None:
+    """Kernels start in the notebooks' folder, so that a relative path would mean another place there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ART_DRIVE", asked)
+    monkeypatch.setenv("ART_DATA", "")
+    runner._pass_on(profiles.active())
+    assert os.environ["ART_DRIVE"] == passed.format(cwd=tmp_path)
 
 
 @pytest.fixture
