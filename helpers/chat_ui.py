@@ -7,7 +7,6 @@ disappears: input that cannot be used gets a sentence, anything else a red box a
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from helpers import chat, chat_html, conversations
+from helpers import chat, chat_html, colab, conversations
 from helpers.chat import BadInput, ChatSession, Picture
 from helpers.records import Sample
 from helpers.verdicts import Detectors, Verdict
@@ -31,11 +30,6 @@ _LABELS = {_GENUINE: "normal", _ANOMALOUS: "anomalous", _UNKNOWN: None}
 _COLAB_UPLOAD = "On Colab large files get lost here. Tick “upload” in the settings cell above, or give a path."
 _ARROWS = ("↖", "↑", "↗", "←", "•", "→", "↙", "↓", "↘")
 _SHOWN: list[ChatUI] = []
-
-
-def on_colab() -> bool:
-    """True inside Google Colab."""
-    return "google.colab" in sys.modules
 
 
 def show(session: ChatSession, **options: Any) -> ChatUI:
@@ -72,7 +66,7 @@ def upload_on_colab(wanted: bool) -> list[Picture]:
     """
     if not wanted:
         return []
-    if not on_colab():
+    if not colab.is_colab():
         print("Not on Colab: use the tab “Upload” of the chat below.")
         return []
     from google.colab import files
@@ -214,9 +208,9 @@ class ChatUI:
 
     def _arranged(self) -> widgets.VBox:
         line = _layout(width="auto", align_items="center")
-        upload = widgets.HTML(chat_html.message(_COLAB_UPLOAD)) if on_colab() else self.uploads
+        upload = widgets.HTML(chat_html.message(_COLAB_UPLOAD)) if colab.is_colab() else self.uploads
         hint = "At least two photographs of the genuine artwork, as a folder or as files:"
-        own_upload = [] if on_colab() else [self.own_uploads]
+        own_upload = [] if colab.is_colab() else [self.own_uploads]
         tabs = widgets.Tab(
             [
                 widgets.HBox([self.sample], layout=line),
@@ -232,9 +226,7 @@ class ChatUI:
         left = [
             widgets.HTML(chat_html.heading("1 · Picture")),
             tabs,
-            widgets.HBox(
-                [widgets.Label("Compared with", layout=_layout(width="104px")), self.compared_with], layout=line
-            ),
+            _labelled("Compared with", self.compared_with),
             self.view,
             widgets.HBox([self.image], layout=_layout(width="auto", justify_content="center", min_height="60px")),
             self.legend,
