@@ -274,7 +274,7 @@ def dual_path(
     """
     blocks = visual.transformer.resblocks
     _check_taps(taps, len(blocks))
-    x = _embed(visual, images)
+    x = embed_patches(visual, images)
     y, tapped = None, {}
     last_vv = max(taps)
     for number, block in enumerate(blocks, start=1):
@@ -287,7 +287,7 @@ def dual_path(
             continue
         if y is None:
             y = x
-        x, side = _dual_block(block, x, class_only=is_last, with_vv=number <= last_vv)
+        x, side = dual_block(block, x, class_only=is_last, with_vv=number <= last_vv)
         if side is not None:
             y = y + side
         if number in taps:
@@ -296,7 +296,7 @@ def dual_path(
     return x[:, 0] @ visual.proj, tokens
 
 
-def _dual_block(
+def dual_block(
     block: nn.Module, x: torch.Tensor, *, class_only: bool, with_vv: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One block of the standard stream, and what it adds to the V-V stream.
@@ -329,7 +329,7 @@ def _dual_block(
     return x, out(F.scaled_dot_product_attention(v, v, v)) if with_vv else None
 
 
-def _embed(visual: nn.Module, images: torch.Tensor) -> torch.Tensor:
+def embed_patches(visual: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Patches, class token, position and ``ln_pre``: ``(B, 1 + P, width)``."""
     _check_side(visual, images.shape[-2:])
     patches = visual.conv1(images)  # (B, width, h, w)

@@ -214,7 +214,7 @@ class HeadLoss(nn.Module):
         self.head = head.requires_grad_(True)
         self.speaker_model = speaker.model.requires_grad_(False)
         self.projection = projection.requires_grad_(False)
-        self._speaker, self._grid, self._max_length = speaker, grid, max_length
+        self.speaker, self._grid, self._max_length = speaker, grid, max_length
 
     def forward(self, batch: Mapping[str, torch.Tensor], *, with_pixels: bool = True) -> dict[str, torch.Tensor]:
         """Losses of a batch.
@@ -237,7 +237,7 @@ class HeadLoss(nn.Module):
         prompts = self.head.prompt_learner(maps)
         image_tokens = self.projection(batch["embedding"].to(self.projection.weight.dtype))[:, None]
         ids, targets = batch["ids"][:, : self._max_length], batch["targets"][:, : self._max_length]
-        answer, accuracy = answer_loss(self._speaker, image_tokens, prompts, ids, targets)
+        answer, accuracy = answer_loss(self.speaker, image_tokens, prompts, ids, targets)
         if not with_pixels:
             return {"loss": answer, "answer": answer, "token_accuracy": accuracy}
         target = binary_target(batch["masks"])

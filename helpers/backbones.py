@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 ART_VIT_MINI = "art-vit-mini"
-"""Name of the small tower of the ``mini`` profile: open_clip modules, quick GELU, 14 x 14 patches at 112 px."""
+"""Name of the small tower of the ``mini`` profile: open_clip modules, quick GELU, 14 x 14 patches at 224 px."""
 
 ART_VIT_MINI_WEIGHTS = Path(__file__).parent / "assets" / "art_vit_mini.safetensors"
 """Trained weights of the small tower, made by :mod:`helpers.backbone_training`."""
@@ -25,7 +25,7 @@ ART_VIT_MINI_WEIGHTS = Path(__file__).parent / "assets" / "art_vit_mini.safetens
 ART_VIT_MINI_CONFIG = {
     "embed_dim": 192,
     "quick_gelu": True,
-    "vision_cfg": {"image_size": 112, "patch_size": 8, "width": 192, "layers": 8, "head_width": 64},
+    "vision_cfg": {"image_size": 224, "patch_size": 16, "width": 256, "layers": 4, "head_width": 64},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 192, "heads": 3, "layers": 4},
 }
 
@@ -95,7 +95,7 @@ def load_clip(
     if pretrained == "openai" and not name.endswith("-quickgelu"):
         raise ValueError(f"{name} with OpenAI's weights needs quick GELU: use {name}-quickgelu.")
     if name == ART_VIT_MINI:
-        model = art_vit_mini()
+        model = art_vit_mini(ART_VIT_MINI_WEIGHTS if ART_VIT_MINI_WEIGHTS.exists() else None)
         tokenizer = clip_tokenizer()
         weights = storage.sha256_file(ART_VIT_MINI_WEIGHTS)[:8] if ART_VIT_MINI_WEIGHTS.exists() else "random"
     else:
@@ -197,14 +197,15 @@ def clip_tokenizer() -> Callable:
     return open_clip.get_tokenizer("ViT-B-32")
 
 
-def art_vit_mini(*, trained: bool = True) -> torch.nn.Module:
+def art_vit_mini(weights: Path | None = ART_VIT_MINI_WEIGHTS) -> torch.nn.Module:
     """The small CLIP of the ``mini`` profile.
 
     Args:
-        trained: load the weights shipped in ``helpers/assets`` when they are there; else random weights of a fixed
-            seed. The global random state stays as it was.
+        weights: file made by :func:`helpers.backbone_training.export`; None for random weights of a fixed seed. The
+            global random state stays as it was.
     Raises:
-        RuntimeError: the shipped weights have other keys or shapes than the model.
+        FileNotFoundError: there is no such file.
+        RuntimeError: the file has other keys or shapes than the model.
     """
     import open_clip
     import torch
@@ -212,10 +213,10 @@ def art_vit_mini(*, trained: bool = True) -> torch.nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = open_clip.CLIP(**ART_VIT_MINI_CONFIG)
-    if trained and ART_VIT_MINI_WEIGHTS.exists():
+    if weights is not None:
         from safetensors.torch import load_file
 
-        state = {name: tensor.float() for name, tensor in load_file(ART_VIT_MINI_WEIGHTS).items()}
+        state = {name: tensor.float() for name, tensor in load_file(weights).items()}
         # Of the token table only the rows that training touched are shipped.
         table = torch.zeros_like(model.token_embedding.weight)
         table[state.pop("token_embedding.row_ids").long()] = state.pop("token_embedding.rows")

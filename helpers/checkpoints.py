@@ -198,8 +198,23 @@ def imagebind_rules(shapes: Shapes, *, vision_heads: int, text_heads: int) -> tu
             "norm_kwargs": {"eps": 1e-6},
         },
     }
+    rules = rules_of_clip(config)
     vision, text = "modality_preprocessors.vision", "modality_preprocessors.text"
-    rules = [
+    expected = {rule.source: _source_shape(rule) for rule in rules}
+    expected[f"{vision}.cls_token"] = (1, 1, width)
+    expected[f"{vision}.rgbt_stem.proj.1.weight"] = (width, 3, 2, patch, patch)
+    expected[f"{text}.mask"] = (context, context)  # the causal mask, which open_clip makes itself
+    _account(shapes, expected, "ImageBind", optional=(f"{text}.mask",))
+    return rules, config
+
+
+def rules_of_clip(config: Mapping[str, Any]) -> list[Rule]:
+    """Where each tensor of ``open_clip.CLIP(**config)`` stands in ImageBind's published file."""
+    tower, words, joint = config["vision_cfg"], config["text_cfg"], config["embed_dim"]
+    width, patch, text_width = tower["width"], tower["patch_size"], words["width"]
+    grid = tower["image_size"] // patch
+    vision, text = "modality_preprocessors.vision", "modality_preprocessors.text"
+    return [
         Rule("logit_scale", "modality_postprocessors.text.1.log_logit_scale", ()),
         Rule("visual.class_embedding", f"{vision}.cls_token", (width,), "reshape"),
         Rule(
@@ -210,23 +225,15 @@ def imagebind_rules(shapes: Shapes, *, vision_heads: int, text_heads: int) -> tu
         ),
         Rule("visual.conv1.weight", f"{vision}.rgbt_stem.proj.1.weight", (width, 3, patch, patch), "sum_time"),
         *_pair("visual.ln_pre", "modality_trunks.vision.pre_transformer_layer.0", width),
-        *_blocks(
-            "visual.transformer.resblocks", "modality_trunks.vision.blocks", config["vision_cfg"]["layers"], width
-        ),
+        *_blocks("visual.transformer.resblocks", "modality_trunks.vision.blocks", tower["layers"], width),
         *_pair("visual.ln_post", "modality_heads.vision.0", width),
         Rule("visual.proj", "modality_heads.vision.2.weight", (width, joint), "transpose"),
-        Rule("token_embedding.weight", f"{text}.token_embedding.weight", (n_tokens, text_width)),
-        Rule("positional_embedding", f"{text}.pos_embed", (context, text_width), "reshape"),
-        *_blocks("transformer.resblocks", "modality_trunks.text.blocks", config["text_cfg"]["layers"], text_width),
+        Rule("token_embedding.weight", f"{text}.token_embedding.weight", (words["vocab_size"], text_width)),
+        Rule("positional_embedding", f"{text}.pos_embed", (words["context_length"], text_width), "reshape"),
+        *_blocks("transformer.resblocks", "modality_trunks.text.blocks", words["layers"], text_width),
         *_pair("ln_final", "modality_heads.text.proj.0", text_width),
         Rule("text_projection", "modality_heads.text.proj.1.weight", (text_width, joint), "transpose"),
     ]
-    expected = {rule.source: _source_shape(rule) for rule in rules}
-    expected[f"{vision}.cls_token"] = (1, 1, width)
-    expected[f"{vision}.rgbt_stem.proj.1.weight"] = (width, 3, 2, patch, patch)
-    expected[f"{text}.mask"] = (context, context)  # the causal mask, which open_clip makes itself
-    _account(shapes, expected, "ImageBind", optional=(f"{text}.mask",))
-    return rules, config
 
 
 def pandagpt_rules(shapes: Shapes, language_model: Mapping[str, Any] | None = None) -> tuple[list[Rule], int]:

@@ -269,11 +269,21 @@ def load_imagebind(folder: Path, *, device: str = "cpu", dtype: torch.dtype | No
 def image_tower(model: torch.nn.Module, *, device: str = "cpu", weights_id: str = "") -> ImageBind:
     """The image tower of an ``open_clip.CLIP`` with the taps of AnomalyGPT: the last block of each quarter."""
     visual = model.visual.eval().requires_grad_(False).to(device)
-    n_blocks = visual.transformer.layers
+    return ImageBind(visual, int(visual.image_size[0]), tap_blocks(visual.transformer.layers), weights_id)
+
+
+def tap_blocks(n_blocks: int) -> tuple[int, ...]:
+    """Zero-based blocks whose tokens AnomalyGPT reads: the last one of each quarter.
+
+    >>> tap_blocks(32)
+    (7, 15, 23, 31)
+
+    Raises:
+        ValueError: 4 does not divide the number of blocks.
+    """
     if n_blocks % N_TAPS:
         raise ValueError(f"The image tower has {n_blocks} blocks; AnomalyGPT taps quarters, so 4 must divide it.")
-    taps = tuple(n_blocks // N_TAPS * (quarter + 1) - 1 for quarter in range(N_TAPS))
-    return ImageBind(visual, int(visual.image_size[0]), taps, weights_id)
+    return tuple(n_blocks // N_TAPS * (quarter + 1) - 1 for quarter in range(N_TAPS))
 
 
 def build_clip(config: Mapping[str, Any], state: Mapping[str, torch.Tensor], *, part: str = "all") -> torch.nn.Module:

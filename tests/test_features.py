@@ -15,7 +15,7 @@ from helpers.records import Sample
 
 @pytest.fixture(scope="module")
 def clip() -> backbones.Clip:
-    return backbones.load_clip("art-vit-mini", pretrained=None, image_size=112, device="cpu")
+    return backbones.load_clip("art-vit-mini", pretrained=None, image_size=224, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +105,10 @@ def test_another_key_never_gets_old_features(clip, cnn, pictures, tmp_path, part
     if part == "picture":
         pictures = [picture ^ 1 for picture in pictures]
     elif part == "clip":
-        other = backbones.load_clip("art-vit-mini", pretrained=None, image_size=112, device="cpu")
+        other = backbones.load_clip("art-vit-mini", pretrained=None, image_size=224, device="cpu")
         with torch.no_grad():
             other.model.visual.proj.mul_(-1)
-        options["clip"] = dataclasses.replace(other, model_id="art-vit-mini/negative/112")
+        options["clip"] = dataclasses.replace(other, model_id="art-vit-mini/negative/224")
     elif part == "cnn":
         double = torch.nn.Sequential(cnn.model, _Double())
         options["cnn"] = dataclasses.replace(cnn, model=double, model_id="double")
@@ -188,7 +188,7 @@ def test_refusals(clip, cnn, samples, pictures, tmp_path):
         features.embed_images([pictures[0].astype(np.float32)], clip=clip, cnn=cnn)
     with pytest.raises(ValueError, match="at least 1"):
         features.embed_images(pictures, clip=clip, cnn=cnn, batch_size=0)
-    with pytest.raises(ValueError, match="Load it with image_size=112"):
+    with pytest.raises(ValueError, match="Load it with image_size=224"):
         small = backbones.load_clip("art-vit-mini", pretrained=None, image_size=56, device="cpu")
         features.embed_images(pictures, clip=small, cnn=cnn)
     with pytest.raises(ValueError, match="cnn has 1 rows"):

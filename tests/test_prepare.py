@@ -30,7 +30,7 @@ def mini(weights_dir: Path, **options: object) -> weight_plan.Plan:
 
 
 def obtain(plan: weight_plan.Plan, **options: object) -> None:
-    settings = {"accept_licences": False, "clip_model": "art-vit-mini", "clip_image_size": 112, "log": quiet}
+    settings = {"accept_licences": False, "clip_model": "art-vit-mini", "clip_image_size": 224, "log": quiet}
     prepare.obtain(plan, **{**settings, **options})
 
 

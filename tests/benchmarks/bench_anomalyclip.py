@@ -29,7 +29,7 @@ from helpers import anomalyclip
 
 def plain_dual_path(visual: nn.Module, images: torch.Tensor, first_dual_block: int) -> torch.Tensor:
     """The two streams with attention matrices written out; patch tokens after the last block."""
-    x = anomalyclip._embed(visual, images)
+    x = anomalyclip.embed_patches(visual, images)
     y = None
     for number, block in enumerate(visual.transformer.resblocks):
         attention = block.attn
@@ -54,13 +54,13 @@ def ours(visual: nn.Module, images: torch.Tensor, first_dual_block: int) -> torc
 
 def ours_all_rows(visual: nn.Module, images: torch.Tensor, first_dual_block: int) -> torch.Tensor:
     """Our blocks without the shortcut in the last one."""
-    x, y = anomalyclip._embed(visual, images), None
+    x, y = anomalyclip.embed_patches(visual, images), None
     for number, block in enumerate(visual.transformer.resblocks):
         if number < first_dual_block:
             x = block(x)
             continue
         before = x if y is None else y
-        x, side = anomalyclip._dual_block(block, x, class_only=False, with_vv=True)
+        x, side = anomalyclip.dual_block(block, x, class_only=False, with_vv=True)
         y = before + side
     return visual.ln_post(y) @ visual.proj
 
