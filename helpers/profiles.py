@@ -154,7 +154,7 @@ _MINI = {
     "clip_pretrained": None,
     "clip_image_size": 224,
     "cnn_model": "efficientnet_lite0",
-    "n_trials": 12,
+    "n_trials": 8,
     "max_epochs": 120,
     "llama_size": "mini",
     "weights_shard_bytes": 120_000_000,

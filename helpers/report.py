@@ -258,9 +258,9 @@ def _findings(comparison: Comparison, sentences: Sequence[str]) -> str:
     note = ""
     if comparison.profile == "mini":
         note = (
-            '<div class="note"><p><b>Profile “mini”.</b> Small stand-in models on a laptop processor. The numbers show '
-            "that the whole chain works and how to read it; they say nothing about the published models. Run the "
-            "profile “full” on a GPU for those.</p></div>"
+            '<div class="note"><p><b>Profile “mini”.</b> Small models of the suite’s own, trained on rendered scenes. '
+            "The numbers are real, but they are theirs and say nothing about the published models. Run the profile "
+            "“full” on a GPU for those.</p></div>"
         )
     found = f'<ul class="findings">{_items(sentences)}</ul>' if sentences else ""
     return found + note
