@@ -184,7 +184,7 @@ def _view(image: np.ndarray, rng: np.random.Generator, max_side: int) -> np.ndar
 
 
 def published_auxiliary(folder: Path, *, tuning_share: float = 0.25, seed: int = 111) -> list[Sample]:
-    """Test pictures, normal and anomalous, of a data set in MVTec AD or VisA layout, split to learn and to tune.
+    """Test pictures, normal and anomalous, of a dataset in MVTec AD or VisA layout, split to learn and to tune.
 
     The published prompts were trained on complete test splits, because anomalous pictures are needed. The tuning
     split is drawn by group within each category and kind.

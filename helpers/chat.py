@@ -278,7 +278,7 @@ class ChatSession:
             BadInput: too few, or a key that is the dataset's.
         """
         if key in self.known and (key == NO_REFERENCES or self.known[key].category is not None):
-            raise BadInput(f"{key!r} belongs to the data set. Give your references another name.")
+            raise BadInput(f"{key!r} belongs to the dataset. Give your references another name.")
         if len(pictures) < references.MIN_OWN:
             raise BadInput(
                 f"{len(pictures)} genuine picture given, at least {references.MIN_OWN} are needed: how far they differ "

@@ -79,7 +79,7 @@ class ChatUI:
 
     Args:
         session: what they drive.
-        samples: words -> picture of the data set, see :func:`helpers.chat.sample_pictures`.
+        samples: words -> picture of the dataset, see :func:`helpers.chat.sample_pictures`.
         pictures: uploaded ones, offered beside the samples.
         detectors: all other detectors, None to leave them out.
         on_feedback: called with ``image_path, image, verdict, label, region, comment, context, keep_image``.

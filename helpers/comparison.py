@@ -9,7 +9,7 @@ n_anomalous, profile, dataset_hash``.
   AP, F1-max, pixel AUROC, AUPRO) is the plain mean over the paintings where it is defined.
 - ``kind`` is ``"all"``; one kind of anomaly against the normal pictures of its painting; ``"synthetic"`` or ``"real"``
   (made by notebook 02, or found); or ``"visibility:faint"`` to ``"visibility:strong"``, quarters of the marked test
-  pictures by the visibility that synthesis recorded. A kind of the data set that bears one of these names is written
+  pictures by the visibility that synthesis recorded. A kind of the dataset that bears one of these names is written
   ``"kind:real"``.
 - ``n_images`` and ``n_anomalous`` are the pictures behind that very number: the denominator of a rate.
 
@@ -82,11 +82,11 @@ class Comparison:
     """What :func:`compare` returns.
 
     Attributes:
-        dataset: the data set all rows share.
+        dataset: the dataset all rows share.
         profile: name of the profile.
         methods: results of the methods that have them, predictions in the order of the test pictures.
         missing: method -> sentence with the notebook that makes it.
-        refused: method -> why its results are not compared (another data set, other pictures).
+        refused: method -> why its results are not compared (another dataset, other pictures).
         table: the tidy table, see the module's text.
         tests: one row per pair, painting and measure: ``category, measure, method_a, method_b, value_a, value_b,
             difference, p_value, p_holm, n_images, sentence``.
@@ -111,7 +111,7 @@ class Comparison:
 
 
 def compare(dataset: data.Dataset, results_dir: Path, *, profile: str) -> Comparison:
-    """Read every method's results on this data set and compute the whole comparison.
+    """Read every method's results on this dataset and compute the whole comparison.
 
     Adds the trivial rule ``always_anomaly`` to ``results_dir`` when it is not there. Folders of unknown name directly
     in ``results_dir`` that hold complete results join as further rows. Anomaly maps are read one by one.
@@ -121,7 +121,7 @@ def compare(dataset: data.Dataset, results_dir: Path, *, profile: str) -> Compar
         results_dir: folder with one results folder per method.
         profile: name written into every row.
     Raises:
-        ValueError: the data set has no test picture.
+        ValueError: the dataset has no test picture.
     """
     samples = [sample for sample in dataset.samples if sample.split == "test"]
     if not samples:

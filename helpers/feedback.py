@@ -366,9 +366,9 @@ def _reason_against(entry: Entry, categories: Sequence[str], known: Sample | Non
     if entry.is_anomalous is None:
         return "no label was confirmed"
     if entry.category not in categories:
-        return f"its artwork is {entry.category!r}, the data set has {', '.join(categories)}"
+        return f"its artwork is {entry.category!r}, the dataset has {', '.join(categories)}"
     if known is not None and entry.is_anomalous != known.is_anomalous:
-        return f"the data set has it as {known.kind} in split {known.split}; correct the data set if that is wrong"
+        return f"the dataset has it as {known.kind} in split {known.split}; correct the dataset if that is wrong"
     if known is not None:
         return f"it is a picture of split {known.split} already"
     return ""

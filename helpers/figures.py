@@ -667,7 +667,7 @@ class HistoryPoint:
         method: row of the comparison.
         number: 1 for the method's first evaluation.
         value: the metric, in [0, 1].
-        dataset_hash: evaluations of different data sets are not joined by a line.
+        dataset_hash: evaluations of different datasets are not joined by a line.
         is_fall: significantly lower than before.
     """
 
@@ -679,7 +679,7 @@ class HistoryPoint:
 
 
 def history(metrics: Mapping[str, Sequence[HistoryPoint]], *, title: str) -> Figure:
-    """A metric against the number of the evaluation: a panel per metric, a line per method and data set."""
+    """A metric against the number of the evaluation: a panel per metric, a line per method and dataset."""
     fig, axes = plt.subplots(1, len(metrics), figsize=(1.0 + 4.6 * len(metrics), 3.9), squeeze=False, sharex=True)
     for ax, (name, points) in zip(axes[0], metrics.items()):
         for method in dict.fromkeys(point.method for point in points):

@@ -1,7 +1,7 @@
 """Every finished evaluation as a line of ``history.csv``, and falls in quality that are more than luck.
 
 The predictions behind each line are kept in ``history/<run>.csv``, so that two evaluations can be compared picture by
-picture, also when the data set has changed in between: the test uses the pictures that both have.
+picture, also when the dataset has changed in between: the test uses the pictures that both have.
 """
 
 from __future__ import annotations

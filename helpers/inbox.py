@@ -116,11 +116,11 @@ def _fresh(folder: Path, dataset: Dataset, done: set[str]) -> tuple[list[tuple[S
     for path, category, kind in _files(folder):
         name = path.relative_to(folder)
         if category not in dataset.categories:
-            left_out.append(f"{name}: the data set has no painting {category!r}, only {', '.join(dataset.categories)}")
+            left_out.append(f"{name}: the dataset has no painting {category!r}, only {', '.join(dataset.categories)}")
             continue
         sha256 = storage.sha256_file(path)
         if sha256 in known:
-            left_out.append(f"{name}: it is a picture of the data set, split {known[sha256].split}")
+            left_out.append(f"{name}: it is a picture of the dataset, split {known[sha256].split}")
         elif sha256 not in done:
             try:
                 images.load_image(path)

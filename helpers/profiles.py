@@ -49,7 +49,7 @@ class Profile:
         n_synthetic: synthetic anomalies made for each painting, to train the head and to search settings.
         max_bank_rows: patches in the memory bank of the patch k-NN method.
         anomalyclip_image_size, anomalyclip_sigma: side of its square input, and smoothing of its maps, in pixels.
-        anomalyclip_prompts: published prompts, by the data set they were trained on.
+        anomalyclip_prompts: published prompts, by the dataset they were trained on.
         anomalyclip_row: prompts that make the row of the comparison: ``"published"``, ``"own"``, or ``"best"`` on the
             tuning pictures.
         anomalyclip_batch_size: pictures per forward pass.
@@ -161,7 +161,7 @@ _MINI = {
     "fuse_merge": False,
     "delete_raw_weights": True,
     "n_synthetic": 180,
-    "max_bank_rows": 6_000,
+    "max_bank_rows": 20_000,
     "anomalyclip_image_size": 224,
     "anomalyclip_sigma": 4.0,
     "anomalyclip_row": "best",

@@ -224,7 +224,7 @@ def _header(comparison: Comparison, headline: str) -> str:
         ("Test pictures", f"{len(samples)} ({n_anomalous} anomalous, {len(samples) - n_anomalous} normal)"),
         ("Detectors", str(n_methods)),
         ("Profile", comparison.profile),
-        ("Data set", comparison.dataset.hash[:12]),
+        ("Dataset", comparison.dataset.hash[:12]),
     )
     items = "".join(f"<li>{escape(name)}: <b>{escape(value)}</b></li>" for name, value in facts)
     return (
@@ -639,8 +639,8 @@ def _data(comparison: Comparison) -> str:
         f"</thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
     identity = (
-        f"<p>Data set <code>{escape(comparison.dataset.hash)}</code>. All rows of the table were measured on exactly "
-        "these pictures; results on any other data set are refused.</p>"
+        f"<p>Dataset <code>{escape(comparison.dataset.hash)}</code>. All rows of the table were measured on exactly "
+        "these pictures; results on any other dataset are refused.</p>"
     )
     notes = [*_dataset_warnings(comparison), *comparison.notes]
     box = f'<div class="note"><p><b>Mind</b></p><ul>{_items(notes)}</ul></div>' if notes else ""
@@ -689,7 +689,7 @@ def _settings(comparison: Comparison) -> str:
 
 def _footer(comparison: Comparison) -> str:
     return (
-        f"Profile {comparison.profile} · data set {comparison.dataset.hash[:12]} · {results.machine()} · written by "
+        f"Profile {comparison.profile} · dataset {comparison.dataset.hash[:12]} · {results.machine()} · written by "
         "notebook 08_compare. This page holds everything it shows and loads nothing."
     )
 

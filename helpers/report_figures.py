@@ -62,7 +62,7 @@ def footer(comparison: Comparison) -> str:
     n = len(comparison.test_samples)
     n_anomalous = sum(sample.is_anomalous for sample in comparison.test_samples)
     return (
-        f"profile {comparison.profile} · data set {comparison.dataset.hash[:12]} · {n} test pictures, {n_anomalous} "
+        f"profile {comparison.profile} · dataset {comparison.dataset.hash[:12]} · {n} test pictures, {n_anomalous} "
         "anomalous · intervals 95 %"
     )
 

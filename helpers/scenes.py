@@ -3,7 +3,7 @@
 A scene is something to look at (a crop of a photograph that ships inside a Python package, the same painted in brush
 strokes, a textile, gradients, shapes, a head-and-shoulders figure), photographed twice. The first photograph is
 flawless; the second shows, more often than not, an anomaly made by :func:`helpers.synthesis.synthesize`. Every scene is
-a function of its seed. The artworks of the embedded data set and the development paintings are never drawn from.
+a function of its seed. The artworks of the embedded dataset and the development paintings are never drawn from.
 """
 
 from __future__ import annotations

@@ -587,7 +587,7 @@ def _kaggle_folder(log: Callable[[str], None]) -> Path:
         return Path(kagglehub.dataset_download(KAGGLE_SET))
     except Exception as error:  # kagglehub lets its own, requests' and the system's errors through
         raise SourceError(
-            f"Kaggle gave no data set ({type(error).__name__}: {error}). Check the network, or download {KAGGLE_PAGE} "
+            f"Kaggle gave no dataset ({type(error).__name__}: {error}). Check the network, or download {KAGGLE_PAGE} "
             f"by hand, unpack it and pass folder=... . {_OFFLINE}"
         ) from error
 

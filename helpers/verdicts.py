@@ -43,9 +43,9 @@ NOTEBOOKS = dict.fromkeys(one_class.METHODS, "03_clip") | {ANOMALYCLIP: "04_anom
 
 _N_PROBES = 4
 
-FOREIGN = "It knows the artworks of the data set only: choose one under “Compared with”."
+FOREIGN = "It knows the artworks of the dataset only: choose one under “Compared with”."
 LEARNT = "It has learnt from this very picture; a score would say nothing."
-NO_THRESHOLD = "Its threshold belongs to the artworks of the data set: choose one under “Compared with”."
+NO_THRESHOLD = "Its threshold belongs to the artworks of the dataset: choose one under “Compared with”."
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Detectors:
         Args:
             image: uint8 RGB ``(H, W, 3)``.
             sha256: of its file; a picture that the CLIP methods learnt from is not scored by them.
-            category: the artwork it should show, None when it is none of the data set's.
+            category: the artwork it should show, None when it is none of the dataset's.
         """
         silent = FOREIGN if category is None else LEARNT if sha256 in self.learnt_from else ""
         row = self.embed(image) if self.clip_methods and not silent else None
@@ -173,7 +173,7 @@ class Detectors:
 def load(
     dataset: Dataset, *, home: Path, clip: Clip, cnn: Cnn, batch_size: int = 32, device: str = "cpu", seed: int = 0
 ) -> Detectors:
-    """Load what notebooks 03 and 04 saved for this data set.
+    """Load what notebooks 03 and 04 saved for this dataset.
 
     Each detector first scores some test pictures; if these are not the scores in its results, the models have changed
     since, and the detector counts as missing.

@@ -344,7 +344,7 @@ def test_own_references_are_used_and_replaced(session, picture, dataset):
     with pytest.raises(BadInput, match="1 genuine picture given, at least 2"):
         session.add_references("mine", mine[:1])
     for name in ("one", NO_REFERENCES):
-        with pytest.raises(BadInput, match="belongs to the data set"):
+        with pytest.raises(BadInput, match="belongs to the dataset"):
             session.add_references(name, mine)
 
 

@@ -250,7 +250,7 @@ def test_what_teaches_nothing_is_listed_with_its_reason(dataset, tmp_path):
     found = feedback.sort_out(feedback.read(path), dataset)
     assert not found.confirmed
     assert not found.refused
-    expected = ("of split train already", "the data set has it as good", "was not kept", "its artwork is 'sunflowers'")
+    expected = ("of split train already", "the dataset has it as good", "was not kept", "its artwork is 'sunflowers'")
     for sentence, words in zip(found.unused, expected, strict=True):
         assert words in sentence
 

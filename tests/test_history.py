@@ -135,7 +135,7 @@ def test_figure_joins_one_dataset_and_rings_the_fall(fallen):
     kept = history.read(fallen)
     points = history.points(kept, history.changes(kept), "balanced_accuracy")
     assert [(point.number, point.value, point.is_fall) for point in points] == [(1, 1.0, False), (2, 0.5, True)]
-    other = figures.HistoryPoint("clip_lof", 3, 0.7, "another data set")
+    other = figures.HistoryPoint("clip_lof", 3, 0.7, "another dataset")
     fig = figures.history({"balanced accuracy": [*points, other]}, title="A finding")
     drawn = [(list(line.get_xdata()), line.get_marker()) for line in fig.axes[0].lines]
     assert [x for x, _ in drawn] == [[1, 2], [3], [2]]

@@ -80,9 +80,9 @@ def test_what_cannot_be_scored_is_named_and_stops_nothing(dataset, tmp_path):
     found = look(tmp_path, dataset, score)
     assert score.asked == ["4.png"]
     words = found.describe()
-    assert "sunflowers/1.png: the data set has no painting 'sunflowers'" in words
+    assert "sunflowers/1.png: the dataset has no painting 'sunflowers'" in words
     assert "harbour/2.png: " in words
-    assert "harbour/3.png: it is a picture of the data set, split train" in words
+    assert "harbour/3.png: it is a picture of the dataset, split train" in words
     assert len(found.left_out) == 3
 
 

@@ -267,7 +267,7 @@ def test_groups_that_span_the_splits_are_not_held_out():
 @pytest.mark.parametrize("method", ["clip_resnet50", "clip_lof", "clip_patch_knn"])
 @pytest.mark.parametrize("n_calibration", [10, 60])
 def test_false_alarms_on_exchangeable_normals_stay_near_alpha(method, n_calibration):
-    """60 data sets of 60 or 110 normals, 40 fresh ones each: 2,400 fresh pictures at a promised rate of 10 %."""
+    """60 datasets of 60 or 110 normals, 40 fresh ones each: 2,400 fresh pictures at a promised rate of 10 %."""
     rng = np.random.default_rng(1)
     alarms = []
     for draw_number in range(60):

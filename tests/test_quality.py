@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pandas as pd
 import pytest
 
@@ -34,16 +32,28 @@ def test_every_method_is_measured_on_one_dataset(fresh: pd.DataFrame) -> None:
     assert fresh["dataset_hash"].nunique() == 1
 
 
-@pytest.mark.parametrize("method", ["clip_resnet50", "clip_cross_entropy", "clip_isolation_forest", "clip_lof"])
-def test_trained_features_find_anomalies_as_recorded(fresh: pd.DataFrame, method: str) -> None:
-    """The methods that rest on the ImageNet-trained CNN; the small CLIP alone has random weights."""
+@pytest.mark.parametrize(
+    "method",
+    [
+        "clip_resnet50",
+        "clip_cross_entropy",
+        "clip_isolation_forest",
+        "clip_lof",
+        "clip_patch_knn",
+        "anomalyclip",
+        "anomalygpt",
+    ],
+)
+def test_every_method_finds_anomalies_as_recorded(fresh: pd.DataFrame, method: str) -> None:
     recorded = comparison.read(readme.RECORDED)
     for category in sorted(set(recorded["category"])):
         now, then = (_value(table, method, category, "image_auroc") for table in (fresh, recorded))
         assert now > then - TOLERANCE, f"{category}: image AUROC fell from {then:.3f} to {now:.3f}"
 
 
-def test_maps_and_answers_are_there(fresh: pd.DataFrame) -> None:
-    for method in ("clip_patch_knn", "anomalyclip", "anomalygpt"):
-        assert not math.isnan(_value(fresh, method, "all", "aupro"))
-    assert _value(fresh, "clip_patch_knn", "all", "pixel_auroc") > 0.75
+@pytest.mark.parametrize("method", ["clip_patch_knn", "anomalyclip", "anomalygpt"])
+def test_maps_mark_anomalies_as_recorded(fresh: pd.DataFrame, method: str) -> None:
+    recorded = comparison.read(readme.RECORDED)
+    for metric in ("pixel_auroc", "aupro"):
+        now, then = (_value(table, method, "all", metric) for table in (fresh, recorded))
+        assert now > then - TOLERANCE, f"{metric} fell from {then:.3f} to {now:.3f}"

@@ -1,4 +1,4 @@
-"""A small data set, the tiny AnomalyGPT and a session over both, for the tests of the chat."""
+"""A small dataset, the tiny AnomalyGPT and a session over both, for the tests of the chat."""
 
 from __future__ import annotations
 

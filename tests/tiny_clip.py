@@ -1,4 +1,4 @@
-"""A tiny real data set and small networks for the tests of the CLIP methods and of what builds on them."""
+"""A tiny real dataset and small networks for the tests of the CLIP methods and of what builds on them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny real data set and results written the real way, for the tests of comparison, figures and report.
+"""A tiny real dataset and results written the real way, for the tests of comparison, figures and report.
 
 Two paintings of 36 x 24 pixels. Test pictures of each: 4 normal, then anomalous ones in this order: box, box, stain
 (with masks and a synthesis seed), replica (real, no mask). Scores are chosen so that metrics can be counted by hand.
@@ -48,7 +48,7 @@ def mask(seed: int) -> np.ndarray:
 def make_dataset(
     folder: Path, *, kinds: Sequence[str] = KINDS, categories: Sequence[str] = CATEGORIES, repeat: int = 1
 ) -> data.Dataset:
-    """Write pictures, masks and manifest; returns the opened data set.
+    """Write pictures, masks and manifest; returns the opened dataset.
 
     Args:
         folder: written to.
