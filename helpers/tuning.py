@@ -189,11 +189,18 @@ class _Proposals:
         candidates = [self._default]
         for _ in range(self._n_trials):
             trial = study.ask()
-            places = {name: trial.suggest_categorical(name, range(len(values))) for name, values in self._space.items()}
+            places = {name: _suggested(trial, name, values) for name, values in self._space.items()}
             settings = replace(self._default, **{name: self._space[name][place] for name, place in places.items()})
             study.tell(trial, objective(settings))
             candidates.append(settings)
         return list(dict.fromkeys(candidates))
+
+
+def _suggested(trial: Any, name: str, values: tuple) -> int:
+    """Place of a value that the estimator proposes; it knows that numbers have an order, names have none."""
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        return trial.suggest_int(name, 0, len(values) - 1)
+    return trial.suggest_categorical(name, range(len(values)))
 
 
 # ------------------------------------------------------------------------------------------------- folds
