@@ -56,14 +56,14 @@ class Stage:
 
 
 STAGES = {
-    "01_prepare_weights": Stage(23, 45, 49.5, "weights/pandagpt/READY.json"),
-    "02_synthesize_anomalies": Stage(15, 2, 1.0, "data/*/manifest.json"),
-    "03_clip": Stage(63, 5, 3.0, "results/clip_patch_knn/manifest.json"),
-    "04_anomalyclip": Stage(35, 25, 6.0, "results/anomalyclip/manifest.json"),
-    "05_anomalygpt_train": Stage(55, 120, 4.5, "checkpoints/anomalygpt/*/training.json"),
-    "06_anomalygpt_test": Stage(54, 20, 0.5, "results/anomalygpt/manifest.json"),
-    "07_anomalygpt_chat": Stage(60, 5, 0.1, ""),
-    "08_compare": Stage(23, 2, 0.1, "report/index.html"),
+    "01_prepare_weights": Stage(17, 45, 49.5, "weights/pandagpt/READY.json"),
+    "02_synthesize_anomalies": Stage(11, 2, 1.0, "data/*/manifest.json"),
+    "03_clip": Stage(76, 5, 3.0, "results/clip_patch_knn/manifest.json"),
+    "04_anomalyclip": Stage(34, 25, 6.0, "results/anomalyclip/manifest.json"),
+    "05_anomalygpt_train": Stage(45, 120, 4.5, "checkpoints/anomalygpt/*/training.json"),
+    "06_anomalygpt_test": Stage(31, 20, 0.5, "results/anomalygpt/manifest.json"),
+    "07_anomalygpt_chat": Stage(42, 5, 0.1, ""),
+    "08_compare": Stage(17, 2, 0.1, "report/index.html"),
 }
 
 
