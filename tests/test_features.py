@@ -62,7 +62,7 @@ def test_features_are_the_towers_own_outputs(clip, cnn, pictures):
     np.testing.assert_allclose(found.patches.reshape(wanted.shape), wanted.numpy(), atol=2e-3)
     np.testing.assert_allclose(found.cnn, pooled, atol=1e-5)
     assert (found.patches.dtype, found.clip.dtype, found.cnn.dtype) == (np.float16, np.float32, np.float32)
-    assert found.patches.shape == (7, 14, 14, 2 * 192)
+    assert found.patches.shape == (7, 14, 14, 2 * 256)
     assert (found.seconds > 0).all()
 
 
@@ -189,7 +189,7 @@ def test_refusals(clip, cnn, samples, pictures, tmp_path):
     with pytest.raises(ValueError, match="at least 1"):
         features.embed_images(pictures, clip=clip, cnn=cnn, batch_size=0)
     with pytest.raises(ValueError, match="Load it with image_size=224"):
-        small = backbones.load_clip("art-vit-mini", pretrained=None, image_size=56, device="cpu")
+        small = backbones.load_clip("art-vit-mini", pretrained=None, image_size=64, device="cpu")
         features.embed_images(pictures, clip=small, cnn=cnn)
     with pytest.raises(ValueError, match="cnn has 1 rows"):
         Features(("a", "b"), np.zeros((2, 1)), np.zeros((1, 1)), None, np.zeros(2))

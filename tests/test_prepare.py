@@ -135,7 +135,7 @@ def test_tokenizer_round_trip_and_digits(prepared: Path) -> None:
 
 
 def test_parts_fit_each_other_and_misfits_are_named(prepared: Path, tmp_path: Path) -> None:
-    assert prepare.check_fit(prepared) == {"language_model": 576, "image_vector": 192, "image_tower": 192}
+    assert prepare.check_fit(prepared) == {"language_model": 576, "image_vector": 192, "image_tower": 256}
     for name in ("vicuna", "imagebind", "pandagpt"):
         (tmp_path / name).mkdir()
     storage.write_json(tmp_path / "vicuna" / "config.json", {"hidden_size": 5120})
