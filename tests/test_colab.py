@@ -319,7 +319,8 @@ def test_full_asks_for_the_repositories_of_the_plan(monkeypatch: pytest.MonkeyPa
 
 def test_costs_are_estimates_with_the_rate_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     mini = preflight.costs(profiles.active())
-    assert set(mini["compute units"]) == {"none"} and list(mini["minutes"])[2] == round(preflight.STAGES["03_clip"].mini_seconds / 60, 1)
+    assert set(mini["compute units"]) == {"none"}
+    assert list(mini["minutes"])[2] == round(preflight.STAGES["03_clip"].mini_seconds / 60, 1)
     monkeypatch.setenv("ART_PROFILE", "full")
     profile = profiles.active()
     full = preflight.costs(profile, "NVIDIA L4").set_index("notebook")
