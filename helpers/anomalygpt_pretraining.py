@@ -152,7 +152,7 @@ class HeadStart(nn.Module):
         self.teller = nn.Linear(head.hidden, 1)  # thrown away
 
     def forward(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        probability, maps = shown_maps(self.head, batch, self._grid)
+        probability, maps = anomalygpt_training.shown_maps(self.head, batch, self._grid)
         target = anomalygpt_training.binary_target(batch["masks"])
         focal = sum(anomalygpt_training.focal_loss(tap, target) for tap in probability)
         dice = sum(anomalygpt_training.dice_loss(tap[:, 1], target) for tap in probability)
@@ -164,17 +164,6 @@ class HeadStart(nn.Module):
         )
         length = (prompts.square().mean().sqrt() / self._size - 1).square()
         return {"loss": 2 * cells + focal + dice + 0.1 * length, "cells": cells, "focal": focal, "dice": dice}
-
-
-def shown_maps(
-    head: anomalygpt.AnomalyHead, batch: Mapping[str, torch.Tensor], grid: tuple[int, int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixel probabilities of the decoder, and the map that the prompts are made of: few-shot where there is one."""
-    logits = head.image_decoder(batch["taps"], batch["text"])
-    probability = anomalygpt.probabilities(logits, grid)
-    maps, planes = anomalygpt.decoder_map(probability), batch["few_shot"][:, None]
-    few_shot = nn.functional.interpolate(planes, size=maps.shape[1:], mode="bilinear", align_corners=True)[:, 0]
-    return probability, torch.where(few_shot.isnan(), maps, few_shot)
 
 
 def new_chain(weights_dir: Path, *, seed: int) -> tuple[anomalygpt_training.HeadLoss, imagebind.ImageBind]:
@@ -305,7 +294,7 @@ def evaluate(module: anomalygpt_training.HeadLoss, dataset: SceneConversations) 
             grid = batch["few_shot"].shape[1:]
             if kind == "decoder":
                 batch["few_shot"] = torch.full_like(batch["few_shot"], math.nan)
-            _, shown = shown_maps(module.head, batch, grid)
+            _, shown = anomalygpt_training.shown_maps(module.head, batch, grid)
             maps += list(shown.numpy())
             masks += list(batch["masks"].numpy())
             image_tokens = module.projection(batch["embedding"])[:, None]

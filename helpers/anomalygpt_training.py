@@ -190,6 +190,29 @@ def answer_loss(
     return nn.functional.cross_entropy(logits, wanted), (logits.argmax(dim=1) == wanted).float().mean()
 
 
+def shown_maps(
+    head: AnomalyHead, batch: Mapping[str, torch.Tensor], grid: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The decoder's pixel probabilities, and the maps that prompts are made of.
+
+    Args:
+        head: image decoder and prompt learner.
+        batch: see :meth:`HeadLoss.forward`.
+        grid: patches per column and row.
+    Returns:
+        float ``(T, B, 2, 224, 224)``, and float ``(B, 224, 224)``: the few-shot map of a picture that has one, else the
+        decoder's.
+    """
+    probability = anomalygpt.probabilities(head.image_decoder(batch["taps"], batch["text"]), grid)
+    maps = anomalygpt.decoder_map(probability)
+    if "few_shot" not in batch:
+        return probability, maps
+    planes = batch["few_shot"][:, None].float()
+    few_shot = nn.functional.interpolate(planes, size=(MAP_SIZE, MAP_SIZE), mode="bilinear", align_corners=True)
+    chosen = planes.flatten(1).isfinite().all(dim=1)
+    return probability, torch.where(chosen[:, None, None], few_shot[:, 0].nan_to_num(), maps)
+
+
 class HeadLoss(nn.Module):
     """Loss of the head on a batch: what the training loop calls. Only the head is trained.
 
@@ -226,14 +249,7 @@ class HeadLoss(nn.Module):
         Returns:
             ``loss``, ``answer``, ``focal``, ``dice`` (sums over the taps), ``token_accuracy``.
         """
-        logits = self.head.image_decoder(batch["taps"], batch["text"])
-        probability = anomalygpt.probabilities(logits, self._grid)
-        maps = anomalygpt.decoder_map(probability)
-        if "few_shot" in batch:
-            planes = batch["few_shot"][:, None].float()
-            few_shot = nn.functional.interpolate(planes, size=(MAP_SIZE, MAP_SIZE), mode="bilinear", align_corners=True)
-            chosen = planes.flatten(1).isfinite().all(dim=1)
-            maps = torch.where(chosen[:, None, None], few_shot[:, 0].nan_to_num(), maps)
+        probability, maps = shown_maps(self.head, batch, self._grid)
         prompts = self.head.prompt_learner(maps)
         image_tokens = self.projection(batch["embedding"].to(self.projection.weight.dtype))[:, None]
         ids, targets = batch["ids"][:, : self._max_length], batch["targets"][:, : self._max_length]
