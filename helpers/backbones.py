@@ -95,9 +95,9 @@ def load_clip(
     if pretrained == "openai" and not name.endswith("-quickgelu"):
         raise ValueError(f"{name} with OpenAI's weights needs quick GELU: use {name}-quickgelu.")
     if name == ART_VIT_MINI:
-        model = art_vit_mini(ART_VIT_MINI_WEIGHTS if ART_VIT_MINI_WEIGHTS.exists() else None)
+        model = art_vit_mini()
         tokenizer = clip_tokenizer()
-        weights = storage.sha256_file(ART_VIT_MINI_WEIGHTS)[:8] if ART_VIT_MINI_WEIGHTS.exists() else "random"
+        weights = storage.sha256_file(ART_VIT_MINI_WEIGHTS)[:8]
     else:
         model = open_clip.create_model(
             name, pretrained=pretrained, precision="fp32", cache_dir=None if cache_dir is None else str(cache_dir)
