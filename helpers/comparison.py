@@ -156,7 +156,8 @@ def read(path: Path) -> pd.DataFrame:
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"{path} does not exist. Run 08_compare, which writes it.")
-    table = pd.read_csv(path, keep_default_na=False, na_values={name: [""] for name in ("ci_low", "ci_high", "value")})
+    empty = {name: [""] for name in ("ci_low", "ci_high", "value")}
+    table = pd.read_csv(path, keep_default_na=False, na_values=empty, float_precision="round_trip")
     if tuple(table.columns) != COLUMNS:
         raise ValueError(f"{path} has columns {', '.join(table.columns)}; expected {', '.join(COLUMNS)}.")
     return table

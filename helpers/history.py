@@ -235,7 +235,7 @@ def _both(folder: Path, now: str, then: str) -> pd.DataFrame | None:
         return None
     keys = ["sha256", "category", "is_anomalous"]
     columns = [*keys, "anomaly_score", "is_predicted_anomalous"]
-    tables = [pd.read_csv(path, usecols=columns).drop_duplicates(keys) for path in paths]
+    tables = [pd.read_csv(path, usecols=columns, float_precision="round_trip").drop_duplicates(keys) for path in paths]
     return tables[0].merge(tables[1], on=keys, suffixes=("_now", "_then"), validate="one_to_one")
 
 

@@ -201,7 +201,9 @@ def read(folder: Path, samples: Sequence[Sample], dataset_dir: Path, dataset_has
     by_path = {relative_path(sample, dataset_dir): sample for sample in samples}
     # Only numbers may be missing: an answer "None" or a kind "nan" is a text.
     numeric = {key: [""] for key in _NUMBERS}
-    table = pd.read_csv(folder / PREDICTIONS, keep_default_na=False, na_values=numeric, dtype={"answer": str})
+    # Older versions of pandas lose the last digit by default, and a score on the threshold changes sides.
+    options = {"keep_default_na": False, "na_values": numeric, "float_precision": "round_trip"}
+    table = pd.read_csv(folder / PREDICTIONS, dtype={"answer": str}, **options)
     unknown = sorted(set(table["image_path"]) - set(by_path))
     if unknown:
         raise ValueError(
