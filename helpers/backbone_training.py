@@ -156,9 +156,7 @@ class BackboneLoss(nn.Module):
             "patch": sum(_patch_loss(tokens[name], pairs, targets) for name in ("patches", "patches_vv")),
             "reference": self._reference_loss(tokens["blocks"].unflatten(1, (2, n)), labels[:, 0], target),
             "factors": self._factor_loss(tokens["pooled"][n:], texts, labels),
-            "distil": self._distil_loss(
-                {k: v[..., :n, :, :] if v.ndim > 2 else v[:n] for k, v in tokens.items()}, pixels[:n]
-            ),
+            "distil": self._distil_loss(tokens, pixels[: (n + 1) // 2]),
             "instance": self._instance_loss(tokens["pooled"], labels[:, 0]),
         }
         return {"loss": sum(weight * parts[name] for name, weight in _WEIGHTS.items()), **parts}
@@ -259,10 +257,11 @@ class BackboneLoss(nn.Module):
             pooled = teacher.forward_head(final, pre_logits=True)
         grid = math.isqrt(tokens["patches"].shape[1])
         loss = 1 - F.cosine_similarity(self.to_pooled(tokens["class"][:n]), pooled, dim=-1).mean()
-        for linear, student, wanted in zip(self.to_teacher, (tokens["blocks"][1], tokens["last"]), maps, strict=True):
+        middle, last = tokens["blocks"][1, :n], tokens["last"][:n]
+        for linear, student, wanted in zip(self.to_teacher, (middle, last), maps, strict=True):
             wanted = F.adaptive_avg_pool2d(wanted, grid).flatten(2).transpose(1, 2)
             wanted = wanted - wanted.mean(dim=(0, 1))
-            loss = loss + 1 - F.cosine_similarity(linear(student[:n]), wanted, dim=-1).mean()
+            loss = loss + 1 - F.cosine_similarity(linear(student), wanted, dim=-1).mean()
         return loss
 
 
@@ -571,7 +570,7 @@ def _balanced_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tenso
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train, measure and export the embedded backbone.")
     parser.add_argument("--folder", type=Path, required=True, help="checkpoints; an interrupted run resumes from them")
-    parser.add_argument("--steps", type=int, default=1100)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--batch-size", type=int, default=16, help="scenes per process, each of two pictures")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="fp32 on a CPU without AMX")

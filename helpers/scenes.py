@@ -45,7 +45,7 @@ _HELD_OUT_PHOTOGRAPHS = ("gravel.png", "rocket.jpg", "flower.jpg")
 _TEXTILES = ("conformal_clip_data", "data/textile_images/simulated/nominal")
 _SIDE = 272
 """Side in pixels of a scene before it is made small for the network; datasets of ``mini`` have 288 px pictures."""
-_N_PAINTED = {"train": 160, "held_out": 24}
+_N_PAINTED = {"train": 600, "held_out": 24}
 
 
 MIN_VISIBILITY = 8.0
