@@ -5,10 +5,13 @@
 In ``full`` these weights are published: PandaGPT's projection and LoRA, AnomalyGPT's image decoder and prompt learner.
 Here all four are trained for SmolLM2 and the embedded backbone, on rendered scenes: each scene is a question ("Is there
 any anomaly in the image?"), an answer with a place, and a mask. Half of the time the prompts are made of the map
-against 1 to 3 flawless photographs (few-shot), else of the decoder's map. The head learns first without the language
-model, from the masks alone, and half of the time the image vector is hidden: trained at once, the answers follow the
-image vector and never look at the map. What is exported has the published layout; notebook 05 then trains the head on
-with the user's own pictures.
+against 1 to 3 flawless photographs (few-shot), else of the decoder's map.
+
+Trained at once, the answers follow the image vector and never look at the map. Therefore the head learns first, without
+the language model: the nine prompts made of the map are to be words, the name of their ninth of the picture where it is
+damaged and "normal" elsewhere, so that what is left to learn is reading. Half of the time the image vector is hidden,
+and a quarter of the maps are cleared of doubt. What is exported has the published layout; notebook 05 then trains the
+head on with the user's own pictures.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import argparse
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,11 +44,18 @@ RANK = 8
 CHANNELS = (4, 16, 32, 64, 128)
 """Widths of the prompt learner's convolutions; the published ones end in 1024 and would take 35 MB here."""
 PLAYED_NAMES = ("the storm", "portrait of a lady", "old town", "still life", "the harbour", "lady in blue", "the mill")
+WORDINGS = (None, "short", "short", "published")
+_BEGUN_ANSWER = "Yes, there is an anomaly in the image, at the"
 MAX_LENGTH = 160
+CLEARED_SHARE = 0.25
+"""Share of the few-shot maps in which only the damage is left: they teach reading, the others teach doubt."""
+CALM_WORD = "normal"
 
 
 class SceneConversations(torch.utils.data.Dataset):
     """Looked-at scenes with question and answer; what is frozen is computed once, questions are drawn per epoch.
+
+    A batch has one wording of the question, that of its first scene: texts of one length need no padding.
 
     Args:
         eyes: the image tower.
@@ -74,22 +85,22 @@ class SceneConversations(torch.utils.data.Dataset):
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
 
-    def __getitem__(self, index: int) -> dict[str, object]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         rng = np.random.default_rng((self._seed, self._epoch, index))
-        row, mask = self._rows[index], self._rows[index]["mask"].numpy()
-        cells = (conversations.cell_of_center(mask),) if mask.any() else ()
-        wordings = (None, "short", "short", "published")
-        wording = wordings[rng.integers(len(wordings))]
-        name = PLAYED_NAMES[rng.integers(len(PLAYED_NAMES))]
-        text = anomalygpt_training.question_and_answer(
-            self._speaker,
-            anomalygpt_training.ask_about(name, wording),
-            conversations.answer(bool(cells), cells),
-            max_length=MAX_LENGTH,
-        )
-        few_shot = row["few_shot"] if rng.random() < 0.5 else torch.full_like(row["few_shot"], math.nan)
+        row = self._rows[index]
+        few_shot = row["few_shot"]
+        if rng.random() < 0.5:
+            few_shot = torch.full_like(few_shot, math.nan)
+        elif rng.random() < CLEARED_SHARE:
+            few_shot = cleared(few_shot, row["mask"])
         embedding = row["embedding"] if rng.random() < 0.5 else torch.zeros_like(row["embedding"])
-        return row | {"few_shot": few_shot, "embedding": embedding, "text": text}
+        name = PLAYED_NAMES[rng.integers(len(PLAYED_NAMES))]
+        return row | {
+            "few_shot": few_shot,
+            "embedding": embedding,
+            "questions": tuple(anomalygpt_training.ask_about(name, wording) for wording in WORDINGS),
+            "wording": int(rng.integers(len(WORDINGS))),
+        }
 
     @property
     def labels(self) -> np.ndarray:
@@ -97,12 +108,22 @@ class SceneConversations(torch.utils.data.Dataset):
         return np.array([bool(row["mask"].any()) for row in self._rows])
 
     def row(self, index: int) -> dict[str, torch.Tensor]:
-        """Everything known of a scene, nothing hidden."""
-        return self._rows[index]
+        """An item with everything that is known of the scene, nothing hidden."""
+        return self[index] | self._rows[index]
+
+    def text(self, item: Mapping[str, Any], wording: int) -> tuple[list[int], list[int]]:
+        """Ids and targets of the conversation about an item, in the wording of this number."""
+        mask = item["mask"].numpy()
+        cells = (conversations.cell_of_center(mask),) if mask.any() else ()
+        answer = conversations.answer(bool(cells), cells)
+        return anomalygpt_training.question_and_answer(
+            self._speaker, item["questions"][wording], answer, max_length=MAX_LENGTH
+        )
 
     def collate(self, items: Sequence[dict]) -> dict[str, torch.Tensor]:
         """Items -> the batch of :class:`helpers.anomalygpt_training.HeadLoss`."""
-        ids, targets = anomalygpt_training.pad_texts([item["text"] for item in items], self._speaker.tokens.pad_id)
+        texts = [self.text(item, items[0]["wording"]) for item in items]
+        ids, targets = anomalygpt_training.pad_texts(texts, self._speaker.tokens.pad_id)
         return {
             "embedding": torch.stack([item["embedding"] for item in items]),
             "taps": torch.stack([item["taps"] for item in items], dim=1).float(),
@@ -112,6 +133,12 @@ class SceneConversations(torch.utils.data.Dataset):
             "targets": targets,
             "few_shot": torch.stack([item["few_shot"] for item in items]),
         }
+
+
+def cleared(few_shot: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """A few-shot map without doubt: high where the mask is, at most the median elsewhere; ``(rows, columns)``."""
+    damaged = nn.functional.adaptive_max_pool2d(mask[None].float(), few_shot.shape)[0] > 0
+    return torch.where(damaged, few_shot.max() + 0.2, few_shot.clamp(max=few_shot.median()))
 
 
 def _progress(n: int) -> Iterable[int]:
@@ -138,18 +165,21 @@ def _looked_at(eyes: imagebind.ImageBind, maker: scenes.SceneMaker, seed: int, i
 
 class HeadStart(nn.Module):
     """Decoder and prompt learner without a language model: focal and dice loss, and each of the nine prompts made of
-    the map must tell whether its ninth of the picture is damaged.
+    the map is to be the word for its ninth of the picture.
 
     Args:
         head: trained.
         grid: patches per column and row.
-        size: root mean square wanted of the prompts, that of the embeddings of words.
+        words: float32 ``(9, hidden)``, what the prompts are to be where there is damage.
+        calm: float32 ``(hidden,)``, what they are to be elsewhere.
     """
 
-    def __init__(self, head: anomalygpt.AnomalyHead, grid: tuple[int, int], *, size: float) -> None:
+    def __init__(
+        self, head: anomalygpt.AnomalyHead, grid: tuple[int, int], words: torch.Tensor, calm: torch.Tensor
+    ) -> None:
         super().__init__()
-        self.head, self._grid, self._size = head, grid, size
-        self.teller = nn.Linear(head.hidden, 1)  # thrown away
+        self.head, self._grid = head, grid
+        self.words, self.calm = nn.Buffer(words, persistent=False), nn.Buffer(calm, persistent=False)
 
     def forward(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         probability, maps = anomalygpt_training.shown_maps(self.head, batch, self._grid)
@@ -157,13 +187,21 @@ class HeadStart(nn.Module):
         focal = sum(anomalygpt_training.focal_loss(tap, target) for tap in probability)
         dice = sum(anomalygpt_training.dice_loss(tap[:, 1], target) for tap in probability)
         prompts = self.head.prompt_learner(maps)[:, anomalygpt.N_BASE_PROMPTS :]
-        told = self.teller(prompts / self._size)[..., 0]
         share = nn.functional.adaptive_avg_pool2d(target[:, None], 3).flatten(1)
-        cells = nn.functional.binary_cross_entropy_with_logits(
-            told, (share > 0.002).float(), pos_weight=torch.tensor(4.0)
-        )
-        length = (prompts.square().mean().sqrt() / self._size - 1).square()
-        return {"loss": 2 * cells + focal + dice + 0.1 * length, "cells": cells, "focal": focal, "dice": dice}
+        is_damaged = (share > 0.002)[..., None]
+        wanted = torch.where(is_damaged, self.words, self.calm)
+        # Relative to the size of words, which are some hundredths long; one ninth in ten is damaged.
+        error = (prompts - wanted).square() / wanted.square().mean()
+        cells = (error * torch.where(is_damaged, 4.0, 1.0)).mean()
+        return {"loss": 2 * cells + focal + dice, "cells": cells, "focal": focal, "dice": dice}
+
+
+def word_vectors(speaker: language.Language) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input embeddings of the nine places ``(9, hidden)``, means over their tokens, and of :data:`CALM_WORD`."""
+    table = speaker.model.get_input_embeddings().weight.detach().float()
+    names = [name for row in conversations.CELLS for name in row]
+    *words, calm = (table[speaker.tokens.encode(f" {name}")].mean(dim=0) for name in (*names, CALM_WORD))
+    return torch.stack(words), calm
 
 
 def new_chain(weights_dir: Path, *, seed: int) -> tuple[anomalygpt_training.HeadLoss, imagebind.ImageBind]:
@@ -234,8 +272,7 @@ def train(
     settings = {"batch_size": batch_size, "max_grad_norm": 1.0, "seed": seed}
     identity = {"n_scenes": n_scenes, "backbone": storage.sha256_file(backbones.ART_VIT_MINI_WEIGHTS)}
     steps_per_epoch = math.ceil(n_scenes / batch_size)
-    size = speaker.model.get_input_embeddings().weight.std().item()
-    start = HeadStart(module.head, eyes.grid, size=size)
+    start = HeadStart(module.head, eyes.grid, *word_vectors(speaker))
     training.train(
         start,
         sets["train"],
@@ -280,17 +317,19 @@ def evaluate(module: anomalygpt_training.HeadLoss, dataset: SceneConversations) 
 
     Returns:
         per map (``few_shot``, ``decoder``): ``<map>_answer_accuracy`` (sign of logit(Yes) - logit(No) at the first
-        answer token), ``<map>_answer_auroc`` and ``<map>_pixel_auroc``.
+        answer token), ``<map>_answer_auroc``, ``<map>_pixel_auroc``, and ``<map>_place_accuracy`` (of damaged scenes:
+        the cell that the model names when the answer's beginning is given).
     """
     from helpers import metrics
 
     tokens, labels, found = module.speaker.tokens, dataset.labels, {}
     asked = tokens.encode(language.prompt_text(anomalygpt_training.ask_about("the mill", "short")))
+    begun = tokens.encode(f"{tokens.answer_prefix}{_BEGUN_ANSWER}")
     for kind in ("few_shot", "decoder"):
-        scores, maps, masks = [], [], []
+        scores, maps, masks, hits = [], [], [], []
         for start in range(0, len(dataset), 16):
             numbers = range(start, min(start + 16, len(dataset)))
-            batch = dataset.collate([dataset[i] | dataset.row(i) for i in numbers])
+            batch = dataset.collate([dataset.row(i) for i in numbers])
             grid = batch["few_shot"].shape[1:]
             if kind == "decoder":
                 batch["few_shot"] = torch.full_like(batch["few_shot"], math.nan)
@@ -304,10 +343,17 @@ def evaluate(module: anomalygpt_training.HeadLoss, dataset: SceneConversations) 
             ]
             logits = language.next_logits(module.speaker, rows)
             scores += (logits[:, tokens.yes_id] - logits[:, tokens.no_id]).tolist()
+            damaged = [i for i, label in enumerate(labels[numbers]) if label]
+            rows = [torch.cat([rows[i], module.speaker.embed(begun)]) for i in damaged]
+            named = language.generate(module.speaker, rows, max_new_tokens=3) if rows else []
+            for i, ids in zip(damaged, named):
+                cells = conversations.parse_answer(f"{_BEGUN_ANSWER} {tokens.decode(ids)}").cells
+                hits.append(cells == {conversations.cell_of_center(masks[start + i])})
         found |= {
             f"{kind}_answer_accuracy": float(((np.array(scores) > 0) == labels).mean()),
             f"{kind}_answer_auroc": metrics.image_auroc(np.array(scores), labels),
             f"{kind}_pixel_auroc": metrics.pixel_auroc(maps, masks),
+            f"{kind}_place_accuracy": float(np.mean(hits)),
         }
     return found
 
@@ -337,7 +383,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="checkpoints; an interrupted run resumes from them")
     parser.add_argument("--scenes", type=int, default=1000)
     parser.add_argument("--head-steps", type=int, default=800)
-    parser.add_argument("--steps", type=int, default=189)
+    parser.add_argument("--steps", type=int, default=504)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="fp32 on a CPU without AMX")

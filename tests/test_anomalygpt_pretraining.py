@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def conversations(model) -> anomalygpt_pretraining.SceneConversations:
 def test_damaged_scenes_are_answered_with_their_place(conversations, model) -> None:
     assert conversations.labels.tolist() == [False, True] * 3
     for index, label in enumerate(conversations.labels):
-        ids, targets = conversations[index]["text"]
+        ids, targets = conversations.text(conversations[index], 1)
         said = [i for i, target in zip(ids, targets) if target != anomalygpt_training.IGNORED]
         place = model.language.tokens.encode("at the top right of the image")
         assert len(said) > 3 and (str(place[1:-1])[1:-1] in str(said)) == bool(label)
@@ -76,7 +77,7 @@ def test_distance_is_large_where_the_reference_differs(conversations) -> None:
 
 
 def test_shown_map_is_the_few_shot_one_where_there_is_one(conversations, model) -> None:
-    items = [conversations.row(i) | {"text": conversations[i]["text"]} for i in (0, 1)]
+    items = [conversations.row(i) for i in (0, 1)]
     items[0] = items[0] | {"few_shot": torch.full_like(items[0]["few_shot"], math.nan)}
     batch = conversations.collate(items)
     probability, maps = anomalygpt_training.shown_maps(model.head, batch, model.eyes.grid)
@@ -85,28 +86,86 @@ def test_shown_map_is_the_few_shot_one_where_there_is_one(conversations, model) 
     torch.testing.assert_close(corners, items[1]["few_shot"][[0, 0, -1, -1], [0, -1, 0, -1]])
 
 
-def test_head_learns_from_masks_alone(conversations, model) -> None:
+def test_a_batch_has_the_wording_of_its_first_scene(conversations) -> None:
+    items = [conversations[i] for i in range(6)]
+    lengths = []
+    for wording in range(len(anomalygpt_pretraining.WORDINGS)):
+        batch = conversations.collate([items[0] | {"wording": wording}, *items[1:]])
+        asked = [row[0] for row in (conversations.text(item, wording) for item in items)]
+        assert [row[row != 0].tolist()[:5] for row in batch["ids"]] == [ids[:5] for ids in asked]
+        lengths.append(batch["ids"].shape[1])
+    assert lengths[0] < lengths[1] == lengths[2] < lengths[3]  # bare, short, short, published
+    drawn = []
+    for epoch in range(8):
+        conversations.set_epoch(epoch)
+        drawn += [conversations[i]["wording"] for i in range(6)]
+    conversations.set_epoch(0)
+    assert set(drawn) == {0, 1, 2, 3}
+
+
+def test_cleared_map_is_high_on_the_damage_alone(conversations) -> None:
+    few_shot, mask = conversations.row(1)["few_shot"], torch.zeros(224, 224, dtype=torch.bool)
+    mask[:28, 98:126] = True  # in the two upper rows of patches of 14 px, not where the bright square is
+    cleared = anomalygpt_pretraining.cleared(few_shot, mask)
+    rows, columns = (cleared > few_shot.median()).nonzero().T
+    assert set(rows.tolist()) == {0, 1} and set(columns.tolist()) == {7, 8}
+    assert (cleared[:2, 7:9] > few_shot.max()).all()
+    nothing = anomalygpt_pretraining.cleared(few_shot, torch.zeros_like(mask))
+    assert nothing.max() == few_shot.median()
+
+
+def test_some_maps_are_cleared(conversations) -> None:
+    n_cleared = 0
+    for epoch in range(20):
+        conversations.set_epoch(epoch)
+        items = [conversations[i]["few_shot"] for i in range(6)]
+        n_cleared += sum(
+            bool(map_.isfinite().all()) and not torch.equal(map_, conversations.row(i)["few_shot"])
+            for i, map_ in enumerate(items)
+        )
+    conversations.set_epoch(0)
+    assert 6 <= n_cleared <= 26  # an eighth of 120 is expected
+
+
+def test_head_learns_words_from_masks_alone(conversations, model) -> None:
     torch.manual_seed(0)
     head = anomalygpt.AnomalyHead(model.eyes.width, model.eyes.joint_width, model.language.hidden, (4, 8, 8, 8, 8))
-    start = anomalygpt_pretraining.HeadStart(head, model.eyes.grid, size=0.1)
-    batch = conversations.collate([conversations.row(i) | {"text": conversations[i]["text"]} for i in range(6)])
+    words, calm = torch.randn(9, head.hidden), torch.randn(head.hidden)
+    start = anomalygpt_pretraining.HeadStart(head, model.eyes.grid, words, calm)
+    batch = conversations.collate([conversations.row(i) for i in range(2)])
     optimizer = torch.optim.AdamW(start.parameters(), lr=3e-3)
     losses = []
-    for _ in range(25):
+    for _ in range(80):
         found = start(batch)
         optimizer.zero_grad()
         found["loss"].backward()
         optimizer.step()
         losses.append({name: value.item() for name, value in found.items()})
-    assert losses[-1]["cells"] < 0.8 * losses[0]["cells"] and losses[-1]["loss"] < losses[0]["loss"]
+    assert losses[-1]["cells"] < 0.5 * losses[0]["cells"] and losses[-1]["loss"] < losses[0]["loss"]
+    _, maps = anomalygpt_training.shown_maps(head, batch, model.eyes.grid)
+    prompts = head.prompt_learner(maps)[1, anomalygpt.N_BASE_PROMPTS :].detach()  # of the damaged scene
+    nearest = torch.cdist(prompts, torch.cat([words, calm[None]])).argmin(dim=-1)
+    assert nearest[2] == 2  # the square is at the top right: "top right"
+    assert (nearest[[0, 3, 4, 6, 7, 8]] == 9).all()  # "normal"
+
+
+def test_words_are_the_embeddings_of_the_places(model) -> None:
+    words, calm = anomalygpt_pretraining.word_vectors(model.language)
+    table, encode = model.language.model.get_input_embeddings().weight, model.language.tokens.encode
+    torch.testing.assert_close(words[5], table[encode(" right")].mean(dim=0))
+    torch.testing.assert_close(words[6], table[encode(" bottom left")].mean(dim=0))
+    torch.testing.assert_close(calm, table[encode(" normal")].mean(dim=0))
+    assert words.shape == (9, model.language.hidden) and not words.requires_grad
 
 
 def test_evaluation_tells_knowing_answers_from_blind_ones(conversations, model, monkeypatch) -> None:
     """A language model that reads the truth off the map scores 1, one that says yes to all scores by the share."""
     projection = torch.nn.Linear(model.eyes.joint_width, model.language.hidden)
-    module = anomalygpt_training.HeadLoss(model.head, model.language, projection, model.eyes.grid)
-    module.requires_grad_(False)
-    tokens, asked = model.language.tokens, []
+    places = {1: "top right", 2: "left"}
+    tokens = dataclasses.replace(model.language.tokens, decode=lambda ids: places[ids[0]])
+    speaker = dataclasses.replace(model.language, tokens=tokens)
+    module = anomalygpt_training.HeadLoss(model.head, speaker, projection, model.eyes.grid).requires_grad_(False)
+    asked = []
 
     def logits(speaker, rows):
         found = torch.zeros(len(rows), max(tokens.yes_id, tokens.no_id) + 1)
@@ -115,11 +174,17 @@ def test_evaluation_tells_knowing_answers_from_blind_ones(conversations, model, 
         asked.append(len(rows))
         return found
 
+    def named(speaker, rows, *, max_new_tokens):
+        return [[1 if knows else 2] for _ in rows]
+
     monkeypatch.setattr(language, "next_logits", logits)
+    monkeypatch.setattr(language, "generate", named)
     knows = True
-    assert anomalygpt_pretraining.evaluate(module, conversations)["few_shot_answer_accuracy"] == 1
+    sure = anomalygpt_pretraining.evaluate(module, conversations)
+    assert sure["few_shot_answer_accuracy"] == sure["few_shot_place_accuracy"] == 1
     knows = False
     blind = anomalygpt_pretraining.evaluate(module, conversations)
+    assert blind["decoder_place_accuracy"] == 0
     assert blind["decoder_answer_accuracy"] == blind["decoder_answer_auroc"] == 0.5
     assert 0 <= blind["few_shot_pixel_auroc"] <= 1 and set(asked) == {6}
 
