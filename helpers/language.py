@@ -10,6 +10,7 @@ Source: Gu et al., AnomalyGPT, AAAI 2024; Su et al., PandaGPT, 2023; code CASIA-
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -235,7 +236,10 @@ def merge_lora(model: nn.Module, state: dict[str, torch.Tensor], config: dict[st
     """
     import peft
 
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(**config))
+    with warnings.catch_warnings():
+        # peft asks for it by its former name, which transformers 5 tells the user of the notebook.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(**config))
     wanted = {k: p for k, p in wrapped.named_parameters() if "lora_" in k}
     found = {
         key.removeprefix("llama_model.")
@@ -497,9 +501,11 @@ def generate(
 def _forward(speaker: Language, embeds: torch.Tensor, mask: torch.Tensor, cache: Any) -> torch.Tensor:
     """Logits ``(B, vocabulary)`` of the last position; ``mask`` covers cached positions, too."""
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
+    # The argument is past_key_values in transformers 4 and the first versions of 5, cache in later ones.
+    name = "cache" if "cache" in inspect.signature(speaker.model.forward).parameters else "past_key_values"
     out = speaker.model(
-        inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache,
-        use_cache=cache is not None, logits_to_keep=1,
+        inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=cache is not None,
+        logits_to_keep=1, **{name: cache},
     )  # fmt: skip
     return out.logits[:, -1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import json
 from pathlib import Path
@@ -223,6 +224,30 @@ def test_the_stop_token_ends_each_row_by_itself(model, look):
     assert any(stop not in row[:3] for row in free)
     stopped = language.generate(language.Language(model.language.model, tokens), rows, max_new_tokens=8)
     assert stopped == [row[: row.index(stop)] if stop in row else row for row in free]
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_goes_by_the_name_that_transformers_has_for_it(model, look, name, recwarn):
+    """The installed version takes one of the names without a warning; here each is the only one that is known."""
+    inner, seen = model.language.model, []
+
+    class Renamed(torch.nn.Module):
+        def forward(self, **inputs):
+            seen.append(inputs.pop(name))
+            return inner(**inputs, **{installed: seen[-1]})
+
+    installed = "cache" if "cache" in inspect.signature(inner.forward).parameters else "past_key_values"
+    known = [inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY) for key in ("inputs_embeds", name)]
+    outer = Renamed()
+    outer.forward.__func__.__signature__ = inspect.Signature(
+        [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY), *known]
+    )
+    outer.get_input_embeddings, outer.config, outer.device = inner.get_input_embeddings, inner.config, inner.device
+    rows = model.prompt_rows(look, "Is there any anomaly in the image?")[0]
+    found = language.generate(language.Language(outer, model.language.tokens), rows, max_new_tokens=3)
+    assert found == language.generate(model.language, rows, max_new_tokens=3)
+    assert len(seen) == 3 and seen[0] is seen[1] is not None
+    assert not [w for w in recwarn if "past_key_values" in str(w.message)]
 
 
 def test_a_question_longer_than_the_context_is_refused(model, look):
