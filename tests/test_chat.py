@@ -197,7 +197,14 @@ def test_without_a_picture_everything_says_so(session):
 # --- one look, many turns --------------------------------------------------------------------------------------------
 
 
-def test_a_picture_is_looked_at_once(session, picture, dataset, n_passes):
+def test_a_picture_is_looked_at_once(session, picture, dataset, n_passes, monkeypatch):
+    looks, look = [], type(session.model).look
+
+    def counted(*given, **named):
+        looks.append(named)
+        return look(*given, **named)
+
+    monkeypatch.setattr(type(session.model), "look", counted)
     session.choose(picture)
     first = session.anomaly_map
     for question in ("Is it whole?", "Where?", "Why?"):
@@ -207,7 +214,7 @@ def test_a_picture_is_looked_at_once(session, picture, dataset, n_passes):
     assert not np.allclose(session.anomaly_map, first)
     session.choose(picture)
     np.testing.assert_array_equal(session.anomaly_map, first)
-    assert n_passes == [1]
+    assert n_passes == [1] and len(looks) == 2  # one for each choice of references
     session.choose(chat.open_picture(dataset.samples[0].image_path))
     assert n_passes == [1, 1]
 

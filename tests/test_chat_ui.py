@@ -92,6 +92,7 @@ def test_both_forms_of_an_upload_are_read():
     seven = {"a.png": {"metadata": {"size": 2}, "content": b"ab"}, "b.png": {"metadata": {}, "content": b""}}
     eight = ({"name": "a.png", "content": memoryview(b"ab")}, {"name": "b.png", "content": memoryview(b"")})
     assert chat_ui.read_upload(seven) == chat_ui.read_upload(eight) == [("a.png", b"ab"), ("b.png", b"")]
+    assert {type(content) for _, content in chat_ui.read_upload(eight)} == {bytes}
     assert chat_ui.read_upload({}) == chat_ui.read_upload(()) == []
 
 

@@ -82,9 +82,10 @@ def home(dataset, models, tmp_path_factory) -> Path:
             method, fitted, dataset, embedded, alpha=0.2, results_dir=home / "results" / method, profile="mini"
         )
     clip = models["clip"]
-    learners = [anomalyclip.PromptLearner(clip.model, clip.tokenizer, seed=seed) for seed in (1, 2)]
+    learners = [anomalyclip.PromptLearner(clip.model, clip.tokenizer, seed=seed) for seed in (1, 2, 3)]
     anomalyclip.save_prompts(learners[0], home / "weights" / "anomalyclip" / "published" / "model.safetensors")
     anomalyclip.save_prompts(learners[1], home / "checkpoints" / "anomalyclip" / "abc" / "prompts.safetensors")
+    anomalyclip.save_prompts(learners[2], home / "checkpoints" / "anomalyclip" / "aaa" / "prompts.safetensors")
     anomalyclip_training.predict_with_prompts(
         clip, learners[1], dataset, settings=anomalyclip.DetectorSettings(image_size=32, sigma=1.0), alpha=0.2,
         profile="mini", trained_on="auxiliary", folder=home / "results" / "anomalyclip",
@@ -198,7 +199,7 @@ def test_models_that_have_changed_since_are_noticed(dataset, home, models, chang
     noticed = {name for name, reason in found.missing.items() if "have changed since" in reason}
     if "clip" in changed:
         assert {"clip_resnet50", "clip_lof", "clip_patch_knn"} <= noticed
-        assert "not among 2 files: run notebook 04" in found.missing["anomalyclip"]
+        assert "not among 3 files: run notebook 04" in found.missing["anomalyclip"]
     else:
         assert {"clip_isolation_forest", "clip_lof"} <= noticed  # of the bank's rows the same may have been drawn
         assert noticed <= {"clip_isolation_forest", "clip_lof", "clip_patch_knn"}
