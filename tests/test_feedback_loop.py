@@ -116,6 +116,15 @@ def test_confirmed_pictures_join_bank_training_and_tuning(loop, log, monkeypatch
         for sample, group in zip(with_feedback.samples[-6:], with_feedback.groups[-6:], strict=True):
             assert group in training.groups
             assert sample.split in {s.split for s in training.samples if s.group == group}
+        confirmed = [one for one in outcome.confirmed if one.category == category]
+        hashes = {
+            label: [one.entry.pixels_sha256 for one in confirmed if one.is_anomalous == label]
+            for label in (False, True)
+        }
+        assert list(with_feedback.normals.ids[-6:]) == hashes[False] == [s.sha256 for s in with_feedback.samples[-6:]]
+        assert list(with_feedback.anomalies.ids[-6:]) == hashes[True]
+        groups = [one.group for one in confirmed if one.is_anomalous]
+        assert [source.group for source in with_feedback.sources[-6:]] == groups
 
 
 def test_keeping_the_settings_is_possible(loop, log, monkeypatch):
@@ -184,6 +193,11 @@ def test_the_threshold_lies_in_the_middle_of_the_best_gap():
     confirmed = np.array([17.5, 17.6, 18.5, 30.0, 40.0])
     # Above 17: 2 of 20 normals and all 5 anomalies; the gap reaches from 17 to 17.5.
     assert feedback_loop.feedback_threshold(NORMAL, confirmed, alpha=0.05) == 17.25
+
+
+def test_among_equal_thresholds_the_one_with_the_fewest_false_alarms_is_taken():
+    confirmed = np.array([17.5, 18.5, 19.5, *[30.0] * 17])  # each step up costs one anomaly and saves one normal
+    assert feedback_loop.feedback_threshold(NORMAL, confirmed, alpha=0.05) == 19.0  # 25, kept below the careful one
 
 
 def test_the_threshold_stays_between_two_promises():

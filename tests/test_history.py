@@ -51,6 +51,9 @@ def test_an_evaluation_is_appended_once_with_its_numbers_and_predictions(dataset
     assert kept.read_bytes() == (tmp_path / "results" / "clip_lof" / "predictions.csv").read_bytes()
     history.record(tmp_path, evaluate(dataset, tmp_path / "results", seconds=0.7))
     assert len(history.read(tmp_path).table) == 2
+    lines = (tmp_path / history.FILE).read_text()
+    (tmp_path / history.FILE).write_text(lines + lines.splitlines()[1] + "\n")  # two sessions wrote it at once
+    assert len(history.read(tmp_path).table) == 2
 
 
 def test_a_fall_is_named_with_both_numbers(fallen):

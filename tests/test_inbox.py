@@ -46,6 +46,8 @@ def test_only_new_hashes_are_scored(dataset, tmp_path):
     assert score.asked == ["15.png", "5.png", "7.png"]
     assert first.new["kind"].tolist() == ["box", "good", ""]
     assert first.new["is_predicted_anomalous"].tolist() == [True, False, False]
+    assert first.new["anomaly_score"].tolist() == [15.0, 5.0, 7.0]
+    assert set(first.new["threshold"]) == {10.0} and set(first.new["p_value"]) == {0.5}
     assert first.describe() == "3 new pictures scored, 3 in all; of 2 with a label 2 were called rightly."
     drop(tmp_path, "harbour/good/25.png", 103)
     drop(tmp_path, "harbour/good/26.png", 103)  # a copy
@@ -76,6 +78,7 @@ def test_what_cannot_be_scored_is_named_and_stops_nothing(dataset, tmp_path):
     known = dataset.select(split="train", category="harbour")[0]
     (tmp_path / "harbour" / "3.png").write_bytes(known.image_path.read_bytes())
     (tmp_path / "harbour" / "notes.txt").write_text("no picture")
+    drop(tmp_path, "harbour/._4.png", 102)  # such files lie beside pictures that come from a Mac
     drop(tmp_path, "harbour/4.png", 101)
     found = look(tmp_path, dataset, score)
     assert score.asked == ["4.png"]

@@ -181,6 +181,27 @@ def test_one_thread_works_and_the_others_come_back():
 # ------------------------------------------------------------------------------------------------- TPE
 
 
+def test_tpe_begins_with_the_default_and_tries_nothing_twice():
+    default, asked = one_class.DEFAULTS["clip_lof"], []
+
+    def objective(settings):
+        asked.append(settings)
+        return float(settings.n_neighbors)
+
+    values = (*range(100, 112), default.n_neighbors)
+    found = tuning._Proposals(default, {"n_neighbors": values}, "tpe", 20, 0)(objective)
+    assert asked[0] == found[0] == default and len(asked) == 20
+    assert len(found) == len(set(found)) <= len(values)
+
+
+def test_trials_search_a_thinner_memory_bank():
+    settings = dataclasses.replace(one_class.DEFAULTS["clip_patch_knn"], max_bank_rows=20_000)
+    assert tuning._quicker(settings).max_bank_rows == tuning.SEARCH_BANK_ROWS
+    small = dataclasses.replace(settings, max_bank_rows=50)
+    assert tuning._quicker(small) == small
+    assert tuning._quicker(one_class.DEFAULTS["clip_lof"]) == one_class.DEFAULTS["clip_lof"]
+
+
 def test_tpe_without_optuna_says_what_to_do(training, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ImportError, match="pip install optuna.*strategy='random'"):
