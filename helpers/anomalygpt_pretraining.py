@@ -45,7 +45,9 @@ CHANNELS = (4, 16, 32, 64, 128)
 """Widths of the prompt learner's convolutions; the published ones end in 1024 and would take 35 MB here."""
 PLAYED_NAMES = ("the storm", "portrait of a lady", "old town", "still life", "the harbour", "lady in blue", "the mill")
 WORDINGS = (None, "short", "short", "published")
-_BEGUN_ANSWER = "Yes, there is an anomaly in the image, at the"
+"""Of the questions, each as often as it stands here; None asks without naming the artwork."""
+_BEGUN_ANSWER = conversations.answer(True, ["top"]).partition(" top ")[0]
+"""What is said before the place."""
 MAX_LENGTH = 160
 CLEARED_SHARE = 0.25
 """Share of the few-shot maps in which only the damage is left: they teach reading, the others teach doubt."""
@@ -94,12 +96,11 @@ class SceneConversations(torch.utils.data.Dataset):
         elif rng.random() < CLEARED_SHARE:
             few_shot = cleared(few_shot, row["mask"])
         embedding = row["embedding"] if rng.random() < 0.5 else torch.zeros_like(row["embedding"])
-        name = PLAYED_NAMES[rng.integers(len(PLAYED_NAMES))]
         return row | {
             "few_shot": few_shot,
             "embedding": embedding,
-            "questions": tuple(anomalygpt_training.ask_about(name, wording) for wording in WORDINGS),
-            "wording": int(rng.integers(len(WORDINGS))),
+            "name": PLAYED_NAMES[rng.integers(len(PLAYED_NAMES))],
+            "wording": WORDINGS[rng.integers(len(WORDINGS))],
         }
 
     @property
@@ -111,14 +112,13 @@ class SceneConversations(torch.utils.data.Dataset):
         """An item with everything that is known of the scene, nothing hidden."""
         return self[index] | self._rows[index]
 
-    def text(self, item: Mapping[str, Any], wording: int) -> tuple[list[int], list[int]]:
-        """Ids and targets of the conversation about an item, in the wording of this number."""
+    def text(self, item: Mapping[str, Any], wording: str | None) -> tuple[list[int], list[int]]:
+        """Ids and targets of the conversation about an item, asked in one of :data:`WORDINGS`."""
         mask = item["mask"].numpy()
         cells = (conversations.cell_of_center(mask),) if mask.any() else ()
         answer = conversations.answer(bool(cells), cells)
-        return anomalygpt_training.question_and_answer(
-            self._speaker, item["questions"][wording], answer, max_length=MAX_LENGTH
-        )
+        question = anomalygpt_training.ask_about(item["name"], wording)
+        return anomalygpt_training.question_and_answer(self._speaker, question, answer, max_length=MAX_LENGTH)
 
     def collate(self, items: Sequence[dict]) -> dict[str, torch.Tensor]:
         """Items -> the batch of :class:`helpers.anomalygpt_training.HeadLoss`."""
@@ -190,7 +190,7 @@ class HeadStart(nn.Module):
         share = nn.functional.adaptive_avg_pool2d(target[:, None], 3).flatten(1)
         is_damaged = (share > 0.002)[..., None]
         wanted = torch.where(is_damaged, self.words, self.calm)
-        # Relative to the size of words, which are some hundredths long; one ninth in ten is damaged.
+        # Relative to the size of words, which are short vectors; about a quarter of the ninths is damaged.
         error = (prompts - wanted).square() / wanted.square().mean()
         cells = (error * torch.where(is_damaged, 4.0, 1.0)).mean()
         return {"loss": 2 * cells + focal + dice, "cells": cells, "focal": focal, "dice": dice}

@@ -237,7 +237,7 @@ def merge_lora(model: nn.Module, state: dict[str, torch.Tensor], config: dict[st
     import peft
 
     with warnings.catch_warnings():
-        # peft asks for it by its former name, which transformers 5 tells the user of the notebook.
+        # peft asks for it by its former name.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         wrapped = peft.get_peft_model(model, peft.LoraConfig(**config))
     wanted = {k: p for k, p in wrapped.named_parameters() if "lora_" in k}

@@ -50,7 +50,7 @@ def conversations(model) -> anomalygpt_pretraining.SceneConversations:
 def test_damaged_scenes_are_answered_with_their_place(conversations, model) -> None:
     assert conversations.labels.tolist() == [False, True] * 3
     for index, label in enumerate(conversations.labels):
-        ids, targets = conversations.text(conversations[index], 1)
+        ids, targets = conversations.text(conversations[index], "short")
         said = [i for i, target in zip(ids, targets) if target != anomalygpt_training.IGNORED]
         place = model.language.tokens.encode("at the top right of the image")
         assert len(said) > 3 and (str(place[1:-1])[1:-1] in str(said)) == bool(label)
@@ -89,7 +89,7 @@ def test_shown_map_is_the_few_shot_one_where_there_is_one(conversations, model) 
 def test_a_batch_has_the_wording_of_its_first_scene(conversations) -> None:
     items = [conversations[i] for i in range(6)]
     lengths = []
-    for wording in range(len(anomalygpt_pretraining.WORDINGS)):
+    for wording in anomalygpt_pretraining.WORDINGS:
         batch = conversations.collate([items[0] | {"wording": wording}, *items[1:]])
         asked = [row[0] for row in (conversations.text(item, wording) for item in items)]
         assert [row[row != 0].tolist()[:5] for row in batch["ids"]] == [ids[:5] for ids in asked]
@@ -100,7 +100,7 @@ def test_a_batch_has_the_wording_of_its_first_scene(conversations) -> None:
         conversations.set_epoch(epoch)
         drawn += [conversations[i]["wording"] for i in range(6)]
     conversations.set_epoch(0)
-    assert set(drawn) == {0, 1, 2, 3}
+    assert set(drawn) == set(anomalygpt_pretraining.WORDINGS)
 
 
 def test_cleared_map_is_high_on_the_damage_alone(conversations) -> None:
