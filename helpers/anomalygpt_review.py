@@ -68,15 +68,20 @@ def shot_points(run: TestRun, metric: str) -> dict[str, dict[int, list[float]]]:
 
 
 def sentences(run: TestRun, *, n: int = 6) -> pd.DataFrame:
-    """Full answers beside what is true, wrong ones first."""
-    chosen = run.answers[run.answers["is_sentence"].astype(str) == "True"].copy()
+    """Up to ``n`` full answers beside what is true: at most half of them wrong ones, then right ones, anomalies first.
+
+    The paintings take turns.
+    """
+    chosen = run.answers[run.answers["is_sentence"].astype(str) == "True"]
     is_anomalous = chosen["is_anomalous"].astype(str) == "True"
-    truth = np.where(is_anomalous, "anomalous", "normal")
-    chosen["wrong"] = (chosen["verdict"] == "yes") != is_anomalous
-    chosen["wrong"] |= chosen["verdict"] == "unparseable"
-    table = chosen.assign(truth=truth, place_right=chosen["place_is_right"].astype(str).replace({"": "-", "nan": "-"}))
-    columns = ["category", "truth", "answer", "verdict", "place_right"]
-    return table.sort_values("wrong", ascending=False, kind="stable")[columns].head(n).reset_index(drop=True)
+    is_right = chosen["verdict"] == np.where(is_anomalous, "yes", "no")
+    table = chosen.assign(
+        truth=np.where(is_anomalous, "anomalous", "normal"),
+        place_right=chosen["place_is_right"].map(lambda value: "-" if pd.isna(value) or value == "" else str(value)),
+    )[["category", "truth", "answer", "verdict", "place_right"]]
+    parts = [table[~is_right], table[is_right & is_anomalous], table[is_right & ~is_anomalous]]
+    wrong, *right = (part.iloc[part.groupby("category").cumcount().argsort(kind="stable")] for part in parts)
+    return pd.concat([wrong.head(n // 2), *right]).head(n).reset_index(drop=True)
 
 
 def answer_table(run: TestRun) -> pd.DataFrame:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,8 +12,8 @@ import pytest
 import tiny_anomalygpt as tiny
 
 from helpers import anomalygpt_plan as plan
+from helpers import anomalygpt_review, conversations, data, images, metrics
 from helpers import anomalygpt_testing as te
-from helpers import conversations, data, images, metrics
 from helpers.records import Sample
 
 FIXTURE = Path(__file__).parent / "golden" / "anomalygpt_seed0.safetensors"
@@ -105,6 +106,31 @@ def test_shots_draws_and_controls_are_all_there(tested):
     assert te.overview(evaluation).shape[0] == 4 and te.control_table(evaluation).shape[0] == 8
     one = evaluation[(evaluation["category"] == "one") & (evaluation["metric"] == "image_auroc")]
     assert len(one) == 3
+
+
+def test_wrong_and_right_sentences_are_shown():
+    rows = [
+        # (is_anomalous, verdict, is_sentence): what is read back from a file are texts
+        *[("True", "no", "True")] * 4,
+        ("False", "no", "True"),
+        ("True", "yes", "False"),  # one word
+        ("True", "yes", "True"),
+        ("False", "unparseable", "True"),
+    ]
+    answers = pd.DataFrame(rows, columns=["is_anomalous", "verdict", "is_sentence"]).assign(
+        category="harbour", answer=[f"answer {number}" for number in range(len(rows))], place_is_right=np.nan
+    )
+    shown = anomalygpt_review.sentences(SimpleNamespace(answers=answers), n=4)
+    assert shown["answer"].tolist() == ["answer 0", "answer 1", "answer 6", "answer 4"]
+    assert shown["truth"].tolist() == ["anomalous"] * 3 + ["normal"] and set(shown["place_right"]) == {"-"}
+    without_right = answers[answers["verdict"] != "yes"][lambda rows: rows["is_anomalous"] == "True"]
+    assert len(anomalygpt_review.sentences(SimpleNamespace(answers=without_right), n=4)) == 2
+    two = pd.concat([answers, answers.assign(category="mill")])
+    assert (
+        anomalygpt_review.sentences(SimpleNamespace(answers=two), n=4)["category"].tolist() == ["harbour", "mill"] * 2
+    )
+    unclear = anomalygpt_review.sentences(SimpleNamespace(answers=answers.tail(1)), n=4)
+    assert unclear["verdict"].tolist() == ["unparseable"]
 
 
 def test_sentences_and_first_tokens_are_told_apart(tested):
