@@ -36,7 +36,7 @@ class Profile:
         n_train, n_calibration: normal pictures per artwork to learn from and to set thresholds with.
         n_test_normal, n_test_anomalous: test pictures per artwork made by notebook 02.
         alpha: false-alarm rate that the conformal threshold aims at.
-        clip_model, clip_pretrained: open_clip names (see :mod:`helpers.backbones`).
+        clip_model, clip_pretrained: open_clip names (see :mod:`helpers.clip.backbones`).
         clip_image_size: side of CLIP's square input in pixels.
         cnn_model: timm name of the ImageNet network beside CLIP.
         batch_size: pictures per forward pass.
@@ -60,8 +60,8 @@ class Profile:
         anomalygpt_checkpoint: published head that training starts from; None starts anew.
         anomalygpt_precision: of the language model.
         anomalygpt_preset: run of the source report, by epochs x batch.
-        anomalygpt_training: what differs from the preset, see :class:`helpers.anomalygpt_training.HeadTraining`.
-        anomalygpt_testing: see :class:`helpers.anomalygpt_testing.TestSettings`.
+        anomalygpt_training: what differs from the preset, see :class:`helpers.anomalygpt.training.HeadTraining`.
+        anomalygpt_testing: see :class:`helpers.anomalygpt.evaluation.TestSettings`.
     """
 
     name: str

@@ -29,7 +29,7 @@ class Sample:
         kind: ``"good"`` for normal pictures, else the kind of anomaly (``"box"``, ``"face_swap"``).
         group: name of the source picture; pictures of one group never stand in two splits.
         sha256: hash of the picture file, lower-case hexadecimal.
-        visibility: how visible a synthetic mark is (see :func:`helpers.synthesis.visibility`), None when unknown.
+        visibility: how visible a synthetic mark is (see :func:`helpers.synthesis.marks.visibility`), None when unknown.
         synthesis_seed: seed that makes the picture again, None for real pictures.
     Raises:
         ValueError: the split is unknown, or label and kind contradict each other.

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from helpers import storage
+from helpers import files as storage
 from helpers.records import Prediction, Sample
 
 METHODS = (
@@ -93,7 +93,7 @@ class Writer:
         method: name of the row.
         samples: the test pictures; each must get exactly one prediction.
         dataset_dir: folder of the dataset, to write relative paths.
-        dataset_hash: hash of the dataset, see :func:`helpers.data.dataset_hash`.
+        dataset_hash: hash of the dataset, see :func:`helpers.data.manifest.dataset_hash`.
         profile: name of the profile.
         settings: JSON values that determine the predictions (thresholds included).
         checkpoint_hash: hash of the trained or published weights, empty without any.

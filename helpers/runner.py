@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from helpers import profiles, storage
+from helpers import files as storage
+from helpers import profiles
 
 if TYPE_CHECKING:
     import nbformat
@@ -190,7 +191,7 @@ def _write_notebook(path: Path, notebook: nbformat.NotebookNode) -> None:
 def _print_comparison(profile: profiles.Profile) -> None:
     table = profile.report_dir / "comparison.csv"
     if table.exists():
-        from helpers import comparison
+        from helpers.judge import comparison
 
         print(f"\n{comparison.as_text(table)}\n\nReport: {profile.report_dir / 'index.html'}", flush=True)
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from helpers import storage
+from helpers import files as storage
 
 if TYPE_CHECKING:
     import torch
@@ -275,7 +275,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def by_epoch(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """History in one row per epoch for :func:`helpers.figures.loss_curve`: mean losses and the tuning score.
+    """History in one row per epoch for :func:`helpers.judge.figures.loss_curve`: mean losses and the tuning score.
 
     >>> by_epoch([{"epoch": 1, "step": 1, "loss": 4.0}, {"epoch": 1, "step": 2, "loss": 2.0},
     ...           {"epoch": 1, "step": 2, "score": 0.5}])

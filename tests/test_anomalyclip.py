@@ -14,11 +14,17 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from helpers import anomalyclip, anomalyclip_review, data, figures, images, results, storage
-from helpers import anomalyclip_training as prompts
-from helpers.anomalyclip import DetectorSettings, PromptLearner
-from helpers.backbones import Clip, clip_tokenizer, square_preprocess
-from helpers.calibration import conformal_threshold
+from helpers import files as storage
+from helpers import results
+from helpers.anomalyclip import model as anomalyclip
+from helpers.anomalyclip import review as anomalyclip_review
+from helpers.anomalyclip import training as prompts
+from helpers.anomalyclip.model import DetectorSettings, PromptLearner
+from helpers.clip.backbones import Clip, clip_tokenizer, square_preprocess
+from helpers.data import images
+from helpers.data import manifest as data
+from helpers.judge import figures
+from helpers.judge.statistics import conformal_threshold
 from helpers.records import Sample
 from helpers.training import TrainingSettings, TrainingStopped, checkpoints
 

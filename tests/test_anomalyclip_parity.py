@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from helpers import anomalyclip
-from helpers.backbones import Clip
+from helpers.anomalyclip import model as anomalyclip
+from helpers.clip.backbones import Clip
 from tests.conftest import GOLDEN
 
 TEXT, TOKENS, MAPS, SCORE, LOSS, PARAMETER = 1e-4, 1e-4, 1e-4, 1e-5, 1e-4, 1e-6

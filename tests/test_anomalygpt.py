@@ -14,8 +14,9 @@ import tiny_anomalygpt as tiny
 import torch
 from safetensors.torch import save_file
 
-from helpers import anomalygpt, imagebind, language
-from helpers import anomalygpt_training as t
+from helpers.anomalygpt import imagebind, language
+from helpers.anomalygpt import model as anomalygpt
+from helpers.anomalygpt import training as t
 
 FIXTURE = Path(__file__).parent / "golden" / "anomalygpt_seed0.safetensors"
 
@@ -306,7 +307,7 @@ def weights_dir(chain, tmp_path):
     """The tiny chain in the folders of notebook 01."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from helpers import storage
+    from helpers import files as storage
 
     _, _, fixture = chain
     plain = tiny.part(fixture, "sd.llama_model.base_model.model.")
@@ -357,7 +358,7 @@ def test_the_prepared_folders_load_to_the_same_chain(chain, weights_dir):
 def test_missing_weights_name_the_notebook(weights_dir):
     import shutil
 
-    with pytest.raises(FileNotFoundError, match="notebook 05"):
+    with pytest.raises(FileNotFoundError, match="notebook 06"):
         anomalygpt.load_head(weights_dir, weights_dir / "nothing")
     with pytest.raises(FileNotFoundError, match="01"):
         anomalygpt.load_head(weights_dir, "train_visa")
@@ -419,7 +420,7 @@ def test_text_pairs_are_computed_once(chain, weights_dir, tmp_path):
 
 
 def test_image_features_are_read_back(chain, tmp_path):
-    from helpers import images
+    from helpers.data import images
     from helpers.records import Sample
 
     model, _, fixture = chain
@@ -438,7 +439,7 @@ def test_image_features_are_read_back(chain, tmp_path):
 
 
 def test_an_unreadable_picture_is_named(chain, tmp_path):
-    from helpers import images
+    from helpers.data import images
     from helpers.records import Sample
 
     (tmp_path / "broken.png").write_bytes(b"not a picture")

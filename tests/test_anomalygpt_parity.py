@@ -14,7 +14,8 @@ import pytest
 import tiny_anomalygpt as tiny
 import torch
 
-from helpers import anomalygpt, imagebind, language
+from helpers.anomalygpt import imagebind, language
+from helpers.anomalygpt import model as anomalygpt
 
 FOLDER = Path(os.environ.get("PARITY_FIXTURES") or Path(__file__).parent / "golden")
 FILES = sorted(FOLDER.glob("anomalygpt_seed*.safetensors"))
@@ -193,7 +194,7 @@ TRAINING = {"unsup": ("bottle", False, True), "fewshot": ("bottle", True, True),
 
 @pytest.mark.parametrize("case", TRAINING)
 def test_losses_and_gradients(chain, case):
-    from helpers import anomalygpt_training as t
+    from helpers.anomalygpt import training as t
 
     model, _, fixture = chain
     name, few_shot, with_pixels = TRAINING[case]
@@ -221,8 +222,8 @@ def test_losses_and_gradients(chain, case):
 
 
 def test_conversation_targets_are_the_published_ones(chain):
-    from helpers import anomalygpt_training as t
-    from helpers import conversations
+    from helpers.anomalygpt import conversations
+    from helpers.anomalygpt import training as t
 
     model, _, fixture = chain
     answers = [conversations.answer(False), conversations.answer(True, ["bottom right"])]
@@ -235,6 +236,6 @@ def test_conversation_targets_are_the_published_ones(chain):
 
 
 def test_the_question_equals_the_fixture_s(chain):
-    from helpers import conversations
+    from helpers.anomalygpt import conversations
 
     assert conversations.question("bottle") == tiny.QUESTION

@@ -11,9 +11,12 @@ import pandas as pd
 import pytest
 import tiny_anomalygpt as tiny
 
-from helpers import anomalygpt_plan as plan
-from helpers import anomalygpt_review, conversations, data, images, metrics
-from helpers import anomalygpt_testing as te
+from helpers.anomalygpt import conversations, plan
+from helpers.anomalygpt import evaluation as te
+from helpers.anomalygpt import review as anomalygpt_review
+from helpers.data import images
+from helpers.data import manifest as data
+from helpers.judge import metrics
 from helpers.records import Sample
 
 FIXTURE = Path(__file__).parent / "golden" / "anomalygpt_seed0.safetensors"
@@ -186,7 +189,7 @@ def test_art_has_no_published_numbers(tested):
 
 
 def test_pictures_that_set_thresholds_are_not_trained_on(dataset):
-    from helpers import anomalygpt_training as t
+    from helpers.anomalygpt import training as t
 
     train = [s for s in dataset.samples if s.split == "train"]
     industrial = data.Dataset(dataset.folder, tuple(train), "hash")
@@ -198,7 +201,7 @@ def test_pictures_that_set_thresholds_are_not_trained_on(dataset):
 
 
 def test_answers_reach_the_comparison(tested, dataset):
-    from helpers import comparison
+    from helpers.judge import comparison
 
     run, folder, _ = tested
     table = comparison.compare(dataset, folder.parent, profile="mini").table

@@ -16,8 +16,10 @@ import tiny_anomalygpt as tiny
 import torch
 from safetensors.torch import load_file
 
-from helpers import anomalygpt, images, training
-from helpers import anomalygpt_training as t
+from helpers import training
+from helpers.anomalygpt import model as anomalygpt
+from helpers.anomalygpt import training as t
+from helpers.data import images
 from helpers.records import Sample
 
 FIXTURE = Path(__file__).parent / "golden" / "anomalygpt_seed0.safetensors"

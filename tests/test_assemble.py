@@ -17,9 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import assemble, data, images, synthesis
-from helpers.data import DatasetError
+from helpers.data import build as assemble
+from helpers.data import images
+from helpers.data import manifest as data
+from helpers.data.manifest import DatasetError
 from helpers.records import NORMAL_KIND, SPLITS, Sample
+from helpers.synthesis import marks as synthesis
 
 COUNTS = {"n_train": 6, "n_calibration": 4, "n_test_normal": 4, "n_test_anomalous": 5}
 SMALL = {**COUNTS, "max_side": 48, "seed": 7}

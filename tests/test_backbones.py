@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import backbones
+from helpers.clip import backbones
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import calibration
+from helpers.judge import statistics as calibration
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,15 @@ import pytest
 import tiny_chat
 from PIL import Image
 
-from helpers import chat, conversations, figures, images, references, storage
-from helpers.chat import BadInput
-from helpers.imagebind import ImageBind
-from helpers.references import NO_REFERENCES
+from helpers import files as storage
+from helpers.anomalygpt import conversations
+from helpers.anomalygpt.imagebind import ImageBind
+from helpers.chat import references
+from helpers.chat import session as chat
+from helpers.chat.references import NO_REFERENCES
+from helpers.chat.session import BadInput
+from helpers.data import images
+from helpers.judge import figures
 
 
 @pytest.fixture(scope="module")

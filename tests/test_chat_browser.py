@@ -5,8 +5,8 @@ For developers, because it needs Chromium and a server for notebooks, which the 
     apt-get install chromium chromium-driver && pip install voila selenium
     CHAT_BROWSER=1 python -m pytest tests/test_chat_browser.py
 
-The screenshots lie in ``CHAT_BROWSER_SHOTS`` (a temporary folder by default). With ``CHAT_BROWSER=07`` the cells of
-notebook 07 up to the chat are shown, with the models in ``ART_HOME``, instead of the tiny model of the tests.
+The screenshots lie in ``CHAT_BROWSER_SHOTS`` (a temporary folder by default). With ``CHAT_BROWSER=08`` the cells of
+notebook 08 up to the chat are shown, with the models in ``ART_HOME``, instead of the tiny model of the tests.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ pytestmark = pytest.mark.skipif(not ASKED, reason="set CHAT_BROWSER=1; needs chr
 
 def chat_notebook(folder: Path) -> Path:
     """A notebook that ends with the chat."""
-    if ASKED == "07":
-        cells = nbformat.read(REPOSITORY / "notebooks" / "07_anomalygpt_chat.ipynb", as_version=4).cells
+    if ASKED == "08":
+        cells = nbformat.read(REPOSITORY / "notebooks" / "08_anomalygpt_chat.ipynb", as_version=4).cells
         sources = [cell.source for cell in cells if cell.cell_type == "code"]
         last = next(number for number, source in enumerate(sources) if "chat_ui.show" in source)
         sources = [f"import os; os.chdir({str(REPOSITORY)!r})", *sources[: last + 1]]

@@ -11,9 +11,10 @@ import pytest
 import tiny_chat
 from tiny_chat import HOSTILE
 
-from helpers import chat, chat_html, references
-from helpers.chat import Turn
-from helpers.verdicts import Verdict
+from helpers.chat import chat_html, references
+from helpers.chat import session as chat
+from helpers.chat.detectors import Verdict
+from helpers.chat.session import Turn
 
 TURN = Turn(HOSTILE, HOSTILE, HOSTILE, "2026-01-01T12:34:56+00:00", 1.25, 40)
 IMAGE = np.full((30, 40, 3), 120, np.uint8)

@@ -14,9 +14,12 @@ import pytest
 import tiny_chat
 from ipywidgets import Widget
 
-from helpers import chat, chat_html, chat_ui, images, references
-from helpers.references import NO_REFERENCES
-from helpers.verdicts import Verdict
+from helpers.chat import chat_html, references
+from helpers.chat import session as chat
+from helpers.chat import widgets as chat_ui
+from helpers.chat.detectors import Verdict
+from helpers.chat.references import NO_REFERENCES
+from helpers.data import images
 
 NOW = datetime.datetime(2026, 1, 1)
 

@@ -10,8 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import checkpoints, shard_job, standins, weights
-from helpers.tensor_files import WeightFileError
+from helpers.weights import folders as shard_job
+from helpers.weights import llama as weights
+from helpers.weights import mini as standins
+from helpers.weights import published as checkpoints
+from helpers.weights.tensors import WeightFileError
 
 LLAMA_7B = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32}
 LLAMA_13B = {"hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 40}
@@ -343,7 +346,7 @@ def test_standins_have_the_published_layout_and_fit_their_models(tmp_path: Path)
 
 def test_imagebind_standin_comes_back_as_the_embedded_backbone(tmp_path: Path) -> None:
     """Through ImageBind's names, frames and transposes and the converter: bit for bit, but for the epsilon."""
-    from helpers import backbones
+    from helpers.clip import backbones
 
     standins.write_imagebind(tmp_path / "ib.pth")
     checkpoints.convert_imagebind(tmp_path / "ib.pth", tmp_path / "ib", vision_heads=4, text_heads=3, log=quiet)
@@ -354,7 +357,7 @@ def test_imagebind_standin_comes_back_as_the_embedded_backbone(tmp_path: Path) -
 
 
 def test_anomalyclip_standin_carries_its_clip_s_own_embeddings(tmp_path: Path) -> None:
-    from helpers import backbones
+    from helpers.clip import backbones
 
     standins.write_anomalyclip(tmp_path / "c.pth", clip_model="art-vit-mini", image_size=224)
     found = checkpoints.load(checkpoints.convert_anomalyclip(tmp_path / "c.pth", tmp_path / "c", log=quiet))

@@ -11,7 +11,12 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from helpers import colab, downloads, persistence, preflight, profiles, runner, session, storage
+from helpers import files as storage
+from helpers import profiles, runner
+from helpers.colab import keep as persistence
+from helpers.colab import preflight, session
+from helpers.colab import session as colab
+from helpers.weights import fetch as downloads
 
 FAKE = str(Path(__file__).parent / "fake_colab")
 
@@ -324,8 +329,8 @@ def test_costs_are_estimates_with_the_rate_of_the_gpu(monkeypatch: pytest.Monkey
     monkeypatch.setenv("ART_PROFILE", "full")
     profile = profiles.active()
     full = preflight.costs(profile, "NVIDIA L4").set_index("notebook")
-    assert full.loc["05_anomalygpt_train", "compute units"] == f"{1.71 * 2:.1f}"
-    assert full.loc["05_anomalygpt_train", "state"] == "to do"
+    assert full.loc["06_anomalygpt_train", "compute units"] == f"{1.71 * 2:.1f}"
+    assert full.loc["06_anomalygpt_train", "state"] == "to do"
     assert set(preflight.costs(profile, "Unknown GPU")["compute units"]) == {"unknown"}
     note = preflight.cost_note(profile, "NVIDIA A100-SXM4-80GB")
     assert note.startswith("Estimates") and "7.52" in note and "2026-03-10" in note

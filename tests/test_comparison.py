@@ -14,7 +14,10 @@ import tiny_comparison as tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import comparison, data, metrics, published, results, statistics, wording
+from helpers import results
+from helpers.data import manifest as data
+from helpers.judge import comparison, metrics, published, statistics
+from helpers.judge import findings as wording
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +132,7 @@ def test_the_csv_is_tidy_and_comes_back(compared: comparison.Comparison, csv: Pa
 
 
 def test_reading_says_which_notebook_writes_it(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="08_compare"):
+    with pytest.raises(FileNotFoundError, match="09_compare"):
         comparison.read(tmp_path / "comparison.csv")
     (tmp_path / "comparison.csv").write_text("method,accuracy\nx,1\n")
     with pytest.raises(ValueError, match="columns method, accuracy"):
@@ -159,10 +162,10 @@ def test_a_run_over_a_part_of_the_pictures_is_refused(dataset: data.Dataset, tmp
 
 
 def test_missing_methods_are_named_with_their_notebook(compared: comparison.Comparison, csv: Path) -> None:
-    assert compared.missing["anomalygpt"] == "AnomalyGPT has no results yet: run 06_anomalygpt_test."
+    assert compared.missing["anomalygpt"] == "AnomalyGPT has no results yet: run 07_anomalygpt_test."
     assert set(compared.missing) == set(results.METHODS) - {"clip_lof", "anomalyclip", "always_anomaly"}
-    assert "missing: AnomalyGPT (run 06_anomalygpt_test)" in comparison.as_text(csv)
-    assert "| AnomalyGPT (run `06_anomalygpt_test`) | – |" in comparison.as_markdown(csv)
+    assert "missing: AnomalyGPT (run 07_anomalygpt_test)" in comparison.as_text(csv)
+    assert "| AnomalyGPT (run `07_anomalygpt_test`) | – |" in comparison.as_markdown(csv)
 
 
 def test_results_of_another_tool_join_as_a_row(dataset: data.Dataset, tmp_path: Path) -> None:

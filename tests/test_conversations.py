@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import conversations as c
+from helpers.anomalygpt import conversations as c
 
 CELLS = [cell for row in c.CELLS for cell in row]
 

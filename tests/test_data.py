@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from helpers import data, images, layouts
+from helpers.data import images, layouts
+from helpers.data import manifest as data
 from helpers.records import SPLITS, Sample
 
 

@@ -23,9 +23,9 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import downloads
-from helpers.downloads import DownloadError
-from helpers.tensor_files import WeightFileError
+from helpers.weights import fetch as downloads
+from helpers.weights.fetch import DownloadError
+from helpers.weights.tensors import WeightFileError
 
 CONTENT = np.random.default_rng(0).integers(0, 256, 300_000, dtype=np.uint8).tobytes()
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

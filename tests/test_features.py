@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import backbones, features, images, storage
-from helpers.features import Features
+from helpers import files as storage
+from helpers.clip import backbones, features
+from helpers.clip.features import Features
+from helpers.data import images
 from helpers.records import Sample
 
 

@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 import tiny_comparison as tiny
 
-from helpers import data, features, feedback, images, journal, storage
+from helpers import files as journal
+from helpers import files as storage
+from helpers.chat import feedback
+from helpers.clip import features
+from helpers.data import images
+from helpers.data import manifest as data
 
 WRITER = """
 import sys

@@ -11,8 +11,13 @@ import pytest
 import tiny_anomalygpt
 import tiny_clip
 
-from helpers import anomalygpt_training, calibration, data, feedback, feedback_loop, images, one_class, tuning
-from helpers.feedback_loop import Loop
+from helpers.anomalygpt import training as anomalygpt_training
+from helpers.chat import feedback, feedback_loop
+from helpers.chat.feedback_loop import Loop
+from helpers.clip import one_class, tuning
+from helpers.data import images
+from helpers.data import manifest as data
+from helpers.judge import statistics as calibration
 
 METHODS = ("clip_resnet50", "clip_patch_knn", "clip_cross_entropy")
 FIXTURE = Path(__file__).parent / "golden" / "anomalygpt_seed0.safetensors"

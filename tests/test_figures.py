@@ -14,7 +14,9 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from helpers import comparison, data, figures, report_figures, results
+from helpers import results
+from helpers.data import manifest as data
+from helpers.judge import comparison, figures, report_figures
 
 RNG = np.random.default_rng(3)
 PICTURE = tiny.picture(1)

@@ -18,22 +18,28 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import (
-    anomalyclip,
-    anomalygpt,
-    anomalygpt_plan,
-    anomalygpt_testing,
-    anomalygpt_training,
-    backbones,
-    features,
+from helpers import profiles
+from helpers.anomalyclip import model as anomalyclip
+from helpers.anomalygpt import (
+    evaluation as anomalygpt_testing,
+)
+from helpers.anomalygpt import (
     imagebind,
     language,
-    one_class,
-    preflight,
-    prepare,
-    profiles,
-    weight_plan,
 )
+from helpers.anomalygpt import (
+    model as anomalygpt,
+)
+from helpers.anomalygpt import (
+    plan as anomalygpt_plan,
+)
+from helpers.anomalygpt import (
+    training as anomalygpt_training,
+)
+from helpers.clip import backbones, features, one_class
+from helpers.colab import preflight
+from helpers.weights import catalog as weight_plan
+from helpers.weights import steps as prepare
 
 L4_GB, A100_GB = 22.5, 40.0
 """Usable memory of the two GPUs that the profile is made for, in GB."""
@@ -101,7 +107,7 @@ def test_anomalyclip_needs_nobodys_consent(full: profiles.Profile, monkeypatch: 
         assert token is None and not file.is_restricted and not file.is_gated
         fetched.append(file.component)
         file.path.parent.mkdir(parents=True, exist_ok=True)
-        from helpers import standins
+        from helpers.weights import mini as standins
 
         standins.write_anomalyclip(file.path, clip_model="art-vit-mini", image_size=224)
 
@@ -121,7 +127,7 @@ def test_anomalyclip_needs_nobodys_consent(full: profiles.Profile, monkeypatch: 
 
 
 def test_training_and_answering_fit_an_l4(full: profiles.Profile) -> None:
-    """The loads of notebooks 05 and 06, cell for cell."""
+    """The loads of notebooks 06 and 07, cell for cell."""
     training = anomalygpt_training.from_preset(full.anomalygpt_preset, **full.anomalygpt_training)
     testing = anomalygpt_testing.TestSettings(alpha=full.alpha, seed=full.seed, **full.anomalygpt_testing)
     precision, pictures = full.anomalygpt_precision, 2 * training.micro_batch
@@ -272,7 +278,7 @@ def test_the_whole_language_model_on_the_meta_device(size: anomalygpt_plan.Chain
 
 
 def test_a_training_step_of_the_head_at_true_width(full: profiles.Profile) -> None:
-    """Notebook 05's loss on a pair, with a language model of true width and one block: only the head gets gradients."""
+    """Notebook 06's loss on a pair, with a language model of true width and one block: only the head gets gradients."""
     size, side = anomalygpt_plan.VICUNA_7B, anomalygpt.MAP_SIZE
     dtype = {"bf16": torch.bfloat16}[full.anomalygpt_precision]
     noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.02

@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 import tiny_comparison as tiny
 
-from helpers import comparison, data, figures, history
+from helpers.data import manifest as data
+from helpers.judge import comparison, figures, history
 
 N = 3  # every test picture three times: 12 normal and 12 anomalous ones of each painting
 GOOD = (1, 2, 3, 4, 5, 6, 7, 8) * N

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from helpers import images
+from helpers.data import images
 
 HEIGHT, WIDTH = 24, 37
 RAMP = np.dstack(

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import tiny_comparison as tiny
 
-from helpers import data, images, inbox, storage
+from helpers import files as storage
+from helpers.data import images
+from helpers.data import manifest as data
+from helpers.judge import inbox
 from helpers.records import Prediction
 
 

@@ -99,7 +99,7 @@ def test_nothing_is_installed_and_nothing_foreign_imported(path: Path) -> None:
     for cell in _cells(path, "code"):
         assert not re.search(r"^\s*[!%]", cell.source, flags=re.MULTILINE), "no shell and no magic commands"
         assert not re.search(r"^\s*(?:import|from) google\b", cell.source, flags=re.MULTILINE), (
-            "helpers.colab has guards"
+            "helpers.colab.session has guards"
         )
         assert not re.search(r"weights_only\s*=\s*False|\bpickle\b|allow_pickle", cell.source)
 

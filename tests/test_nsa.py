@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from helpers import nsa
+from helpers.synthesis import nsa
 
 FOLDER = Path(os.environ.get("PARITY_FIXTURES") or Path(__file__).parent / "golden")
 TEXTURE = nsa.MVTEC_SETTINGS["carpet"]

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import calibration, metrics, one_class, report_2024
-from helpers.features import Features
-from helpers.one_class import (
+from helpers.clip import one_class, report_2024
+from helpers.clip.features import Features
+from helpers.clip.one_class import (
     CosineSettings,
     ForestSettings,
     HeadSettings,
@@ -21,6 +21,8 @@ from helpers.one_class import (
     PatchKnnSettings,
     Training,
 )
+from helpers.judge import metrics
+from helpers.judge import statistics as calibration
 from helpers.records import Sample
 
 KINDS = ("box", "line", "letter", "stain", "tear", "global")

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from helpers import downloads, persistence, storage
-from helpers.persistence import Archive
+from helpers import files as storage
+from helpers.colab import keep as persistence
+from helpers.colab.keep import Archive
+from helpers.weights import fetch as downloads
 
 sys.path.insert(0, str(Path(__file__).parent / "fake_colab"))
 from failing_drive import FailingDrive
@@ -436,7 +438,10 @@ def test_a_restored_dataset_is_found_complete_and_its_results_are_read(
     import cv2
     import numpy as np
 
-    from helpers import assemble, data, images, results
+    from helpers import results
+    from helpers.data import build as assemble
+    from helpers.data import images
+    from helpers.data import manifest as data
     from helpers.records import Prediction
 
     for i in range(6):

@@ -14,10 +14,32 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import gguf_file, language_check, llama_layout, prepare, shard_job, standins, storage, weight_plan, weights
-from helpers.downloads import DownloadError
-from helpers.tensor_files import WeightFileError
-from helpers.weight_plan import WeightFile
+from helpers import files as storage
+from helpers.weights import (
+    catalog as weight_plan,
+)
+from helpers.weights import (
+    folders as shard_job,
+)
+from helpers.weights import (
+    gguf_file,
+    llama_layout,
+)
+from helpers.weights import (
+    llama as weights,
+)
+from helpers.weights import (
+    mini as standins,
+)
+from helpers.weights import (
+    steps as prepare,
+)
+from helpers.weights import (
+    talk as language_check,
+)
+from helpers.weights.catalog import WeightFile
+from helpers.weights.fetch import DownloadError
+from helpers.weights.tensors import WeightFileError
 
 SHARD_BYTES = 120_000_000
 

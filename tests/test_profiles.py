@@ -90,7 +90,7 @@ def test_every_setting_of_mini_is_a_field() -> None:
 
 
 def test_importing_helpers_loads_no_torch() -> None:
-    code = "import sys, helpers.profiles, helpers.results, helpers.backbones; print('torch' in sys.modules)"
+    code = "import sys, helpers.profiles, helpers.results, helpers.clip.backbones; print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=profiles.REPOSITORY, capture_output=True, text=True, check=True
     )

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
+import record_results as readme
 
-from helpers import comparison, conversations, profiles, readme, results
+from helpers import profiles, results
+from helpers.anomalygpt import conversations
+from helpers.judge import comparison
 
 # Methods, of which the best counts -> metric -> goal for each painting with the weights that mini ships.
 GOALS = {

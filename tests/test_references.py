@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import tiny_chat
 
-from helpers import anomalygpt_testing as te
-from helpers import calibration, images, references
-from helpers.anomalygpt import build_bank
-from helpers.references import NO_REFERENCES
+from helpers.anomalygpt import evaluation as te
+from helpers.anomalygpt.model import build_bank
+from helpers.chat import references
+from helpers.chat.references import NO_REFERENCES
+from helpers.data import images
+from helpers.judge import statistics as calibration
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ import pytest
 import tiny_comparison as tiny
 from PIL import Image
 
-from helpers import comparison, data, figures, report, report_figures
+from helpers.data import manifest as data
+from helpers.judge import comparison, figures, report, report_figures
 
 HOSTILE_KIND = "<script>alert('kind')</script>"
 HOSTILE_CATEGORY = '"><img src=http://evil.example/x onerror=alert(1)>'
@@ -135,7 +136,7 @@ def test_the_headline_and_the_table_carry_the_measured_numbers(page: Path) -> No
     text = " ".join(read(page).text.split())
     assert "On 16 test pictures of 2 paintings, CLIP LOF ranks first: image AUROC 0.81 [0.50, 0.97]" in text
     assert "12/16" in text and "Harbour8 test pictures, 4 anomalous and 4 normal" in text
-    assert "AnomalyGPT has no results yet: run 06_anomalygpt_test." in text
+    assert "AnomalyGPT has no results yet: run 07_anomalygpt_test." in text
     assert "say nothing about the published models" in text
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers import results, storage
+from helpers import files as storage
+from helpers import results
 from helpers.records import Prediction, Sample
 
 

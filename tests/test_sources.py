@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers import data, images, painting, sources
+from helpers.data import images, painting, sources
+from helpers.data import manifest as data
+from helpers.data.sources import REINTERPRETATION, REPLICA, Work
 from helpers.records import Sample
-from helpers.sources import REINTERPRETATION, REPLICA, Work
 
 # --- embedded paintings ----------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from scipy.special import ndtri
 from scipy.stats import binom
 from sklearn.metrics import roc_auc_score
 
-from helpers import metrics, statistics
+from helpers.judge import metrics, statistics
 
 pytestmark = pytest.mark.filterwarnings("error")
 

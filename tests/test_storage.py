@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import storage
+from helpers import files as storage
 
 
 def test_atomic_path_keeps_the_old_file_when_writing_fails(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import colours, synthesis
+from helpers.synthesis import colours
+from helpers.synthesis import marks as synthesis
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHAPES = [(16, 16), (16, 700), (700, 16), (37, 51), (240, 180)]

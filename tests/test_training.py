@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import anomalyclip_training, storage
+from helpers import files as storage
+from helpers.anomalyclip import training as anomalyclip_training
 from helpers.training import (
     TrainingSettings,
     TrainingStopped,

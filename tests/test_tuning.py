@@ -14,9 +14,10 @@ import pytest
 import torch
 from test_one_class import KINDS, QUICK, draw, training_of
 
-from helpers import figures, one_class, tuning
-from helpers.features import Features
-from helpers.one_class import TooFewPictures, Training
+from helpers.clip import one_class, tuning
+from helpers.clip.features import Features
+from helpers.clip.one_class import TooFewPictures, Training
+from helpers.judge import figures
 
 
 @pytest.fixture(scope="module")

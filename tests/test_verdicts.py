@@ -12,18 +12,14 @@ import pytest
 import tiny_chat
 import torch
 
-from helpers import (
-    anomalyclip,
-    anomalyclip_training,
-    backbones,
-    clip_methods,
-    features,
-    images,
-    one_class,
-    storage,
-    verdicts,
-)
-from helpers.verdicts import Verdict
+from helpers import files as storage
+from helpers.anomalyclip import model as anomalyclip
+from helpers.anomalyclip import training as anomalyclip_training
+from helpers.chat import detectors as verdicts
+from helpers.chat.detectors import Verdict
+from helpers.clip import backbones, features, one_class
+from helpers.clip import methods as clip_methods
+from helpers.data import images
 
 SEED = 3
 BASES = {

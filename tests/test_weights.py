@@ -20,8 +20,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from helpers import llama_layout, shard_job, storage, weights
-from helpers.tensor_files import StoredTensor, WeightFileError, _check_inside, _zip_records, read_index
+from helpers import files as storage
+from helpers.weights import folders as shard_job
+from helpers.weights import llama as weights
+from helpers.weights import llama_layout
+from helpers.weights.tensors import StoredTensor, WeightFileError, _check_inside, _zip_records, read_index
 
 DIMS = {"dim": 64, "n_heads": 4, "n_kv_heads": 4, "n_layers": 3, "inner": 96, "vocab": 128}
 GROUPED = DIMS | {"n_heads": 8, "n_kv_heads": 4}
@@ -233,7 +236,7 @@ def test_fused_merge_never_writes_the_base_and_gives_the_same_bits(
 
 
 def test_small_chunks_give_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from helpers import tensor_files
+    from helpers.weights import tensors as tensor_files
 
     monkeypatch.setattr(tensor_files, "CHUNK_BYTES", 5000)  # several chunks a tensor, whole heads each
     model = meta_model(GROUPED)
@@ -779,7 +782,7 @@ def test_tokenizer_gives_the_ids_of_sentencepiece_whatever_lay_beside_it(
     import sentencepiece
     from transformers import AutoTokenizer
 
-    from helpers import language_check
+    from helpers.weights import talk as language_check
 
     dims = DIMS | {"vocab": 500}
     meta = write_meta(tmp_path / "meta", meta_model(dims), dims, 2)
@@ -804,7 +807,7 @@ def test_tokenizer_gives_the_ids_of_sentencepiece_whatever_lay_beside_it(
 def test_a_tokenizer_that_differs_from_sentencepiece_is_refused(tmp_path: Path, sentencepiece_model: Path) -> None:
     from transformers import AutoTokenizer
 
-    from helpers import language_check
+    from helpers.weights import talk as language_check
 
     dims = DIMS | {"vocab": 500}
     meta = write_meta(tmp_path / "meta", meta_model(dims), dims, 1)

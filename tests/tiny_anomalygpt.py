@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from helpers import anomalygpt, imagebind, language
+from helpers.anomalygpt import imagebind, language
+from helpers.anomalygpt import model as anomalygpt
 
 DESCRIPTION = (
     "This is a photo of a bottle for anomaly detection, which should be round, without any damage, flaw, defect, "

@@ -7,9 +7,12 @@ from pathlib import Path
 import numpy as np
 import tiny_anomalygpt as tiny
 
-from helpers import anomalygpt_testing as te
-from helpers import chat, data, images, references
-from helpers.anomalygpt import AnomalyGPT
+from helpers.anomalygpt import evaluation as te
+from helpers.anomalygpt.model import AnomalyGPT
+from helpers.chat import references
+from helpers.chat import session as chat
+from helpers.data import images
+from helpers.data import manifest as data
 from helpers.records import Sample
 
 FIXTURE = Path(__file__).parent / "golden" / "anomalygpt_seed0.safetensors"

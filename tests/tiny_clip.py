@@ -8,8 +8,11 @@ import numpy as np
 import open_clip
 import torch
 
-from helpers import backbones, data, images, synthesis
+from helpers.clip import backbones
+from helpers.data import images
+from helpers.data import manifest as data
 from helpers.records import Sample
+from helpers.synthesis import marks as synthesis
 
 SHAPE = (40, 32)
 
@@ -40,7 +43,7 @@ def write_dataset(folder: Path, categories: tuple[str, ...] = ("harbour", "portr
 
 
 def models(cache_dir: Path) -> dict:
-    """A CLIP of 32 px and 4 x 4 patches and a CNN, with the options of :func:`helpers.features.embed_images`."""
+    """A CLIP of 32 px and 4 x 4 patches and a CNN, with the options of :func:`helpers.clip.features.embed_images`."""
     vision = {"layers": 4, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}
     text = {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 2, "layers": 1}
     with torch.random.fork_rng(devices=[]):

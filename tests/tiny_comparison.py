@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from helpers import data, images, results
+from helpers import results
+from helpers.data import images
+from helpers.data import manifest as data
 from helpers.records import Prediction, Sample
 
 SHAPE = (36, 24)

@@ -24,7 +24,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from helpers import anomalyclip
+from helpers.anomalyclip import model as anomalyclip
 
 
 def plain_dual_path(visual: nn.Module, images: torch.Tensor, first_dual_block: int) -> torch.Tensor:

@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from helpers import anomalygpt, imagebind, language
+from helpers.anomalygpt import imagebind, language
+from helpers.anomalygpt import model as anomalygpt
 
 K_SHOT = 4
 

@@ -23,7 +23,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from helpers import metrics
+from helpers.judge import metrics
 
 
 def make_maps(n: int, size: int) -> tuple[list[np.ndarray], list[np.ndarray]]:

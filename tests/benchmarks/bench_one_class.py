@@ -14,8 +14,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from helpers import one_class
-from helpers.features import Features
+from helpers.clip import one_class
+from helpers.clip.features import Features
 from helpers.records import Sample
 
 SHAPES = {

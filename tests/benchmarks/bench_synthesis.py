@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import cv2
 import numpy as np
 
-from helpers import images, synthesis
+from helpers.data import images
+from helpers.synthesis import marks as synthesis
 
 SIDE = 512
 

@@ -1,0 +1,199 @@
+"""The set-up cell's one call: profile, what is kept from earlier sessions, and whether this machine will do.
+
+Afterwards every cell that finishes something has it copied to the lasting folder, where there is one.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from helpers import profiles
+from helpers.colab import keep as persistence
+from helpers.colab import preflight
+from helpers.colab.keep import Archive
+
+MOUNT_POINT = Path("/content/drive")
+FOLDER = "art-anomaly"
+"""Folder in My Drive that the suite makes."""
+_PAUSE_SECONDS = 300
+"""After a failed round, so that a dead Drive does not slow down every cell."""
+
+_current: _Keeper | None = None
+
+
+def start(*, log: Callable[[str], None] = print) -> profiles.Profile:
+    """Find the profile, bring back finished work, and print the preflight table.
+
+    Run again it mounts a lost Drive anew. Nothing here stops a session: a ``✗`` says what will, and what to do.
+
+    Args:
+        log: receives the printed lines.
+    Returns:
+        the active profile.
+    Raises:
+        ValueError, FileNotFoundError: ``ART_PROFILE`` or ``ART_DATA`` are wrong, see :func:`helpers.profiles.active`;
+            ``ART_DRIVE_LIMIT_GB`` is not a number.
+    """
+    _reach_pictures(log)
+    profile = profiles.active()
+    log(str(profile))
+    lasting = lasting_folder(profile.device, log=log)
+    _forget_current()
+    if lasting is not None:
+        is_drive = lasting.is_relative_to(MOUNT_POINT)
+        reconnect = partial(mount_drive, log=log) if is_drive else None
+        archive = Archive(lasting / profile.name, reconnect, max_unit_bytes=_limit_bytes())
+        for outcome in persistence.restore(profile.home, archive):
+            if outcome.state != "here":
+                log(f"kept in {lasting}: {outcome}")
+        _keep_from_now_on(profile.home, archive, log)
+    log(preflight.as_text(preflight.run(profile, lasting=lasting)))
+    log(preflight.where_am_i(profile.home))
+    return profile
+
+
+def lasting_folder(device: str, *, log: Callable[[str], None] = print) -> Path | None:
+    """Where finished work is kept: ``ART_DRIVE``, or Google Drive on a machine with a GPU; None: nowhere.
+
+    ``ART_DRIVE=off`` keeps nothing. Without a GPU everything is made again in minutes, so no dialog is opened.
+    """
+    asked = os.environ.get("ART_DRIVE", "").strip()
+    if asked.lower() == "off":
+        return None
+    if asked:
+        return Path(asked).expanduser().absolute()
+    if not device.startswith("cuda"):
+        return None
+    root = mount_drive(log=log)
+    return None if root is None else root / FOLDER
+
+
+def _reach_pictures(log: Callable[[str], None]) -> None:
+    """Mount Drive first when the user's pictures lie there."""
+    asked = os.environ.get("ART_DATA", "").strip()
+    if asked and Path(asked).absolute().is_relative_to(MOUNT_POINT):
+        mount_drive(log=log)
+
+
+def _limit_bytes() -> int:
+    """Largest unit to keep: ``ART_DRIVE_LIMIT_GB``, by default 2, so that a Drive of 15 GB is enough."""
+    asked = os.environ.get("ART_DRIVE_LIMIT_GB", "").strip()
+    try:
+        return int(float(asked) * 1e9) if asked else persistence.MAX_UNIT_BYTES
+    except ValueError:
+        raise ValueError(f"ART_DRIVE_LIMIT_GB is {asked!r}; give a number of GB, or unset it for 2.") from None
+
+
+def checkpoint_keeper() -> Callable[[Path], None] | None:
+    """For ``on_checkpoint`` of a training that takes hours in one cell; None where nothing is kept."""
+    if _current is None:
+        return None
+    return persistence.keeper(_current.home, _current.archive)
+
+
+class _Keeper:
+    """Called by IPython when a cell has ended."""
+
+    def __init__(self, home: Path, archive: Archive, log: Callable[[str], None]) -> None:
+        self.home, self.archive, self._log = home, archive, log
+        self._not_before = 0.0
+
+    def __call__(self, _result: Any = None) -> None:
+        if time.monotonic() < self._not_before:
+            return
+        outcomes = persistence.save(self.home, self.archive)
+        for outcome in outcomes:
+            self._log(f"kept: {outcome}")
+        if any(outcome.state == "failed" for outcome in outcomes):
+            self._not_before = time.monotonic() + _PAUSE_SECONDS
+
+
+def _keep_from_now_on(home: Path, archive: Archive, log: Callable[[str], None]) -> None:
+    global _current
+    _current = _Keeper(home, archive, log)
+    shell = _shell()
+    if shell is not None:
+        shell.events.register("post_run_cell", _current)
+        log(f"finished work is copied to {archive.folder} whenever a cell ends")
+
+
+def _forget_current() -> None:
+    """A set-up cell that runs twice must not save twice."""
+    global _current
+    shell = _shell()
+    if shell is not None and _current is not None:
+        shell.events.unregister("post_run_cell", _current)
+    _current = None
+
+
+def _shell() -> Any:
+    from IPython import get_ipython
+
+    return get_ipython()
+
+
+def is_colab() -> bool:
+    """Whether this kernel was started by Colab's web page, so that its dialogs can appear."""
+    return "google.colab" in sys.modules
+
+
+def mount_drive(*, log: Callable[[str], None] = print) -> Path | None:
+    """Mount Google Drive, or find it mounted. Asks for your permission in a dialog the first time.
+
+    Returns:
+        the folder of My Drive; None where there is no Drive to be had, with the reason said.
+    """
+    root = MOUNT_POINT / "MyDrive"
+    if is_reachable(root):
+        return root
+    if not is_colab():
+        log("Google Drive: not on Colab, nothing to mount")
+        return None
+    from google.colab import drive
+
+    try:
+        drive.mount(str(MOUNT_POINT), force_remount=MOUNT_POINT.exists())
+    except Exception as error:  # NotImplementedError, ValueError and Colab's own MessageError: no common base
+        log(f"Google Drive: could not be mounted ({type(error).__name__}: {error}). {_advice(error)}")
+        return None
+    if not is_reachable(root):
+        log(f"Google Drive: mounted, but {root} cannot be listed. Run this cell again.")
+        return None
+    return root
+
+
+def is_reachable(folder: Path) -> bool:
+    """Whether a folder can be listed now; a lost mount exists and cannot (error 107)."""
+    try:
+        os.listdir(folder)
+    except OSError:
+        return False
+    return True
+
+
+def disconnect(*, log: Callable[[str], None] = print) -> None:
+    """Write what Drive still holds back, then give the machine back, so that no more compute units are used.
+
+    The machine's own disk goes with it.
+    """
+    if not is_colab():
+        log("disconnect: not on Colab, nothing to give back")
+        return
+    from google.colab import drive, runtime
+
+    drive.flush_and_unmount()
+    runtime.unassign()
+
+
+def _advice(error: Exception) -> str:
+    if isinstance(error, NotImplementedError):
+        return "Only Colab's web page can mount it. Work goes on; set ART_DRIVE to another folder that lasts."
+    if "timeout" in str(error).lower():
+        return "My Drive's top folder may hold too many files: move some into folders, then run this cell again."
+    return "Work goes on without it and is lost with this machine. Run this cell again and allow access to keep it."

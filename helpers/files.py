@@ -1,0 +1,133 @@
+"""Files that are whole or absent: atomic writes, JSON and hashes.
+
+Everything is written under a temporary name in the same folder, flushed to disk and renamed. A folder is complete
+when its mark (``manifest.json`` or ``READY.json``), written last, is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+CHUNK_BYTES = 1 << 20
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Temporary name to write to; renamed to ``path`` when the block succeeds, removed when it fails.
+
+    The suffix of ``path`` is kept, so that libraries which choose a format by suffix work.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem[:40]}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp gives 0600; others may read our results
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically; nan and infinity are refused (they are not JSON)."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: the file is not JSON; the message names the file.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not readable JSON ({error}). Delete it and run the step that makes it.") from error
+
+
+def sha256_file(path: Path) -> str:
+    """Hash of a file's bytes, lower-case hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hash of a value's canonical JSON, for settings and manifests."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()
+
+
+def free_bytes(path: Path) -> int:
+    """Free space of the disk that holds ``path`` (which need not exist yet)."""
+    path = Path(path).absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+LOCK_SECONDS = 60
+"""How long to wait for another session that is writing."""
+
+
+def append_line(path: Path | str, line: str, *, header: str | None = None) -> None:
+    """Add a line to a text file.
+
+    The unfinished last line of a writer that died is closed first: it stays in the file, apart from the new line, for
+    the reader to report.
+
+    Args:
+        path: made with its folder when it does not exist.
+        line: without line breaks.
+        header: first line of a new file.
+    Raises:
+        ValueError: the line holds a line break.
+        TimeoutError: another session held the lock for :data:`LOCK_SECONDS`.
+        OSError: the disk is full or cannot be written to.
+    """
+    if len(line.splitlines()) > 1 or line.endswith("\n"):
+        raise ValueError(f"A line holds a line break: {line[:80]!r}. Escape it, for example as JSON.")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock", timeout=LOCK_SECONDS), open(path, "ab+") as file:
+        start = f"{header}\n" if header is not None and file.tell() == 0 else ""
+        if _is_torn(file):
+            start = "\n"
+        file.write(f"{start}{line}\n".encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _is_torn(file) -> bool:
+    """True when the file does not end with a line break; it is open for appending, so reading moves no write."""
+    if file.seek(0, os.SEEK_END) == 0:
+        return False
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) != b"\n"

@@ -1,0 +1,60 @@
+"""Keeps the README's results table equal to the last recorded ``mini`` run (a maintainer's tool).
+
+python tests/record_results.py --record   # take the rows of workspace/mini/report/comparison.csv, rewrite its table
+python tests/record_results.py --check    # exit 1 when the README shows anything else
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from helpers import files as storage
+from helpers import profiles
+from helpers.judge import comparison
+
+README = profiles.REPOSITORY / "README.md"
+RECORDED = profiles.REPOSITORY / "tests" / "golden" / "mini_comparison.csv"
+_BEGIN, _END = "<!-- results: begin (python tests/record_results.py --record) -->", "<!-- results: end -->"
+
+
+def with_table(text: str, table: str) -> str:
+    """The README with another table between its two marks.
+
+    Raises:
+        ValueError: the marks are missing or not in order.
+    """
+    before, begin, rest = text.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not begin or not end:
+        raise ValueError(f"README.md needs the two lines {_BEGIN!r} and {_END!r} around the results table.")
+    return f"{before}{begin}\n\n{table.strip()}\n\n{end}{after}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Record or check; 0 when README and recorded run agree afterwards."""
+    parser = argparse.ArgumentParser(prog="python tests/record_results.py", description=__doc__.splitlines()[0])
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--record", action="store_true", help="take the last mini run and rewrite the table")
+    task.add_argument("--check", action="store_true", help="compare only")
+    options = parser.parse_args(arguments)
+    if options.record:
+        newest = profiles.REPOSITORY / "workspace" / "mini" / "report" / "comparison.csv"
+        if not newest.exists():
+            print(f"No {newest}. Run `bash colab_setup.sh run` first.")
+            return 1
+        table = comparison.read(newest)
+        storage.write_text(RECORDED, table[table["kind"] == "all"].to_csv(index=False))
+    text = README.read_text(encoding="utf-8")
+    wanted = with_table(text, comparison.as_markdown(RECORDED))
+    if options.record:
+        storage.write_text(README, wanted)
+    elif text != wanted:
+        print("The results table of README.md is not that of tests/golden/mini_comparison.csv: run with --record.")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
