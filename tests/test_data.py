@@ -532,6 +532,21 @@ def test_select_and_categories(mvtec: Path) -> None:
             dataset.select(**wrong)
 
 
+def test_a_source_picture_in_two_splits_needs_a_limit(mvtec: Path) -> None:
+    samples = [
+        replace(s, group="one scan") if s.category == "mona_lisa" else s for s in data.read_folder(mvtec).samples
+    ]
+    data.write_manifest(mvtec, samples)
+    with pytest.raises(data.DatasetError, match="mona_lisa stand in two splits"):
+        data.open_dataset(mvtec)
+    info = {"limits": {"mona_lisa": "One genuine picture."}, "kinds_held_out": ["box"]}
+    data.write_manifest(mvtec, samples, info=info)
+    dataset = data.open_dataset(mvtec)
+    assert dataset.limits == info["limits"] and dataset.kinds_held_out == ("box",)
+    assert dataset.n_sources("mona_lisa", "train") == 1
+    assert dataset.n_sources("girl_with_a_pearl_earring", "train") == 4
+
+
 def test_an_interrupted_write_is_no_dataset(mvtec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data.build_manifest(mvtec)
     samples = list(data.read_folder(mvtec).samples)

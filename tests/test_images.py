@@ -258,7 +258,7 @@ def huge_jpeg(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("max_side", [None, 288])
 def test_huge_jpeg_is_decoded_at_reduced_size(huge_jpeg: Path, max_side: int | None) -> None:
     code = (
-        "import resource, sys; from helpers import images\n"
+        "import resource, sys; from helpers.data import images\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         f"image = images.load_image(sys.argv[1], max_side={max_side})\n"
         "print(*image.shape, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"

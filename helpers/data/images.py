@@ -6,6 +6,7 @@ Every hostile file has a defined outcome: it is read (rotated, flattened, scaled
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -160,6 +161,12 @@ def resize(image: np.ndarray, max_side: int) -> np.ndarray:
     if image.dtype == bool:
         return cv2.resize(image.view(np.uint8), size, interpolation=cv2.INTER_NEAREST_EXACT).astype(bool)
     return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+
+
+def pixel_hash(image: np.ndarray) -> str:
+    """SHA-256 of a picture's shape and pixels (lower-case hexadecimal): equal for one picture in two file formats."""
+    header = f"{image.dtype.str} {image.shape} ".encode()
+    return hashlib.sha256(header + np.ascontiguousarray(image).tobytes()).hexdigest()
 
 
 def _opened(path: Path) -> Image.Image:

@@ -15,7 +15,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -126,16 +126,27 @@ class Dataset:
         folder: where ``manifest.csv`` lies.
         samples: all pictures, absolute paths.
         hash: identifies pictures, labels, masks, splits and groups; results name it.
+        kinds_held_out: kinds of synthetic damage that no training may use, so that a test on them is one of unseen
+            kinds.
+        limits: a sentence for each artwork whose numbers are optimistic or bare, because it has few genuine pictures;
+            there, and only there, splits may share source pictures (:func:`shared_groups`).
     """
 
     folder: Path
     samples: tuple[Sample, ...]
     hash: str
+    kinds_held_out: tuple[str, ...] = ()
+    limits: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def categories(self) -> tuple[str, ...]:
         """The artworks, sorted."""
         return tuple(sorted({sample.category for sample in self.samples}))
+
+    def n_sources(self, category: str, split: str) -> int:
+        """Independent genuine pictures behind the normal pictures of a split: re-photographs of one count once."""
+        normal = self.select(category=category, split=split, is_anomalous=False)
+        return len({sample.group or str(sample.image_path) for sample in normal})
 
     def select(
         self,
@@ -198,6 +209,10 @@ def build_manifest(folder: Path | str, *, output: Path | str | None = None) -> P
             "exact_duplicates": [[_short(a, root), _short(b, root)] for a, b in reading.exact_duplicates],
             "near_duplicates": [[_short(a, root), _short(b, root)] for a, b in reading.near_duplicates],
             "notes": list(reading.notes),
+            "limits": {
+                category: f"{_count(len(groups), 'picture')} of two splits show one scan, so numbers are optimistic."
+                for category, groups in shared_groups(reading.samples).items()
+            },
         },
     )
     print(reading.describe())
@@ -263,7 +278,8 @@ def write_manifest(path: Path | str, samples: Sequence[Sample], *, info: Mapping
     Args:
         path: the CSV file, or the folder for it.
         samples: the pictures; missing hashes are computed from the files.
-        info: further JSON values for ``manifest.json`` (how the dataset was made).
+        info: further JSON values for ``manifest.json`` (how the dataset was made); ``kinds_held_out`` (list) and
+            ``limits`` (artwork -> sentence) come back as attributes of :class:`Dataset`.
     Returns:
         path of the CSV file.
     Raises:
@@ -357,7 +373,8 @@ def open_dataset(dataset_dir: Path | str, *, verify_files: bool = False) -> Data
     gone = [path for path in paths if not path.exists()]
     if gone:
         raise FileNotFoundError(f"{len(gone)} files of {folder} are gone, first {gone[0]}. Run notebook 02 again.")
-    frozen = storage.read_json(folder / MANIFEST_JSON)["dataset_hash"]
+    info = storage.read_json(folder / MANIFEST_JSON)
+    frozen = info["dataset_hash"]
     checked = [replace(sample, sha256="") for sample in samples] if verify_files else samples
     found = dataset_hash(checked, folder)
     if found != frozen:
@@ -365,7 +382,27 @@ def open_dataset(dataset_dir: Path | str, *, verify_files: bool = False) -> Data
             f"{folder} was changed after it was frozen (hash {found[:12]}, frozen {frozen[:12]}). Results made on it "
             "would not be comparable: delete the folder and run notebook 02 again."
         )
-    return Dataset(folder, tuple(samples), frozen)
+    limits = dict(info.get("limits", {}))
+    shared = {category: groups for category, groups in shared_groups(samples).items() if category not in limits}
+    if shared:
+        category, groups = next(iter(shared.items()))
+        raise DatasetError(
+            f"{folder}: {_count(len(groups), 'source picture')} of {category} stand in two splits, first {groups[0]}: "
+            "a detector would be tested on what it has learnt. Delete the folder and run notebook 02 again."
+        )
+    return Dataset(folder, tuple(samples), frozen, tuple(info.get("kinds_held_out", ())), limits)
+
+
+def shared_groups(samples: Iterable[Sample]) -> dict[str, tuple[str, ...]]:
+    """Source pictures that stand in more than one split, by category: none in a fair dataset."""
+    splits: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for sample in samples:
+        if sample.group:
+            splits[sample.category, sample.group].add(sample.split)
+    shared: dict[str, list[str]] = defaultdict(list)
+    for category, group in sorted(key for key, found in splits.items() if len(found) > 1):
+        shared[category].append(group)
+    return {category: tuple(groups) for category, groups in shared.items()}
 
 
 def dataset_hash(samples: Iterable[Sample], dataset_dir: Path | str) -> str:
