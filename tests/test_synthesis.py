@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import synthesis as package
 from helpers.synthesis import colours
 from helpers.synthesis import marks as synthesis
 
@@ -212,6 +213,18 @@ def test_rephotographs_use_normal_variations_only():
         _, names = synthesis.rephotograph(_painting(), np.random.default_rng(seed))
         assert 2 <= len(set(names)) == len(names) <= 4
         assert set(names) <= set(synthesis.NORMAL_VARIATIONS)
+
+
+@pytest.mark.parametrize("kind", [None, "stain", "invert"])
+def test_a_damaged_view_is_a_rephotograph_with_damage(kind):
+    image = _painting((120, 96))
+    view, mask, record = package.damaged_view(image, seed=5, kind=kind, max_side=64)
+    plain, _, _ = package.damaged_view(image, seed=5, max_side=64)
+    assert max(view.shape) == 64 and view.shape == plain.shape and record["variations"]
+    assert (mask is None) == (kind != "stain") and (view == plain).all() == (kind is None)
+    if mask is not None:
+        assert record["kind"] == kind and (view[~mask] == plain[~mask]).all() and (view[mask] != plain[mask]).any()
+    np.testing.assert_array_equal(view, package.damaged_view(image, seed=5, kind=kind, max_side=64)[0])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -73,6 +73,38 @@ def rephotograph(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarra
     for name in names:
         image = vary(image, name, rng)
     return image, names
+
+
+def damaged_view(
+    image: np.ndarray, *, seed: int, kind: str | None = None, max_side: int | None = None
+) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
+    """Another photograph of a genuine picture, damaged when a kind is given: what detectors are trained and tuned on.
+
+    Args:
+        image: uint8 RGB ``(H, W, 3)`` of the genuine artwork.
+        seed: of everything drawn, see :func:`helpers.synthesis.seed_for`; the same seed gives the same bytes.
+        kind: None, a local kind of :data:`helpers.synthesis.LOCAL_KINDS`, or an anomalous change of the whole picture.
+        max_side: longer side of the photograph in pixels; larger ones are shrunk before they are damaged.
+    Returns:
+        uint8 RGB; the mask, bool ``(H, W)``, None unless a local kind was given; a record of JSON values with
+        ``variations`` and, when damaged, ``kind`` and what :func:`helpers.synthesis.synthesize` tells.
+    Raises:
+        ValueError: unknown kind, or not such a picture.
+    """
+    from helpers.synthesis import marks
+
+    rng = np.random.default_rng(seed)
+    view, names = rephotograph(image, rng)
+    longer = max(view.shape[:2])
+    if max_side is not None and longer > max_side:
+        size = tuple(max(1, round(side * max_side / longer)) for side in view.shape[1::-1])
+        view = cv2.resize(view, size, interpolation=cv2.INTER_AREA)
+    if kind is None:
+        return view, None, {"variations": names}
+    if kind in _BY_NAME:
+        return vary(view, kind, rng), None, {"variations": names, "kind": kind}
+    damaged, mask, record = marks.synthesize(view, kind, rng)
+    return damaged, mask, {"variations": names, **record}
 
 
 def variations_table() -> pd.DataFrame:
