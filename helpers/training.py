@@ -399,7 +399,6 @@ def _steps(
         batch_sampler=[indices for _, rounds in plan for _, indices in rounds],
         collate_fn=collate,
         num_workers=settings.n_workers,
-        pin_memory=accelerator.device.type == "cuda",
         generator=order_of_epoch,  # keeps the loader off the global random state
     )
     loaded = iter(loader)

@@ -175,3 +175,85 @@ def talkative(model: anomalygpt.AnomalyGPT) -> anomalygpt.AnomalyGPT:
         encode, lambda ids: " ".join(f"w{i}" for i in ids), 1, -1, 2, frozenset(), encode("Yes")[0], encode("No")[0]
     )
     return dataclasses.replace(model, language=language.Language(model.language.model, tokens))
+
+
+def write_weights(folder: Path, path: Path) -> Path:
+    """The tiny chain of a fixture in the folders of notebook 01, with a whole CLIP vocabulary and a word tokenizer."""
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from helpers import files
+
+    fixture = load_file(path)
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=69, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            rms_norm_eps=1e-6, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+        )
+    )  # fmt: skip
+    plain = part(fixture, "sd.llama_model.base_model.model.")
+    base.load_state_dict({key: tensor for key, tensor in plain.items() if "lora_" not in key})
+    base.save_pretrained(folder / "vicuna")
+    words = ["<unk>", "<s>", "</s>", "Yes", "No", "#", "###", "."] + [f"w{i}" for i in range(61)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(folder / "vicuna")
+    published = part(fixture, "sd.")
+    towers = imagebind_to_open_clip(part(fixture, "sd.imagebind."))
+    towers["token_embedding.weight"] = torch.randn(49408, 32, generator=torch.Generator().manual_seed(0))
+    states = {
+        "imagebind": towers,
+        "pandagpt": {k: v for k, v in published.items() if "lora_" in k or k.startswith("llama_proj")},
+        "anomalygpt/train_supervised": {
+            k: v for k, v in published.items() if k.startswith(("image_decoder", "prompt_learner"))
+        },
+    }
+    for name, state in states.items():
+        (folder / name).mkdir(parents=True)
+        save_file({k: v.contiguous().clone() for k, v in state.items()}, folder / name / "model.safetensors")
+    text = CLIP_CONFIG["text_cfg"] | {"vocab_size": 49408}
+    files.write_json(folder / "imagebind" / "config.json", CLIP_CONFIG | {"text_cfg": text})
+    files.write_json(folder / "pandagpt" / "config.json", LORA_CONFIG)
+    for name in ("vicuna", *states):
+        there = {
+            p.name: {"bytes": p.stat().st_size, "sha256": files.sha256_file(p)}
+            for p in (folder / name).iterdir()
+            if p.is_file()
+        }
+        ready = {"component": name, "files": there, "source": {}, "notes": [], "details": {}, "format": 1}
+        files.write_json(folder / name / "READY.json", ready)
+    return folder
+
+
+def write_dataset(folder: Path):
+    """Two artworks: 4 train and 4 calibration normals, 3 normal and 4 anomalous test pictures (one without mask)."""
+    import numpy as np
+
+    from helpers.data import images, manifest
+    from helpers.records import Sample
+
+    random = np.random.default_rng(1)
+    samples = []
+    for category in ("one", "two"):
+        base = random.integers(60, 200, (8, 10, 3), dtype=np.uint8).repeat(12, axis=0).repeat(12, axis=1)
+        for split, n in (("train", 4), ("calibration", 4), ("test", 7)):
+            for i in range(n):
+                picture = np.clip(base.astype(int) + random.integers(-9, 9, base.shape), 0, 255).astype(np.uint8)
+                is_anomalous = split == "test" and i >= 3
+                mask_path = None
+                if is_anomalous:
+                    top, left = 10 + 15 * (i - 3), 20 + 20 * (i - 3)
+                    picture[top : top + 25, left : left + 25] = (250, 10, 10)
+                    if i < 6:
+                        mask = np.zeros(picture.shape[:2], dtype=bool)
+                        mask[top : top + 25, left : left + 25] = True
+                        mask_path = folder / f"{category}_{i}_mask.png"
+                        images.save_png(mask_path, mask)
+                path = folder / f"{category}_{split}_{i}.png"
+                images.save_png(path, picture)
+                kind = "box" if is_anomalous else "good"
+                samples.append(Sample(path, category, is_anomalous, mask_path, split, kind, f"{category}{split}{i}"))
+    manifest.write_manifest(folder / "manifest.csv", samples)
+    return manifest.open_dataset(folder)
