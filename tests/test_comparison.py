@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 from helpers import results
 from helpers.data import manifest as data
-from helpers.judge import comparison, metrics, published, statistics
+from helpers.judge import _old_metrics as metrics
+from helpers.judge import _old_statistics as statistics
+from helpers.judge import comparison, published
 from helpers.judge import findings as wording
 
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
-from helpers.judge import metrics
+from helpers.judge import _old_metrics as metrics
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 

@@ -12,7 +12,8 @@ from scipy.special import ndtri
 from scipy.stats import binom
 from sklearn.metrics import roc_auc_score
 
-from helpers.judge import metrics, statistics
+from helpers.judge import _old_metrics as metrics
+from helpers.judge import _old_statistics as statistics
 
 pytestmark = pytest.mark.filterwarnings("error")
 

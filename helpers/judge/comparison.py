@@ -36,7 +36,8 @@ from helpers import results
 from helpers.anomalygpt import conversations
 from helpers.data import images
 from helpers.data import manifest as data
-from helpers.judge import metrics, statistics
+from helpers.judge import _old_metrics as metrics
+from helpers.judge import _old_statistics as statistics
 from helpers.judge.findings import ALWAYS, RESERVED_KINDS, count_of, decimal, estimate, numbers, seconds_text
 from helpers.records import Prediction, Sample
 from helpers.results import METHODS, MethodResult, category_label, method_label
