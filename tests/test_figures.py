@@ -16,7 +16,8 @@ from PIL import Image
 
 from helpers import results
 from helpers.data import manifest as data
-from helpers.judge import comparison, figures, report_figures
+from helpers.judge import _old_figures as figures
+from helpers.judge import comparison, report_figures
 
 RNG = np.random.default_rng(3)
 PICTURE = tiny.picture(1)

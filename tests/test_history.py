@@ -11,7 +11,8 @@ import pytest
 import tiny_comparison as tiny
 
 from helpers.data import manifest as data
-from helpers.judge import comparison, figures, history
+from helpers.judge import _old_figures as figures
+from helpers.judge import comparison, history
 
 N = 3  # every test picture three times: 12 normal and 12 anomalous ones of each painting
 GOOD = (1, 2, 3, 4, 5, 6, 7, 8) * N

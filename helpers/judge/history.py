@@ -20,7 +20,8 @@ import pandas as pd
 from helpers import files as journal
 from helpers import files as storage
 from helpers import results
-from helpers.judge import comparison, figures, statistics
+from helpers.judge import _old_figures as figures
+from helpers.judge import comparison, statistics
 from helpers.judge.comparison import Comparison
 from helpers.judge.findings import ALWAYS, numbers
 from helpers.results import MethodResult, category_label, method_label

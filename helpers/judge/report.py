@@ -20,7 +20,8 @@ from PIL import Image
 from helpers import files as storage
 from helpers import results
 from helpers.anomalygpt import conversations
-from helpers.judge import figures, published, statistics
+from helpers.judge import _old_figures as figures
+from helpers.judge import published, statistics
 from helpers.judge.comparison import NOTEBOOKS, Comparison
 from helpers.judge.findings import (
     ALWAYS,

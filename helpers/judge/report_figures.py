@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from helpers.data import images
 from helpers.data import manifest as data
-from helpers.judge import figures
+from helpers.judge import _old_figures as figures
 from helpers.judge.comparison import VISIBILITY_BINS, Comparison
 from helpers.judge.findings import (
     ALWAYS,
