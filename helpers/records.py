@@ -1,4 +1,4 @@
-"""The two records that travel between the notebooks: a picture of the dataset and a verdict about it.
+"""The records that travel between the notebooks: a picture of the dataset, and what a method says about it.
 
 This module imports no other helper.
 """
@@ -55,6 +55,23 @@ class Sample:
                 f"{self.image_path}: labelled {label} but its kind is {self.kind!r}. "
                 f"Normal pictures have kind {NORMAL_KIND!r}, anomalous ones any other."
             )
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a detector says of one picture.
+
+    Args:
+        anomaly_score: raw, higher = more anomalous.
+        anomaly_map: float32 ``(H, W)`` at the method's own resolution, raw, higher = more anomalous; None without one.
+        seconds: time spent on this picture, loading included, model loading not; 0 when it was not measured.
+        answer: what a chat model said, empty for the others.
+    """
+
+    anomaly_score: float
+    anomaly_map: np.ndarray | None = None
+    seconds: float = 0.0
+    answer: str = ""
 
 
 @dataclass(frozen=True)

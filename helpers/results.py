@@ -1,16 +1,18 @@
 """Results of a method on a dataset: written picture by picture, read back only for the same dataset.
 
 A results folder holds ``predictions.csv``, ``maps/`` (float16 arrays) and, written last, ``manifest.json``: its
-presence means that the run is complete.
+presence means that the run is complete. :func:`predict` is the one loop over test pictures of all methods.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,21 +20,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from tqdm.auto import tqdm
 
-from helpers import files as storage
-from helpers.records import Prediction, Sample
-
-METHODS = (
-    "clip_resnet50",
-    "clip_cross_entropy",
-    "clip_isolation_forest",
-    "clip_lof",
-    "clip_patch_knn",
-    "anomalyclip",
-    "anomalygpt",
-    "always_anomaly",
-)
-"""The rows of the comparison, in the order of the table."""
+from helpers import files
+from helpers.records import Prediction, Sample, Scored
 
 METHOD_LABELS: Mapping[str, str] = {
     "clip_resnet50": "CLIP + CNN similarity",
@@ -41,10 +32,17 @@ METHOD_LABELS: Mapping[str, str] = {
     "clip_lof": "CLIP LOF",
     "clip_patch_knn": "CLIP patch k-NN",
     "anomalyclip": "AnomalyCLIP",
+    "aligned": "Laid on its reference",
+    "dinov2_memory": "DINOv2 patch memory",
+    "dinov2_subspace": "DINOv2 subspace",
     "anomalygpt": "AnomalyGPT",
+    "anomalygpt_aligned": "AnomalyGPT with aligned map",
     "always_anomaly": "Always “anomaly”",
 }
-"""What a reader sees instead of a method's file name."""
+"""What a reader sees instead of a method's file name, in the order of the comparison's rows."""
+
+METHODS = tuple(METHOD_LABELS)
+"""The rows of the comparison, in the order of the table."""
 
 _SMALL_WORDS = ("a", "an", "and", "at", "by", "de", "in", "la", "of", "on", "the", "with")
 MANIFEST = "manifest.json"
@@ -56,12 +54,13 @@ _VERSIONED = ("torch", "transformers", "peft", "open_clip_torch", "timm", "sciki
 
 @dataclass(frozen=True)
 class MethodResult:
-    """A complete run of one method: what :func:`read` returns.
+    """A complete run of one method: what :func:`read` and :func:`predict` return.
 
     Attributes:
         method: name of the row in the comparison.
         folder: the results folder.
-        manifest: settings, versions, ``dataset_hash``, ``checkpoint_hash``, ``profile``.
+        manifest: settings, versions, ``dataset_hash``, ``checkpoint_hash``, ``profile``; of :func:`predict` also
+            ``trained_on``, ``trained_on_kinds``, ``calibration`` and, for methods that answer, ``answers_say``.
         predictions: one per test picture, in the dataset's order; their maps stay on disk.
     """
 
@@ -80,6 +79,115 @@ class MethodResult:
         return np.load(path).astype(np.float32) if path.exists() else None
 
 
+def predict(
+    folder: Path,
+    *,
+    method: str,
+    dataset: Any,
+    score: Callable[[str, Sequence[Sample]], Sequence[Scored]],
+    calibration: Mapping[str, Sequence[float]] | Callable[[], Mapping[str, Sequence[float]]],
+    alpha: float,
+    profile: str,
+    settings: Mapping[str, Any],
+    checkpoint_hash: str = "",
+    trained_on: str = "",
+    trained_on_kinds: Sequence[str] = (),
+    calibration_groups: Mapping[str, Sequence[str]] | None = None,
+    batch_size: int = 16,
+    answers_say: Callable[[str], bool | None] | None = None,
+) -> MethodResult:
+    """Score every test picture, call those above the conformal threshold anomalous, write all of it as it comes.
+
+    A complete run on this dataset with these settings and weights is returned as it is; an interrupted one is
+    finished without scoring a picture twice.
+
+    Args:
+        folder: results folder of the method.
+        method: name of the row, see :data:`METHODS`.
+        dataset: a :class:`helpers.data.Dataset`; its test pictures are predicted, painting by painting.
+        score: (category, test pictures of it) -> one :class:`~helpers.records.Scored` each, in their order; where
+            ``seconds`` is 0 the call's own time is shared among them.
+        calibration: category -> scores of genuine pictures that the detector has not learnt from, higher = more
+            anomalous; or a function that gives them, called only when pictures are left to predict.
+        alpha: false-alarm rate that the thresholds aim at.
+        profile: name of the profile.
+        settings: JSON values that determine scores and calibration; ``alpha`` is added to them.
+        checkpoint_hash: hash of the trained or published weights, empty without any.
+        trained_on, trained_on_kinds: what the weights have seen, in words, and the kinds of synthetic marks among it.
+        calibration_groups: category -> source picture of each calibration score; by default those of the calibration
+            split.
+        batch_size: pictures per call of ``score``.
+        answers_say: answer -> True (anomalous), False (normal) or None (neither), for methods that answer.
+    Raises:
+        ValueError: a painting without calibration scores or test pictures, or a wrong number of scores.
+    """
+    from helpers.judge.statistics import conformal_threshold, p_values
+
+    samples = dataset.select(split="test")
+    head = {"dataset_hash": dataset.hash, "settings": {**settings, "alpha": alpha}, "checkpoint_hash": checkpoint_hash}
+    if is_complete(folder, **head):
+        return read(folder, dataset.samples, dataset.folder, dataset.hash)
+    normals = calibration() if callable(calibration) else calibration
+    empty = [name for name in dataset.categories if len(normals.get(name, ())) == 0]
+    if empty:
+        raise ValueError(
+            f"{empty[0]} has no calibration scores of {method_label(method)}: its threshold cannot be set. Add genuine "
+            "pictures of it and run 02_synthesize_anomalies again."
+        )
+    facts = {
+        "trained_on": trained_on,
+        "trained_on_kinds": sorted(trained_on_kinds),
+        "calibration": _calibration_facts(dataset, normals, calibration_groups or {}),
+    }
+    with Writer(folder, method=method, samples=samples, dataset_dir=dataset.folder, profile=profile, **head) as writer:
+        left = [sample for sample in samples if sample.image_path not in writer.done]
+        with tqdm(total=len(left), desc=method_label(method), unit="picture", leave=False, delay=2) as bar:
+            for category in dict.fromkeys(sample.category for sample in left):
+                threshold = conformal_threshold(normals[category], alpha)
+                own = [sample for sample in left if sample.category == category]
+                for start in range(0, len(own), batch_size):
+                    batch = own[start : start + batch_size]
+                    for sample, one in zip(batch, _timed(score, category, batch)):
+                        p_value = float(p_values(normals[category], [one.anomaly_score])[0])
+                        writer.add(
+                            Prediction(
+                                sample, one.anomaly_score, one.anomaly_map, threshold, p_value, one.seconds, one.answer
+                            )
+                        )
+                    bar.update(len(batch))
+        if answers_say is not None:
+            facts["answers_say"] = {path: answers_say(answer) for path, answer in writer.answers.items()}
+        writer.facts = facts
+    return read(folder, dataset.samples, dataset.folder, dataset.hash)
+
+
+def _timed(score: Callable[[str, Sequence[Sample]], Sequence[Scored]], category: str, batch: Sequence[Sample]):
+    """The scores of a batch, with the time of the call where the method gives none."""
+    started = time.perf_counter()
+    found = list(score(category, batch))
+    if len(found) != len(batch):
+        raise ValueError(f"{category}: {len(found)} scores for {len(batch)} pictures; one each is needed.")
+    share = (time.perf_counter() - started) / len(batch)
+    return [one if one.seconds else Scored(one.anomaly_score, one.anomaly_map, share, one.answer) for one in found]
+
+
+def _calibration_facts(
+    dataset: Any, normals: Mapping[str, Sequence[float]], groups: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, Any]]:
+    """What the manifest says of each painting's threshold: scores, and on how many true sources they rest."""
+    facts = {}
+    for category in dataset.categories:
+        held_out = dataset.select(split="calibration", category=category, is_anomalous=False)
+        sources = set(groups.get(category) or [sample.group or str(sample.image_path) for sample in held_out])
+        facts[category] = {
+            "scores": [float(score) for score in normals[category]],
+            "n": len(normals[category]),
+            "n_sources": len(sources),
+            "optimistic": category in getattr(dataset, "limits", {}),
+        }
+    return facts
+
+
 class Writer:
     """Writes one method's predictions as they come, so that an interrupted run loses none.
 
@@ -93,10 +201,12 @@ class Writer:
         method: name of the row.
         samples: the test pictures; each must get exactly one prediction.
         dataset_dir: folder of the dataset, to write relative paths.
-        dataset_hash: hash of the dataset, see :func:`helpers.data.manifest.dataset_hash`.
+        dataset_hash: hash of the dataset, see :func:`helpers.data.dataset_hash`.
         profile: name of the profile.
-        settings: JSON values that determine the predictions (thresholds included).
+        settings: JSON values that determine the predictions.
         checkpoint_hash: hash of the trained or published weights, empty without any.
+    Attributes:
+        facts: further JSON values for the manifest.
     Raises:
         ValueError: a prediction for a picture that is not in ``samples``, two for one picture, or, on leaving,
             pictures without any.
@@ -124,6 +234,7 @@ class Writer:
             "profile": profile,
             "settings": dict(settings),
         }
+        self.facts: Mapping[str, Any] = {}
         self._rows: dict[str, dict[str, Any]] = {}
         self._work = self._folder.with_name(f".{self._folder.name}.partial")
 
@@ -132,8 +243,13 @@ class Writer:
         """Paths of the pictures that need no prediction any more."""
         return frozenset(self._samples[path].image_path for path in self._rows)
 
+    @property
+    def answers(self) -> dict[str, str]:
+        """Path of each predicted picture, as the manifest writes it -> its answer."""
+        return {path: row["answer"] for path, row in self._rows.items()}
+
     def __enter__(self) -> Writer:
-        key = storage.sha256_json(self._head)
+        key = files.sha256_json(self._head)
         self._rows = _read_journal(self._work / _JOURNAL, key)
         if not self._rows:
             shutil.rmtree(self._work, ignore_errors=True)
@@ -150,12 +266,13 @@ class Writer:
         if path not in self._samples:
             raise ValueError(f"{path} is not among the {len(self._samples)} test pictures of this run.")
         if path in self._rows:
-            raise ValueError(f"{path} was predicted twice in one run.")
+            raise ValueError(f"{path} was predicted twice.")
         if prediction.anomaly_map is not None:
-            with storage.atomic_path(map_path(self._work, prediction.sample)) as temporary:
-                np.save(temporary, np.asarray(prediction.anomaly_map, dtype=np.float16))
-        self._rows[path] = row = _row(prediction, path)
+            with files.atomic_path(map_path(self._work, prediction.sample)) as temporary:
+                np.save(temporary, prediction.anomaly_map.astype(np.float16))
+        row = _row(prediction, path)
         self._append(row)
+        self._rows[path] = row
 
     def __exit__(self, error_type: type | None, error: BaseException | None, trace: object) -> None:
         self._file.close()
@@ -168,11 +285,9 @@ class Writer:
                 f"first {missing[0]}."
             )
         table = pd.DataFrame([self._rows[path] for path in self._samples])
-        storage.write_text(self._work / PREDICTIONS, table.to_csv(index=False))
-        storage.write_json(
-            self._work / MANIFEST,
-            self._head | {"n_images": len(table), "versions": versions(), "machine": machine()},
-        )
+        files.write_text(self._work / PREDICTIONS, table.to_csv(index=False))
+        facts = {"n_images": len(table), "versions": versions(), "machine": machine()}
+        files.write_json(self._work / MANIFEST, {**facts, **self.facts, **self._head})
         (self._work / _JOURNAL).unlink()
         _put_in_place(self._work, self._folder, self._head["dataset_hash"])
 
@@ -192,7 +307,7 @@ def read(folder: Path, samples: Sequence[Sample], dataset_dir: Path, dataset_has
     folder = Path(folder)
     if not (folder / MANIFEST).exists():
         raise FileNotFoundError(f"No complete results in {folder}. Run the notebook that makes them.")
-    manifest = storage.read_json(folder / MANIFEST)
+    manifest = files.read_json(folder / MANIFEST)
     if manifest["dataset_hash"] != dataset_hash:
         raise ValueError(
             f"{manifest['method']} was measured on dataset {manifest['dataset_hash'][:12]}, the dataset in use is "
@@ -234,7 +349,7 @@ def category_label(category: str) -> str:
 def is_complete(folder: Path, *, dataset_hash: str, settings: Mapping[str, Any], checkpoint_hash: str = "") -> bool:
     """True when the folder holds a complete run on this dataset with these settings and weights."""
     try:
-        manifest = storage.read_json(Path(folder) / MANIFEST)
+        manifest = files.read_json(Path(folder) / MANIFEST)
     except FileNotFoundError:
         return False
     wanted = {"dataset_hash": dataset_hash, "settings": dict(settings), "checkpoint_hash": checkpoint_hash}
@@ -243,8 +358,9 @@ def is_complete(folder: Path, *, dataset_hash: str, settings: Mapping[str, Any],
 
 
 def map_path(folder: Path, sample: Sample) -> Path:
-    """Where the anomaly map of a picture lies in a results folder."""
-    return Path(folder) / "maps" / f"{sample.sha256[:24]}.npy"
+    """Where the anomaly map of a picture lies in a results folder: one picture may stand in two categories."""
+    place = "|".join((sample.category, sample.kind, Path(sample.image_path).name, sample.sha256))
+    return Path(folder) / "maps" / f"{hashlib.sha256(place.encode()).hexdigest()[:24]}.npy"
 
 
 def relative_path(sample: Sample, dataset_dir: Path) -> str:
@@ -280,7 +396,7 @@ def _put_in_place(work: Path, folder: Path, dataset_hash: str) -> None:
         os.replace(folder, old)
     os.replace(work, folder)
     if (old / MANIFEST).exists():
-        other = storage.read_json(old / MANIFEST)["dataset_hash"]
+        other = files.read_json(old / MANIFEST)["dataset_hash"]
         if other != dataset_hash:
             archive = folder.parent / "other_datasets" / other[:12] / folder.name
             shutil.rmtree(archive, ignore_errors=True)

@@ -26,7 +26,7 @@ from helpers.data import manifest as data
 from helpers.judge import figures
 from helpers.judge.statistics import conformal_threshold
 from helpers.records import Sample
-from helpers.training import TrainingSettings, TrainingStopped, checkpoints
+from helpers.training_old import TrainingSettings, TrainingStopped, checkpoints
 
 SIZE = DetectorSettings(image_size=32, sigma=1.0)
 

@@ -16,7 +16,7 @@ import tiny_anomalygpt as tiny
 import torch
 from safetensors.torch import load_file
 
-from helpers import training
+from helpers import training_old as training
 from helpers.anomalygpt import model as anomalygpt
 from helpers.anomalygpt import training as t
 from helpers.data import images

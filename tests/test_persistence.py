@@ -474,7 +474,7 @@ def test_a_restored_dataset_is_found_complete_and_its_results_are_read(
 def test_training_goes_on_from_a_restored_checkpoint(tmp_path: Path, cloud: Path) -> None:
     import torch
 
-    from helpers import training
+    from helpers import training_old as training
 
     class Line(torch.nn.Module):
         def __init__(self) -> None:

@@ -85,13 +85,22 @@ def test_a_profile_cannot_be_changed_by_a_cell() -> None:
         profiles.active().seed = 1  # type: ignore[misc]
 
 
-def test_every_setting_of_mini_is_a_field() -> None:
-    assert set(profiles._MINI) <= {field.name for field in dataclasses.fields(profiles.Profile)}
-
-
 def test_importing_helpers_loads_no_torch() -> None:
     code = "import sys, helpers.profiles, helpers.results, helpers.clip.backbones; print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=profiles.REPOSITORY, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+def test_mini_and_full_differ_in_values_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for name in profiles.NAMES:
+        monkeypatch.setenv("ART_PROFILE", name)
+        found.append(profiles.active())
+    mini, full = found
+    assert (mini.clip.model, full.clip.model) == ("art-vit-mini", "ViT-L-14-336-quickgelu")
+    assert mini.clip_model == mini.clip.model and full.anomalyclip_image_size == full.anomalyclip.image_size == 518
+    assert mini.prompt_epochs == mini.anomalyclip.n_epochs == 10
+    with pytest.raises(AttributeError, match="A profile has no 'n_trails'"):
+        _ = mini.n_trails

@@ -156,3 +156,73 @@ def test_numbers_may_be_missing_and_texts_may_look_so(tmp_path: Path, samples: l
             run.add(Prediction(sample, 1.0, answer="nan"))
     predictions = results.read(tmp_path / "results" / "clip_lof", samples, tmp_path / "data", "a" * 64).predictions
     assert all(np.isnan(p.threshold) and np.isnan(p.p_value) and p.answer == "nan" for p in predictions)
+
+
+class FewPictures:
+    """What :func:`results.predict` needs of a dataset: two paintings, one of them with a single source."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.hash, self.categories = folder, "a" * 64, ("girl", "mona")
+        self.limits = {"girl": "Only one genuine picture."}
+        places = [(name, split) for name in self.categories for split in ("calibration", "test")]
+        self.samples = [self._sample(*place, i) for place in places for i in range(5)]
+
+    def _sample(self, name: str, split: str, i: int) -> Sample:
+        kind = "box" if i % 2 == 1 and split == "test" else "good"
+        group = f"{name}{0 if name == 'girl' else i}"
+        path = self.folder / name / split / f"{i}.png"
+        return Sample(path, name, kind != "good", split=split, kind=kind, group=group, sha256="f" * 64)
+
+    def select(self, *, split=None, category=None, is_anomalous=None) -> list[Sample]:
+        wanted = {"split": split, "category": category, "is_anomalous": is_anomalous}
+        return [s for s in self.samples if all(v is None or getattr(s, n) == v for n, v in wanted.items())]
+
+
+def test_predict_sets_thresholds_resumes_and_says_what_they_rest_on(tmp_path: Path) -> None:
+    dataset, calls = FewPictures(tmp_path / "data"), []
+    normals = {"girl": [0.1, 0.2, 0.3], "mona": [1.0, 2.0, 3.0]}
+
+    def score(category: str, samples, die_after: int = 99) -> list[results.Scored]:
+        if len(calls) >= die_after:
+            raise KeyboardInterrupt
+        calls.append((category, [s.image_path.name for s in samples]))
+        numbers = [float(s.image_path.stem) for s in samples]
+        return [results.Scored(n, np.full((2, 2), n, np.float32), answer="Yes" if n > 2 else "No") for n in numbers]
+
+    options = {
+        "method": "aligned",
+        "dataset": dataset,
+        "calibration": lambda: normals,
+        "alpha": 0.25,
+        "profile": "mini",
+    }
+    options |= {
+        "settings": {"side": 384},
+        "batch_size": 2,
+        "trained_on": "genuine pictures",
+        "trained_on_kinds": ["line", "box"],
+    }
+    options |= {"answers_say": {"Yes": True, "No": False}.get}
+    with pytest.raises(KeyboardInterrupt):
+        results.predict(tmp_path / "aligned", score=lambda c, s: score(c, s, die_after=2), **options)
+    found = results.predict(tmp_path / "aligned", score=score, **options)
+    assert calls == [
+        ("girl", ["0.png", "1.png"]), ("girl", ["2.png", "3.png"]), ("girl", ["4.png"]),
+        ("mona", ["0.png", "1.png"]), ("mona", ["2.png", "3.png"]), ("mona", ["4.png"]),
+    ]  # fmt: skip
+    assert [p.threshold for p in found.predictions] == [0.3] * 5 + [3.0] * 5
+    assert [p.p_value for p in found.predictions[5:]] == [1.0, 1.0, 0.75, 0.5, 0.25]
+    assert all(p.seconds > 0 for p in found.predictions)
+    maps = [found.anomaly_map(p)[0, 0] for p in found.predictions]
+    assert maps == [0, 1, 2, 3, 4] * 2, "equal bytes in two paintings are two maps"
+    facts = found.manifest["calibration"]
+    assert facts["girl"] == {"scores": [0.1, 0.2, 0.3], "n": 3, "n_sources": 1, "optimistic": True}
+    assert (facts["mona"]["n_sources"], facts["mona"]["optimistic"]) == (5, False)
+    assert found.manifest["trained_on_kinds"] == ["box", "line"] and found.manifest["settings"]["alpha"] == 0.25
+    assert found.manifest["answers_say"]["mona/test/3.png"] is True
+    results.predict(tmp_path / "aligned", score=score, **options)
+    assert len(calls) == 6, "a complete run is not repeated"
+    with pytest.raises(ValueError, match="mona has no calibration scores of Laid on its reference"):
+        results.predict(tmp_path / "b", score=score, **options | {"calibration": {"girl": [1.0]}})
+    with pytest.raises(ValueError, match="0 scores for 2 pictures"):
+        results.predict(tmp_path / "b", score=lambda c, s: [], **options)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from helpers.clip.backbones import Clip
     from helpers.data.manifest import Dataset
     from helpers.results import MethodResult
-    from helpers.training import TrainingResult, TrainingSettings
+    from helpers.training_old import TrainingResult, TrainingSettings
 
 ARTISTS_UNDER_TEST = ("vinci", "vermeer")
 """Left out of auxiliary artworks: another photograph of the same painting need not look alike to a hash."""
@@ -466,7 +466,7 @@ def train_prompts(
         ValueError: training and tuning pictures overlap.
         helpers.training.TrainingStopped: the loss became nan; the last good checkpoint is kept.
     """
-    from helpers import training
+    from helpers import training_old as training
 
     shared = _identities(features) & _identities(tuning)
     if shared:
@@ -538,7 +538,7 @@ def own_prompts(
     Returns:
         ``{"own": prompts}`` or ``{}``, the features of the tuning pictures, and the history.
     """
-    from helpers import training
+    from helpers import training_old as training
 
     options = {"settings": settings, "folder": features_dir, "batch_size": batch_size, "mask_rule": "any"}
     parts = {split: [s for s in samples if s.split == split] for split in ("train", "calibration")}

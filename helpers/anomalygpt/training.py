@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from helpers import files as storage
-from helpers import training
+from helpers import training_old as training
 from helpers.anomalygpt import conversations, language
 from helpers.anomalygpt import model as anomalygpt
 from helpers.anomalygpt.imagebind import ImageBind, ImageFeatures

@@ -72,7 +72,8 @@ VISIBILITY_BINS = ("faint", "weak", "clear", "strong")
 NOTEBOOKS: Mapping[str, str] = {
     **{method: "03_clip" for method in METHODS if method.startswith("clip_")},
     "anomalyclip": "04_anomalyclip",
-    "anomalygpt": "07_anomalygpt_test",
+    **dict.fromkeys(("aligned", "dinov2_memory", "dinov2_subspace"), "05_reference"),
+    **dict.fromkeys(("anomalygpt", "anomalygpt_aligned"), "07_anomalygpt_test"),
     ALWAYS: "09_compare",
 }
 """Which notebook writes a method's predictions."""
