@@ -36,12 +36,16 @@ METHOD_COLORS: Mapping[str, str] = {
     "clip_lof": "#b8589b",
     "clip_patch_knn": "#4fb3e8",
     "anomalyclip": "#d55e00",
+    "aligned": "#00457c",
+    "dinov2_memory": "#8f1d1d",
+    "dinov2_subspace": "#d8d060",
     "anomalygpt": "#222222",
+    "anomalygpt_aligned": "#5e3a8c",
     "always_anomaly": "#8c8c8c",
 }
 """One colour per method, after Okabe and Ito (2008): distinguishable with every common kind of colour blindness."""
 
-_MARKERS = dict(zip(METHOD_COLORS, "osD^vP*X"))
+_MARKERS = dict(zip(METHOD_COLORS, "osD^vPphd*<X"))
 _DASHES: Mapping[str, Any] = {
     "clip_resnet50": "-",
     "clip_cross_entropy": (0, (5, 1.5)),
@@ -49,7 +53,11 @@ _DASHES: Mapping[str, Any] = {
     "clip_lof": (0, (1, 1)),
     "clip_patch_knn": "-",
     "anomalyclip": "-",
+    "aligned": (0, (3, 1, 1, 1)),
+    "dinov2_memory": (0, (5, 1.5)),
+    "dinov2_subspace": (0, (1, 1)),
     "anomalygpt": (0, (7, 2)),
+    "anomalygpt_aligned": "-",
 }
 OTHER_COLOR = "#7a5195"
 NORMAL_COLOR = "#5b7f95"
