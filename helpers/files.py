@@ -1,7 +1,7 @@
-"""Files that are whole or absent: atomic writes, JSON and hashes.
+"""Files that are whole or absent: atomic writes, JSON, hashes, and lines appended by several sessions.
 
-Everything is written under a temporary name in the same folder, flushed to disk and renamed. A folder is complete
-when its mark (``manifest.json`` or ``READY.json``), written last, is there.
+Everything is written under a hidden temporary name in the same folder, flushed to disk and renamed. A folder is
+complete when its mark (``manifest.json`` or ``READY.json``), written last, is there.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-CHUNK_BYTES = 1 << 20
+LOCK_SECONDS = 60
+"""How long to wait for another session that is writing."""
 
 
 @contextlib.contextmanager
@@ -29,14 +30,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem[:40]}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.stem[:40]}.{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp gives 0600; others may read our results
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -57,15 +55,36 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        ValueError: the file is not JSON; the message names the file.
-    """
+    """Read a JSON file; a ValueError names the file when it is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not readable JSON ({error}). Delete it and run the step that makes it.") from error
+
+
+def append_line(path: Path | str, line: str, *, header: str | None = None) -> None:
+    """Add a line to a text file that other sessions may be adding to; it is on disk when this returns.
+
+    The unfinished last line of a writer that died is closed first: it stays in the file, apart from the new line, for
+    the reader to report.
+
+    Raises:
+        ValueError: the line holds a line break.
+        TimeoutError: another session held the lock for :data:`LOCK_SECONDS`.
+    """
+    if len(line.splitlines()) > 1 or line.endswith("\n"):
+        raise ValueError(f"A line holds a line break: {line[:80]!r}. Escape it, for example as JSON.")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_SECONDS), open(path, "ab+") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else f"\n{line}"
+        elif header is not None:
+            line = f"{header}\n{line}"
+        file.write(f"{line}\n".encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sha256_file(path: Path) -> str:
@@ -85,49 +104,3 @@ def free_bytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-LOCK_SECONDS = 60
-"""How long to wait for another session that is writing."""
-
-
-def append_line(path: Path | str, line: str, *, header: str | None = None) -> None:
-    """Add a line to a text file.
-
-    The unfinished last line of a writer that died is closed first: it stays in the file, apart from the new line, for
-    the reader to report.
-
-    Args:
-        path: made with its folder when it does not exist.
-        line: without line breaks.
-        header: first line of a new file.
-    Raises:
-        ValueError: the line holds a line break.
-        TimeoutError: another session held the lock for :data:`LOCK_SECONDS`.
-        OSError: the disk is full or cannot be written to.
-    """
-    if len(line.splitlines()) > 1 or line.endswith("\n"):
-        raise ValueError(f"A line holds a line break: {line[:80]!r}. Escape it, for example as JSON.")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock", timeout=LOCK_SECONDS), open(path, "ab+") as file:
-        start = f"{header}\n" if header is not None and file.tell() == 0 else ""
-        if _is_torn(file):
-            start = "\n"
-        file.write(f"{start}{line}\n".encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _is_torn(file) -> bool:
-    """True when the file does not end with a line break; it is open for appending, so reading moves no write."""
-    if file.seek(0, os.SEEK_END) == 0:
-        return False
-    file.seek(-1, os.SEEK_END)
-    return file.read(1) != b"\n"

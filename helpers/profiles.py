@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NAMES = ("mini", "full")
@@ -23,125 +24,74 @@ MIN_FULL_GPU_GB = 20
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Sizes of the dataset.
+    """Sizes of the dataset that notebook 02 makes."""
 
-    Attributes:
-        max_image_side: longer side in pixels of its pictures.
-        n_train, n_calibration: normal pictures per artwork to learn from and to set thresholds with.
-        n_test_normal, n_test_anomalous: test pictures per artwork made by notebook 02.
-    """
-
-    max_image_side: int = 1024
-    n_train: int = 80
-    n_calibration: int = 40
+    max_image_side: int = 1024  # longer side of its pictures, in pixels
+    n_train: int = 80  # normal pictures per artwork to learn from
+    n_calibration: int = 40  # and to set thresholds with
     n_test_normal: int = 16
     n_test_anomalous: int = 34
 
 
 @dataclass(frozen=True)
 class WeightsSettings:
-    """What notebook 01 prepares.
+    """What notebook 01 prepares."""
 
-    Attributes:
-        size: language model, ``"7B"`` or ``"mini"``.
-        shard_bytes: largest weight file written.
-        fuse_merge: merge straight from Meta's files, without writing the converted base.
-        delete_raw: delete raw weight files when the finished ones are there.
-    """
-
-    size: str = "7B"
-    shard_bytes: int = 2_000_000_000
-    fuse_merge: bool = True
-    delete_raw: bool = False
+    size: str = "7B"  # language model: "7B" or "mini"
+    shard_bytes: int = 2_000_000_000  # largest weight file written
+    fuse_merge: bool = True  # merge straight from Meta's files, without writing the converted base
+    delete_raw: bool = False  # delete raw weight files when the finished ones are there
 
 
 @dataclass(frozen=True)
 class ClipSettings:
-    """The CLIP methods of notebook 03.
+    """The CLIP methods of notebook 03."""
 
-    Attributes:
-        model, pretrained: open_clip names (see :mod:`helpers.clip.backbones`).
-        image_size: side of the square input in pixels.
-        cnn_model: timm name of the ImageNet network beside CLIP.
-        batch_size: pictures per forward pass.
-        n_trials: settings tried by each hyper-parameter search.
-        max_epochs: upper limit of the cross-entropy head's training.
-        n_synthetic: synthetic anomalies made for each painting, to train the head and to search settings.
-        max_bank_rows: patches in the memory bank of the patch k-NN method.
-    """
-
-    model: str = "ViT-L-14-336-quickgelu"
+    model: str = "ViT-L-14-336-quickgelu"  # open_clip's name, see helpers.clip.backbones
     pretrained: str | None = "openai"
-    image_size: int = 336
-    cnn_model: str = "resnet50"
+    image_size: int = 336  # side of the square input, in pixels
+    cnn_model: str = "resnet50"  # timm's name of the ImageNet network beside CLIP
     batch_size: int = 32
-    n_trials: int = 24
-    max_epochs: int = 200
-    n_synthetic: int = 600
-    max_bank_rows: int = 40_000
+    n_trials: int = 24  # settings tried by each hyper-parameter search
+    max_epochs: int = 200  # of the cross-entropy head
+    n_synthetic: int = 600  # anomalies made for each painting, to train the head and to search settings
+    max_bank_rows: int = 40_000  # patches in the memory bank of the patch k-NN
 
 
 @dataclass(frozen=True)
 class ReferenceSettings:
-    """Pictures laid on their reference, and DINOv2, in notebook 05.
+    """Pictures laid on their reference, and DINOv2, in notebook 05."""
 
-    Attributes:
-        model: name of the DINOv2 network.
-        image_size: side of its square input in pixels.
-        side: shorter side of a reference in pixels, at which pictures are compared.
-        n_references: genuine pictures that each picture is laid on.
-        batch_size: pictures per forward pass.
-    """
-
-    model: str = "vit_base_patch14_dinov2.lvd142m"
-    image_size: int = 518
-    side: int = 384
-    n_references: int = 8
+    model: str = "vit_base_patch14_dinov2.lvd142m"  # name of the DINOv2 network
+    image_size: int = 518  # side of its square input, in pixels
+    side: int = 384  # shorter side at which pictures are compared with references, in pixels
+    n_references: int = 8  # genuine pictures that each picture is laid on
     batch_size: int = 16
 
 
 @dataclass(frozen=True)
 class AnomalyClipSettings:
-    """Notebook 04.
+    """Notebook 04."""
 
-    Attributes:
-        image_size, sigma: side of the square input, and smoothing of the maps, in pixels.
-        prompts: published prompts, by the dataset they were trained on.
-        row: prompts that make the row of the comparison: ``"published"``, ``"own"``, or ``"best"`` on tuning pictures.
-        batch_size: pictures per forward pass.
-        auxiliary: pictures to train own prompts on: ``"best_artworks"``, ``"packages"`` or a folder.
-        auxiliary_views: crops per auxiliary picture, half of them damaged.
-        auxiliary_limit: auxiliary pictures per artist.
-        n_epochs: upper limit of the training of own prompts; 0 only tests.
-    """
-
-    image_size: int = 518
-    sigma: float = 4.0
-    prompts: str = "trained_on_mvtec"
-    row: str = "published"
+    image_size: int = 518  # side of the square input, in pixels
+    sigma: float = 4.0  # smoothing of the maps, in pixels
+    prompts: str = "trained_on_mvtec"  # published prompts, by the dataset they were trained on
+    row: str = "published"  # prompts of the comparison's row: "published", "own", or "best" on tuning pictures
     batch_size: int = 8
-    auxiliary: str = "best_artworks"
-    auxiliary_views: int = 2
-    auxiliary_limit: int = 8
-    n_epochs: int = 15
+    auxiliary: str = "best_artworks"  # pictures to train own prompts on: or "packages", or a folder
+    auxiliary_views: int = 2  # crops per auxiliary picture, half of them damaged
+    auxiliary_limit: int = 8  # auxiliary pictures per artist
+    n_epochs: int = 15  # upper limit of the training of own prompts; 0 only tests
 
 
 @dataclass(frozen=True)
 class AnomalyGptSettings:
-    """Notebooks 06 to 08.
+    """Notebooks 06 to 08."""
 
-    Attributes:
-        checkpoint: published head that training starts from; None starts anew.
-        precision: of the language model.
-        preset: run of the source report, by epochs x batch.
-        training: what differs from the preset, see :mod:`helpers.anomalygpt.training`.
-        testing: see :mod:`helpers.anomalygpt.evaluation`.
-    """
-
-    checkpoint: str | None = "train_supervised"
-    precision: str = "bf16"
-    preset: str = "15x8"
-    training: Mapping[str, Any] = field(
+    checkpoint: str | None = "train_supervised"  # published head that training starts from; None starts anew
+    precision: str = "bf16"  # of the language model
+    preset: str = "15x8"  # run of the source report, by epochs x batch
+    training: Mapping[str, Any] = field(  # what differs from the preset
         default_factory=lambda: {"micro_batch": 4, "gradient_checkpointing": True, "precision": "bf16"}
     )
     testing: Mapping[str, Any] = field(default_factory=dict)
@@ -301,7 +251,7 @@ def active() -> Profile:
         raise ValueError(f"ART_PROFILE is {asked!r}; allowed are {', '.join(NAMES)}, or unset it to choose by GPU.")
     home = Path(os.environ.get("ART_HOME") or REPOSITORY / "workspace").expanduser().resolve() / name
     settings = _MINI if name == "mini" else {}
-    return Profile(name, reason, home, _data_source(), device="cuda" if gpu else "cpu", **settings)
+    return Profile(name, reason, home, data_source(), device="cuda" if gpu else "cpu", **settings)
 
 
 def _cuda_gpu() -> tuple[str, float] | None:
@@ -323,16 +273,34 @@ def _choose(gpu: tuple[str, float] | None) -> tuple[str, str]:
     return "full", f"{device_name} with {memory_gb:.1f} GB"
 
 
-def _data_source() -> Path | None:
-    """``ART_DATA`` as an absolute path; a relative one is looked up from here, then from the repository."""
+def data_source() -> Path | None:
+    """``ART_DATA`` as an absolute path, None when it is unset.
+
+    A relative path is looked up from here, then from the repository. Quotes, ``file://``, variables and escaped
+    blanks, as they come with copied paths, are understood.
+
+    Raises:
+        FileNotFoundError: it names nothing that exists; the message says what seems to be wrong.
+    """
     asked = os.environ.get("ART_DATA", "").strip()
-    if not asked:
+    text = asked.strip("\"'`“”‘’").strip()
+    if not text:
         return None
-    candidates = [Path(asked).expanduser(), REPOSITORY / asked]
-    for candidate in candidates:
+    if text.lower().startswith("file:"):
+        text = unquote(urlsplit(text).path)
+    text = os.path.expandvars(text)
+    spellings = dict.fromkeys((asked, text, text.replace("\\ ", " "), text.replace("\\", "/")))
+    for candidate in (Path(place, os.path.expanduser(one)) for one in spellings for place in (Path(), REPOSITORY)):
         if candidate.exists():
             return candidate.resolve()
+    reasons = {
+        r"[a-z]+://": "It is a web address. Copy the folder to Drive and give /content/drive/MyDrive/<folder>, or "
+        "download it and give the folder.",
+        r"[A-Za-z]:[\\/]": "It is a path of Windows, which this machine cannot see. Upload the folder first.",
+        r".*\$": "It holds a variable that is not set.",
+    }
+    why = next((reason for pattern, reason in reasons.items() if re.match(pattern, text)), "")
     raise FileNotFoundError(
-        f"ART_DATA is {asked!r}, but neither {candidates[0].absolute()} nor {candidates[1]} exists. "
-        "Give the folder (or CSV file) of your pictures, or unset ART_DATA for the built-in ones."
+        f"ART_DATA is {asked!r}, but neither {Path(text).absolute()} nor {REPOSITORY / text} exists. {why} "
+        "Give the folder (or CSV file) of your pictures, or unset ART_DATA for the built-in ones.".replace("  ", " ")
     )

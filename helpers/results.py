@@ -6,6 +6,7 @@ presence means that the run is complete. :func:`predict` is the one loop over te
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,6 @@ _SMALL_WORDS = ("a", "an", "and", "at", "by", "de", "in", "la", "of", "on", "the
 MANIFEST = "manifest.json"
 PREDICTIONS = "predictions.csv"
 _JOURNAL = "journal.jsonl"
-_NUMBERS = ("anomaly_score", "threshold", "p_value", "seconds")
 _VERSIONED = ("torch", "transformers", "peft", "open_clip_torch", "timm", "scikit-learn", "numpy", "opencv-python")
 
 
@@ -188,6 +188,7 @@ def _calibration_facts(
     return facts
 
 
+@dataclass
 class Writer:
     """Writes one method's predictions as they come, so that an interrupted run loses none.
 
@@ -197,51 +198,30 @@ class Writer:
     predicted, beside the untouched older run, for the next try.
 
     Args:
-        folder: results folder of the method.
-        method: name of the row.
+        folder, method: results folder, and name of the row.
         samples: the test pictures; each must get exactly one prediction.
-        dataset_dir: folder of the dataset, to write relative paths.
-        dataset_hash: hash of the dataset, see :func:`helpers.data.dataset_hash`.
-        profile: name of the profile.
-        settings: JSON values that determine the predictions.
-        checkpoint_hash: hash of the trained or published weights, empty without any.
-    Attributes:
-        facts: further JSON values for the manifest.
+        dataset_dir, dataset_hash, profile: of the dataset, and the profile's name.
+        settings, checkpoint_hash: what determines the predictions; hash empty without weights.
+        facts: further JSON values for the manifest, written on leaving.
     Raises:
         ValueError: a prediction for a picture that is not in ``samples``, two for one picture, or, on leaving,
             pictures without any.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        method: str,
-        samples: Sequence[Sample],
-        dataset_dir: Path,
-        dataset_hash: str,
-        profile: str,
-        settings: Mapping[str, Any],
-        checkpoint_hash: str = "",
-    ) -> None:
-        self._folder = Path(folder)
-        self._dataset_dir = Path(dataset_dir)
-        self._samples = {relative_path(sample, self._dataset_dir): sample for sample in samples}
-        self._head = {
-            "method": method,
-            "dataset_hash": dataset_hash,
-            "checkpoint_hash": checkpoint_hash,
-            "profile": profile,
-            "settings": dict(settings),
-        }
-        self.facts: Mapping[str, Any] = {}
-        self._rows: dict[str, dict[str, Any]] = {}
-        self._work = self._folder.with_name(f".{self._folder.name}.partial")
+    folder: Path
+    method: str
+    samples: Sequence[Sample]
+    dataset_dir: Path
+    dataset_hash: str
+    profile: str
+    settings: Mapping[str, Any]
+    checkpoint_hash: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def done(self) -> frozenset[Path]:
         """Paths of the pictures that need no prediction any more."""
-        return frozenset(self._samples[path].image_path for path in self._rows)
+        return frozenset(self._by_path[path].image_path for path in self._rows)
 
     @property
     def answers(self) -> dict[str, str]:
@@ -249,52 +229,51 @@ class Writer:
         return {path: row["answer"] for path, row in self._rows.items()}
 
     def __enter__(self) -> Writer:
+        names = ("method", "dataset_hash", "checkpoint_hash", "profile", "settings")
+        self._head = {name: getattr(self, name) for name in names}
+        self._by_path = {relative_path(sample, self.dataset_dir): sample for sample in self.samples}
+        self._work = Path(self.folder).with_name(f".{Path(self.folder).name}.partial")
         key = files.sha256_json(self._head)
         self._rows = _read_journal(self._work / _JOURNAL, key)
         if not self._rows:
             shutil.rmtree(self._work, ignore_errors=True)
-            self._work.mkdir(parents=True)
-        self._file = open(self._work / _JOURNAL, "w", encoding="utf-8")
-        self._append({"key": key})
-        for row in self._rows.values():
-            self._append(row)
+            files.append_line(self._work / _JOURNAL, json.dumps({"key": key}))
         return self
 
     def add(self, prediction: Prediction) -> None:
         """Write one prediction, and its map as float16, to disk."""
-        path = relative_path(prediction.sample, self._dataset_dir)
-        if path not in self._samples:
-            raise ValueError(f"{path} is not among the {len(self._samples)} test pictures of this run.")
+        sample = prediction.sample
+        path = relative_path(sample, self.dataset_dir)
+        if path not in self._by_path:
+            raise ValueError(f"{path} is not among the {len(self._by_path)} test pictures of this run.")
         if path in self._rows:
             raise ValueError(f"{path} was predicted twice.")
         if prediction.anomaly_map is not None:
-            with files.atomic_path(map_path(self._work, prediction.sample)) as temporary:
-                np.save(temporary, prediction.anomaly_map.astype(np.float16))
-        row = _row(prediction, path)
-        self._append(row)
+            with files.atomic_path(map_path(self._work, sample)) as temporary:
+                np.save(temporary, np.asarray(prediction.anomaly_map, dtype=np.float16))
+        row = {"image_path": path, "sha256": sample.sha256, "category": sample.category, "kind": sample.kind}
+        row |= {"is_anomalous": sample.is_anomalous, "anomaly_score": float(prediction.anomaly_score)}
+        row |= {"threshold": float(prediction.threshold), "is_predicted_anomalous": prediction.is_predicted_anomalous}
+        row |= {"p_value": float(prediction.p_value), "seconds": float(prediction.seconds), "answer": prediction.answer}
+        files.append_line(self._work / _JOURNAL, json.dumps(row))
         self._rows[path] = row
 
     def __exit__(self, error_type: type | None, error: BaseException | None, trace: object) -> None:
-        self._file.close()
         if error_type is not None:
             return
-        missing = [path for path in self._samples if path not in self._rows]
+        missing = [path for path in self._by_path if path not in self._rows]
         if missing:
             raise ValueError(
-                f"{self._head['method']}: {len(missing)} of {len(self._samples)} test pictures have no prediction, "
+                f"{self.method}: {len(missing)} of {len(self._by_path)} test pictures have no prediction, "
                 f"first {missing[0]}."
             )
-        table = pd.DataFrame([self._rows[path] for path in self._samples])
+        table = pd.DataFrame([self._rows[path] for path in self._by_path])
         files.write_text(self._work / PREDICTIONS, table.to_csv(index=False))
         facts = {"n_images": len(table), "versions": versions(), "machine": machine()}
         files.write_json(self._work / MANIFEST, {**facts, **self.facts, **self._head})
-        (self._work / _JOURNAL).unlink()
-        _put_in_place(self._work, self._folder, self._head["dataset_hash"])
-
-    def _append(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        for journal in self._work.glob(f"*{_JOURNAL}*"):  # and its lock
+            journal.unlink()
+        _put_in_place(self._work, Path(self.folder), self.dataset_hash)
 
 
 def read(folder: Path, samples: Sequence[Sample], dataset_dir: Path, dataset_hash: str) -> MethodResult:
@@ -314,17 +293,20 @@ def read(folder: Path, samples: Sequence[Sample], dataset_dir: Path, dataset_has
             f"{dataset_hash[:12]}. Rows of different datasets are not compared: run the method's notebook again."
         )
     by_path = {relative_path(sample, dataset_dir): sample for sample in samples}
-    # Only numbers may be missing: an answer "None" or a kind "nan" is a text.
-    numeric = {key: [""] for key in _NUMBERS}
-    # Older versions of pandas lose the last digit by default, and a score on the threshold changes sides.
-    options = {"keep_default_na": False, "na_values": numeric, "float_precision": "round_trip"}
+    numbers = ("anomaly_score", "threshold", "p_value", "seconds")
+    # Only numbers may be missing: an answer "None" or a kind "nan" is a text. Older versions of pandas lose the last
+    # digit by default, and a score on the threshold changes sides.
+    options = {"keep_default_na": False, "na_values": {key: [""] for key in numbers}, "float_precision": "round_trip"}
     table = pd.read_csv(folder / PREDICTIONS, dtype={"answer": str}, **options)
     unknown = sorted(set(table["image_path"]) - set(by_path))
     if unknown:
         raise ValueError(
             f"{folder / PREDICTIONS} names {len(unknown)} pictures not in the dataset, first {unknown[0]}."
         )
-    predictions = [_prediction(row, by_path[row["image_path"]]) for row in table.to_dict("records")]
+    predictions = [
+        Prediction(by_path[row["image_path"]], answer=row["answer"], **{name: float(row[name]) for name in numbers})
+        for row in table.to_dict("records")
+    ]
     return MethodResult(manifest["method"], folder, manifest, predictions)
 
 
@@ -390,52 +372,26 @@ def machine() -> str:
 
 def _put_in_place(work: Path, folder: Path, dataset_hash: str) -> None:
     """Rename a finished run to its folder; an older run on another dataset is kept aside, on the same one replaced."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(work, folder)
-    if (old / MANIFEST).exists():
-        other = files.read_json(old / MANIFEST)["dataset_hash"]
+    aside = folder.with_name(f".{folder.name}.old")
+    if (folder / MANIFEST).exists():
+        other = files.read_json(folder / MANIFEST)["dataset_hash"]
         if other != dataset_hash:
-            archive = folder.parent / "other_datasets" / other[:12] / folder.name
-            shutil.rmtree(archive, ignore_errors=True)
-            archive.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(old, archive)
-    shutil.rmtree(old, ignore_errors=True)
+            aside = folder.parent / "other_datasets" / other[:12] / folder.name
+    shutil.rmtree(aside, ignore_errors=True)
+    if folder.exists():
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(folder, aside)
+    os.replace(work, folder)
+    if aside.name.startswith("."):
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _read_journal(path: Path, key: str) -> dict[str, dict[str, Any]]:
-    """Rows of an interrupted run with the same settings; a torn last line is dropped."""
-    if not path.exists():
-        return {}
+    """Rows of an interrupted run with the same settings; a torn line costs one picture."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
     if not rows or rows[0].get("key") != key:
         return {}
     return {row["image_path"]: row for row in rows[1:]}
-
-
-def _row(prediction: Prediction, path: str) -> dict[str, Any]:
-    sample = prediction.sample
-    return {
-        "image_path": path,
-        "sha256": sample.sha256,
-        "category": sample.category,
-        "kind": sample.kind,
-        "is_anomalous": sample.is_anomalous,
-        "anomaly_score": float(prediction.anomaly_score),
-        "threshold": float(prediction.threshold),
-        "is_predicted_anomalous": bool(prediction.is_predicted_anomalous),
-        "p_value": float(prediction.p_value),
-        "seconds": float(prediction.seconds),
-        "answer": prediction.answer,
-    }
-
-
-def _prediction(row: Mapping[str, Any], sample: Sample) -> Prediction:
-    return Prediction(sample, answer=row["answer"], **{key: float(row[key]) for key in _NUMBERS})

@@ -11,18 +11,16 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from helpers import files as storage
-from helpers import profiles
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 
-if TYPE_CHECKING:
-    import nbformat
+from helpers import files, profiles
 
 NOTEBOOKS = profiles.REPOSITORY / "notebooks"
-_EXECUTED = "executed"
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
@@ -47,9 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(profile, flush=True)
     _pass_on(profile)
     started = time.monotonic()
-    key = storage.sha256_json([_source_hash(), profile.name, _pictures_fingerprint(profile.data_source)])
+    key = files.sha256_json([_source_hash(), profile.name, pictures_fingerprint(profile.data_source)])
     for number, path in enumerate(paths, start=1):
-        key = storage.sha256_json([key, storage.sha256_file(path)])
+        key = files.sha256_json([key, files.sha256_file(path)])
         wanted = not options.notebook or any(path.stem.startswith(name) for name in options.notebook)
         if wanted and not _run_or_skip(path, f"[{number}/{len(paths)}] {path.stem}", profile, key, again=options.again):
             return 1
@@ -60,53 +58,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run_or_skip(path: Path, title: str, profile: profiles.Profile, key: str, *, again: bool) -> bool:
     """Run one notebook unless its last success has this key; False when a cell failed."""
-    executed = profile.home / _EXECUTED / path.name
-    mark = executed.with_suffix(".json")
-    if not again and executed.exists() and mark.exists() and storage.read_json(mark)["key"] == key:
+    executed = profile.home / "executed" / path.name
+    mark, failed = executed.with_suffix(".json"), executed.with_suffix(".failed.ipynb")
+    last = files.read_json(mark) if mark.exists() else {}
+    if not again and executed.exists() and last.get("key") == key:
         print(f"{title}: up to date", flush=True)
         return True
     mark.unlink(missing_ok=True)
-    before = _tree(profile.home)
-    started = time.monotonic()
-    notebook, error = execute(path, on_cell=_live_line(title))
-    seconds = time.monotonic() - started
+    line = _LiveLine(title, last.get("seconds") or _usual_seconds(path.stem, profile.name))
+    notebook, error = execute(path, line)
     if error:
-        failed = executed.with_suffix(".failed.ipynb")
-        _write_notebook(failed, notebook)
-        print(f"\r{title}: failed after {seconds:.0f} s\n\n{error}\n\nThe notebook up to there: {failed}", flush=True)
+        files.write_text(failed, nbformat.writes(notebook))
+        line.end(f"failed after {line.seconds:.0f} s\n\n{error}\n\nThe notebook up to there: {failed}")
         return False
-    _write_notebook(executed, notebook)
-    executed.with_suffix(".failed.ipynb").unlink(missing_ok=True)
-    storage.write_json(mark, {"key": key, "seconds": round(seconds, 1)})
-    print(f"\r{title}: {seconds:.0f} s, wrote {_changes(before, _tree(profile.home))}", flush=True)
+    files.write_text(executed, nbformat.writes(notebook))
+    failed.unlink(missing_ok=True)
+    files.write_json(mark, {"key": key, "seconds": round(line.seconds, 1)})
+    line.end(f"{line.seconds:.0f} s")
     return True
 
 
-def execute(
-    path: Path, *, on_cell: Callable[[int, int], None] | None = None
-) -> tuple[nbformat.NotebookNode, str | None]:
+def execute(path: Path, line: _LiveLine) -> tuple[nbformat.NotebookNode, str]:
     """Execute a notebook in its folder, in a fresh kernel of this Python.
 
-    Args:
-        path: the notebook.
-        on_cell: called with (code cells started, code cells in all).
     Returns:
-        the notebook with outputs, and None or the failing cell with its error as plain text.
+        the notebook with outputs, and the failing cell with its error as plain text, empty when none failed.
     """
-    import nbformat
-    from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError, DeadKernelError
-
     notebook = nbformat.read(path, as_version=4)
     n_cells = sum(cell.cell_type == "code" for cell in notebook.cells)
-    started = 0
+    started, section = 0, ""
 
-    def count(cell: nbformat.NotebookNode, cell_index: int) -> None:
-        nonlocal started
+    def follow(cell: nbformat.NotebookNode, cell_index: int) -> None:
+        nonlocal started, section
         if cell.cell_type == "code":
             started += 1
-            if on_cell is not None:
-                on_cell(started, n_cells)
+            line.show(f"cell {started} of {n_cells}" + (f", {section}" if section else ""))
+        else:
+            headings = re.findall(r"^##+ +(.+)$", cell.source, flags=re.MULTILINE)
+            section = headings[-1].strip() if headings else section
 
     client = NotebookClient(
         notebook,
@@ -114,7 +103,7 @@ def execute(
         kernel_name="python3",
         resources={"metadata": {"path": str(path.parent)}},
         extra_arguments=["--log-level=ERROR"],  # the kernel's warnings about its own transport are not for the reader
-        on_cell_start=count,
+        on_cell_start=follow,
     )
     try:
         client.execute()
@@ -123,19 +112,45 @@ def execute(
     except DeadKernelError as error:
         cell = f"code cell {started} of {n_cells}"
         return notebook, f"The kernel died in {cell} ({error}). The usual cause is too little memory."
-    return notebook, None
+    return notebook, ""
 
 
-def _live_line(title: str) -> Callable[[int, int], None]:
-    """Prints how far a notebook is: rewritten in place on a terminal, once at the start elsewhere."""
+class _LiveLine:
+    """One line a notebook: rewritten in place on a terminal; elsewhere only its start and its end are printed."""
 
-    def show(started: int, n_cells: int) -> None:
-        if sys.stdout.isatty():
-            print(f"\r{title}: cell {started} of {n_cells} ", end="", flush=True)
-        elif started == 1:
-            print(f"{title}: running {n_cells} cells", flush=True)
+    def __init__(self, title: str, usual_seconds: float) -> None:
+        self._title, self._usual, self._started = title, usual_seconds, time.monotonic()
+        self._in_place = sys.stdout.isatty()
+        if not self._in_place:
+            print(f"{title}: started{self._left()}", flush=True)
 
-    return show
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def show(self, state: str) -> None:
+        if self._in_place:
+            print(f"\r\x1b[K{self._title}: {state}{self._left()}", end="", flush=True)
+
+    def end(self, outcome: str) -> None:
+        start = "\r\x1b[K" if self._in_place else ""
+        print(f"{start}{self._title}: {outcome}", flush=True)
+
+    def _left(self) -> str:
+        left = self._usual - self.seconds
+        if left <= 0:
+            return ""
+        return f", about {left / 60:.0f} min left" if left >= 90 else f", about {max(10, round(left, -1)):.0f} s left"
+
+
+def _usual_seconds(notebook: str, profile: str) -> float:
+    """How long a notebook takes by the table of costs, 0 when it is not there."""
+    from helpers.colab import preflight
+
+    stage = preflight.STAGES.get(notebook)
+    if stage is None:
+        return 0.0
+    return float(stage.mini_seconds if profile == "mini" else 60 * stage.l4_minutes)
 
 
 def _pass_on(profile: profiles.Profile) -> None:
@@ -151,49 +166,52 @@ def _pass_on(profile: profiles.Profile) -> None:
 
 def _source_hash() -> str:
     """Hash of the helpers, so that changed code runs again."""
-    files = sorted((profiles.REPOSITORY / "helpers").rglob("*"))
-    return storage.sha256_json(
-        [(str(file), storage.sha256_file(file)) for file in files if file.is_file() and "__pycache__" not in file.parts]
-    )
+    sources = [path for path in sorted((profiles.REPOSITORY / "helpers").rglob("*")) if path.is_file()]
+    return files.sha256_json([(str(path), files.sha256_file(path)) for path in sources if path.suffix != ".pyc"])
 
 
-def _pictures_fingerprint(source: Path | None) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of the user's files: enough to notice a new or changed picture without reading all."""
-    if source is None:
-        return []
-    files: Iterator[Path] = iter([source]) if source.is_file() else iter(sorted(source.rglob("*")))
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+def pictures_fingerprint(source: Path | None) -> dict[str, tuple[int, int]]:
+    """Size and time of every file that a folder or a table leads to: tells a replaced picture without reading it.
+
+    Linked folders are followed; in tables every cell that names a file counts, wherever the file lies.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for path in _files_below(source) if source is not None else ():
+        for file in (path, *(_named_in(path) if path.suffix.lower() in (".csv", ".tsv") else ())):
+            state = file.stat()
+            found[str(file)] = (state.st_size, state.st_mtime_ns)
+    return dict(sorted(found.items()))
 
 
-def _tree(home: Path) -> dict[Path, tuple[int, int]]:
-    files = [file for file in home.rglob("*") if file.is_file() and _EXECUTED not in file.relative_to(home).parts[:1]]
-    return {file.relative_to(home): (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
+def _files_below(source: Path) -> Iterator[Path]:
+    if source.is_file():
+        yield source
+    seen: set[str] = set()
+    for folder, folders, names in os.walk(source, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (path for name in names if (path := Path(folder, name)).is_file())
 
 
-def _changes(before: dict[Path, tuple[int, int]], after: dict[Path, tuple[int, int]]) -> str:
-    """New and changed files in words, by folder: ``results/clip_lof (3 files, 0.1 MB)``."""
-    folders: dict[str, list[int]] = {}
-    for path, state in after.items():
-        if before.get(path) != state:
-            folders.setdefault("/".join(path.parts[:-1][:2]) or path.name, []).append(state[0])
-    if not folders:
-        return "nothing new"
-    folders_in_words = [f"{name} ({len(sizes)} files, {sum(sizes) / 1e6:.1f} MB)" for name, sizes in folders.items()]
-    return ", ".join(sorted(folders_in_words))
-
-
-def _write_notebook(path: Path, notebook: nbformat.NotebookNode) -> None:
-    import nbformat
-
-    storage.write_text(path, nbformat.writes(notebook))
+def _named_in(table: Path) -> Iterator[Path]:
+    content = table.read_bytes()
+    text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", errors="replace")
+    cells = {cell.strip() for cell in re.split(r'[,;\t\r\n"]+', text)} - {""}
+    yield from (table.parent / cell for cell in cells if os.path.isfile(table.parent / cell))
 
 
 def _print_comparison(profile: profiles.Profile) -> None:
+    """The table and where its page lies."""
     table = profile.report_dir / "comparison.csv"
     if table.exists():
         from helpers.judge import comparison
 
-        print(f"\n{comparison.as_text(table)}\n\nReport: {profile.report_dir / 'index.html'}", flush=True)
+        print(
+            f"\n{comparison.as_text(table)}\n\nReport: {profile.report_dir / 'index.html'}\nTable:  {table}", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from helpers.data import manifest as data
 WRITER = """
 import sys
 from pathlib import Path
-from helpers import journal
+from helpers import files as journal
 for i in range(60):
     journal.append_line(Path(sys.argv[1]), sys.argv[2] * 3000 + f" {i}", header="header")
 """
@@ -122,7 +122,7 @@ def test_a_busy_file_is_waited_for_and_then_named(tmp_path, monkeypatch):
     from filelock import FileLock
 
     monkeypatch.setattr(journal, "LOCK_SECONDS", 0.1)
-    with FileLock(tmp_path / "log.txt.lock"), pytest.raises(TimeoutError, match="log.txt"):
+    with FileLock(tmp_path / ".log.txt.lock"), pytest.raises(TimeoutError, match="log.txt"):
         journal.append_line(tmp_path / "log.txt", "x")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import nbformat
@@ -36,7 +37,7 @@ def test_runs_in_order_then_skips_what_is_up_to_date(home: Path, capsys: pytest.
     assert runner.main([]) == 0
     first = capsys.readouterr().out
     assert "ART_PROFILE=mini" in first
-    assert "[2/2] 02_second" in first and "wrote data (1 files" in first
+    assert "[2/2] 02_second: started" in first and re.search(r"02_second: \d+ s", first)
     assert (home / "home" / "mini" / "executed" / "02_second.ipynb").exists()
 
     assert runner.main([]) == 0
@@ -70,10 +71,28 @@ def test_changed_pictures_run_again(home: Path, monkeypatch: pytest.MonkeyPatch)
     pictures = home / "pictures"
     pictures.mkdir()
     (pictures / "a.png").write_bytes(b"1")
-    before = runner._pictures_fingerprint(pictures)
+    before = runner.pictures_fingerprint(pictures)
     (pictures / "b.png").write_bytes(b"1")
-    assert runner._pictures_fingerprint(pictures) != before
-    assert runner._pictures_fingerprint(None) == []
+    assert runner.pictures_fingerprint(pictures) != before
+    assert runner.pictures_fingerprint(None) == {}
+
+
+@pytest.mark.parametrize("form", ["linked folder", "table", "utf-16 table", "table in a folder"])
+def test_a_picture_replaced_behind_a_link_or_a_table_is_noticed(home: Path, form: str) -> None:
+    far, source = home / "far", home / "source"
+    far.mkdir(), source.mkdir()
+    (far / "a, b.png").write_bytes(b"1")
+    (far / "ä.png").write_bytes(b"1")
+    if form == "linked folder":
+        (source / "linked").symlink_to(far)
+        (far / "loop").symlink_to(source)
+    else:
+        encoding = "utf-16" if form.startswith("utf-16") else "utf-8"
+        (source / "t.csv").write_text(f"path;label\n../far/ä.png;good\n{'x' * 400};x\n", encoding=encoding)
+        source = source / "t.csv" if form.endswith("table") else source
+    before = runner.pictures_fingerprint(source)
+    (far / "ä.png").write_bytes(b"22")
+    assert runner.pictures_fingerprint(source) != before
 
 
 def test_kernels_see_absolute_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -91,3 +110,18 @@ def test_one_notebook_by_number_and_unknown_names(home: Path, capsys: pytest.Cap
     assert "02_second" not in capsys.readouterr().out
     assert runner.main(["7"]) == 2
     assert "There are: 01_first, 02_second" in capsys.readouterr().out
+
+
+def test_a_terminal_has_one_line_a_notebook_with_section_and_time_left(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notebook = nbformat.v4.new_notebook()
+    notebook.cells = [nbformat.v4.new_markdown_cell("## Five detectors\nWords."), nbformat.v4.new_code_cell("1 + 1")]
+    nbformat.write(notebook, home / "notebooks" / "02_second.ipynb")
+    monkeypatch.setattr(runner.sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(runner, "_usual_seconds", lambda notebook, profile: 180.0)
+    (home / "home" / "mini" / "report").mkdir(parents=True)
+    assert runner.main([]) == 0
+    out = capsys.readouterr().out
+    assert "[2/2] 02_second: cell 1 of 1, Five detectors, about 3 min left" in out
+    assert len([line for line in out.split("\n") if "02_second" in line]) == 1

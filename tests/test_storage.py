@@ -34,14 +34,16 @@ def test_atomic_path_keeps_the_suffix_and_makes_folders(tmp_path: Path) -> None:
 
 def test_written_files_are_readable_by_others(tmp_path: Path) -> None:
     storage.write_text(tmp_path / "shared.txt", "x")
-    assert (tmp_path / "shared.txt").stat().st_mode & 0o777 == 0o666 & ~storage._umask()
+    mask = os.umask(0o022)
+    os.umask(mask)
+    assert (tmp_path / "shared.txt").stat().st_mode & 0o777 == 0o666 & ~mask
 
 
 def test_kill_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     storage.write_json(path, {"step": 0})
     script = (
-        "import sys, time; from pathlib import Path; from helpers import storage\n"
+        "import sys, time; from pathlib import Path; from helpers import files as storage\n"
         f"with storage.atomic_path(Path({str(path)!r})) as t:\n"
         "    t.write_text('{'); print('writing', flush=True); time.sleep(60)\n"
     )
