@@ -310,6 +310,19 @@ def read(folder: Path, samples: Sequence[Sample], dataset_dir: Path, dataset_has
     return MethodResult(manifest["method"], folder, manifest, predictions)
 
 
+def confirm(facts: Mapping[str, bool]) -> None:
+    """Print a ✓ line for every fact, in words; the checks at the end of a notebook.
+
+    Raises:
+        AssertionError: some do not hold; the message names them.
+    """
+    for words, holds in facts.items():
+        print("✓" if holds else "✗", words)
+    failed = [words for words, holds in facts.items() if not holds]
+    if failed:
+        raise AssertionError(f"{len(failed)} of {len(facts)} checks failed: {'; '.join(failed)}.")
+
+
 def method_label(method: str) -> str:
     """The method's name for readers; rows of unknown methods keep their own."""
     return METHOD_LABELS.get(method, method)

@@ -65,7 +65,7 @@ def test_notebook_opens_with_title_badge_and_card(path: Path) -> None:
 
 @each_notebook
 def test_notebook_ends_with_checks_and_a_summary(path: Path) -> None:
-    assert any("assert " in cell.source for cell in _cells(path, "code")[-4:])
+    assert any(re.search(r"assert |confirm\(|check", cell.source) for cell in _cells(path, "code")[-4:])
     assert any(cell.source.startswith("## Summary") for cell in _cells(path, "markdown")[-2:])
 
 
