@@ -73,6 +73,11 @@ class MethodResult:
     def dataset_hash(self) -> str:
         return self.manifest["dataset_hash"]
 
+    def frame(self) -> pd.DataFrame:
+        """One row a test picture: ``method`` and the columns of ``predictions.csv``."""
+        rows = [{"method": self.method} | _row(one, str(one.sample.image_path)) for one in self.predictions]
+        return pd.DataFrame(rows)
+
     def anomaly_map(self, prediction: Prediction) -> np.ndarray | None:
         """The picture's anomaly map, float32 ``(H, W)``, raw; None when the method made none."""
         path = map_path(self.folder, prediction.sample)

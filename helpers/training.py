@@ -174,6 +174,18 @@ def by_epoch(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{"epoch": int(epoch)} | row.dropna().to_dict() for epoch, row in means.iterrows()]
 
 
+def curves(history: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """The course of a training for :func:`helpers.judge.figures.lines`: ``panel, series, x, value``.
+
+    The held-out score comes first, because it counts; then the mean losses of each epoch.
+    """
+    tidy = pd.DataFrame(by_epoch(history)).melt("epoch", var_name="series").dropna()
+    is_score = tidy["series"] == "tuning_score"
+    tidy = tidy.assign(panel=is_score.map({True: "held-out score (higher is better)", False: "training losses"}))
+    tidy["series"] = tidy["series"].str.replace("_", " ")
+    return pd.concat([tidy[is_score], tidy[~is_score]]).rename(columns={"epoch": "x"})
+
+
 class _Run:
     """One call of :func:`train`."""
 

@@ -29,7 +29,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from helpers import files
-from helpers.results import category_label, method_label
+from helpers.data import mask_of
+from helpers.data.images import load_image
+from helpers.results import MethodResult, category_label, method_label
 
 METHOD_COLORS: Mapping[str, str] = {
     "clip_resnet50": "#0072b2",
@@ -266,6 +268,35 @@ def map_rows(panels: Sequence[Panel], *, scale: Scale, title: str) -> Figure:
         bar.ax.axhline(scale.limit, color=INK, linewidth=1.4)
         bar.set_label("anomaly score of the pixel (raw); black line: genuine pictures end here")
     return _finish(fig, title, f"{len(panels)} rows of picture, anomaly map and marked picture.")
+
+
+def map_examples(result: MethodResult, category: str) -> tuple[list[Panel], Scale]:
+    """Panels for :func:`map_rows`: a find, a miss and the most marked genuine picture of a painting, and the scale.
+
+    A find is a marked place inside the mask. Of finds and misses the picture with the middle score is shown, not the
+    best; what did not happen is left out.
+    """
+    mine = sorted((p for p in result.predictions if p.sample.category == category), key=lambda p: p.anomaly_score)
+    maps = {id(p): result.anomaly_map(p) for p in mine}
+    scale = map_scale(maps[id(p)] for p in mine if not p.sample.is_anomalous)
+    groups: dict[str, list[Any]] = {"found": [], "missed": [], "genuine, most marked": []}
+    for one in mine:
+        mask = mask_of(one.sample)
+        if not one.sample.is_anomalous:
+            best = [*groups["genuine, most marked"], one]
+            groups["genuine, most marked"] = [max(best, key=lambda p: maps[id(p)].max())]
+        elif mask is not None:
+            marked_here = cv2.resize(maps[id(one)], mask.shape[::-1])[mask].max() > scale.limit
+            groups["found" if marked_here else "missed"].append(one)
+    panels = []
+    for words, found in groups.items():
+        for one in found[len(found) // 2 : len(found) // 2 + 1]:
+            kind = f"{one.sample.kind.replace('_', ' ')}, " if one.sample.is_anomalous else ""
+            verdict = "anomalous" if one.is_predicted_anomalous else "genuine"
+            image = load_image(one.sample.image_path, max_side=512)
+            caption = f"{kind}{words}; called {verdict}"
+            panels.append(Panel(image, mask_of(one.sample, image.shape[:2]), maps[id(one)], caption))
+    return panels, scale
 
 
 def picture_grid(panels: Sequence[Panel], *, title: str, n_columns: int = 5, limit: float = math.inf) -> Figure:
