@@ -135,7 +135,7 @@ def test_training_and_answering_fit_an_l4(full: profiles.Profile) -> None:
     answer = anomalygpt_plan.Load(precision, True, testing.batch_size, 96)
     for load in (train, answer):
         plan = anomalygpt_plan.require_fit(anomalygpt_plan.memory_plan(anomalygpt_plan.VICUNA_7B, load), L4_GB)
-        assert 13.5 < plan.total_gb < L4_GB and plan.host_gb < preflight.NEEDS["full"].ram_gb
+        assert 13.5 < plan.total_gb < L4_GB and plan.host_gb < preflight.NEEDS["full"][1]
     with pytest.raises(anomalygpt_plan.DoesNotFit, match="4bit"):
         anomalygpt_plan.require_fit(anomalygpt_plan.memory_plan(anomalygpt_plan.VICUNA_13B, train), L4_GB)
 
@@ -147,8 +147,8 @@ def test_disk_of_the_plan_is_what_card_and_preflight_say(full: profiles.Profile)
     peak = plan.peak_disk_bytes / 1e9
     assert peak <= preflight.STAGES["01_prepare_weights"].disk_gb < peak + 1
     others = sum(stage.disk_gb for name, stage in preflight.STAGES.items() if not name.startswith("01"))
-    assert peak + others <= preflight.NEEDS["full"].disk_gb < peak + others + 1
-    assert plan.peak_ram_bytes / 1e9 <= preflight.NEEDS["full"].ram_gb
+    assert peak + others <= preflight.NEEDS["full"][2] < peak + others + 1
+    assert plan.peak_ram_bytes / 1e9 <= preflight.NEEDS["full"][1]
 
 
 # --- the towers at their true size, random numbers as weights -------------------------------------------------------

@@ -1,69 +1,47 @@
 """Before anything starts: what this machine lacks and how to mend it, and what each notebook costs.
 
-Measured now: memory, disk, versions, access. Estimated, and said so: minutes and compute units of ``full``.
+Measured now: memory, disk, what is there. Estimated, and said so: minutes and compute units of ``full``.
 """
 
 from __future__ import annotations
 
+import os
 import re
-import sys
-import urllib.error
-import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
-from helpers import files as storage
-from helpers import profiles
-from helpers.anomalygpt.plan import RATES
-from helpers.colab import session as colab
-from helpers.weights import catalog as weight_plan
-from helpers.weights import fetch as downloads
+import pandas as pd
+import psutil
 
-if TYPE_CHECKING:
-    import pandas as pd
+from helpers import files, profiles
 
 GB = 1e9
-HUB = "https://huggingface.co"
 _CHANGE_GPU = "Runtime > Change runtime type > L4 GPU"
 
+NEEDS = {"mini": (0, 3, 2), "full": (profiles.MIN_FULL_GPU_GB, 12, 65)}
+"""GB of free GPU memory, of free memory, and of free disk from the very start."""
 
-@dataclass(frozen=True)
-class Need:
-    """What a profile needs of a machine, in GB: free GPU memory, free memory, free disk from the very start."""
-
-    gpu_gb: float
-    ram_gb: float
-    disk_gb: float
+RATES = {"T4": 1.19, "L4": 1.71, "A100": 5.40, "A100 80GB": 7.52, "RTX PRO 6000": 8.71}
+"""Colab compute units per hour, users' measurements of 2026-03-10. Google changes them: edit this table."""
 
 
-NEEDS = {"mini": Need(0, 3, 2), "full": Need(profiles.MIN_FULL_GPU_GB, 12, 65)}
+class Stage(NamedTuple):
+    """What one notebook costs, and what below ``$ART_HOME/<profile>`` proves that it is done (empty: nothing)."""
 
-
-@dataclass(frozen=True)
-class Stage:
-    """What one notebook costs.
-
-    Attributes:
-        mini_seconds: in ``mini`` on 2 CPU cores, measured.
-        l4_minutes: in ``full`` on an L4; an estimate, nobody has measured it.
-        disk_gb: most that it adds on disk in ``full``; an estimate from file sizes.
-        proof: what lies below ``$ART_HOME/<profile>`` when it is done (a pattern); empty: nothing.
-    """
-
-    mini_seconds: int
-    l4_minutes: int
-    disk_gb: float
+    mini_seconds: int  # on 2 CPU cores, measured
+    l4_minutes: int  # in full on an L4; an estimate, nobody has measured it
+    disk_gb: float  # most that it adds on disk in full; an estimate from file sizes
     proof: str
 
 
 STAGES = {
-    "01_prepare_weights": Stage(17, 45, 49.5, "weights/pandagpt/READY.json"),
+    "01_prepare_weights": Stage(17, 45, 49.5, "weights/vicuna/READY.json"),
     "02_synthesize_anomalies": Stage(11, 2, 1.0, "data/*/manifest.json"),
     "03_clip": Stage(76, 5, 3.0, "results/clip_patch_knn/manifest.json"),
     "04_anomalyclip": Stage(34, 25, 6.0, "results/anomalyclip/manifest.json"),
+    "05_reference": Stage(60, 5, 1.0, "results/aligned/manifest.json"),
     "06_anomalygpt_train": Stage(45, 120, 4.5, "checkpoints/anomalygpt/*/training.json"),
     "07_anomalygpt_test": Stage(31, 20, 0.5, "results/anomalygpt/manifest.json"),
     "08_anomalygpt_chat": Stage(42, 5, 0.1, ""),
@@ -73,14 +51,7 @@ STAGES = {
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table.
-
-    Attributes:
-        name: what was looked at.
-        is_ok: whether work can start.
-        found: what was found, in words.
-        fix: what to do when it is not ok.
-    """
+    """One line of the table: what was looked at, whether work can start, what was found, what to do if not."""
 
     name: str
     is_ok: bool
@@ -89,22 +60,20 @@ class Check:
 
 
 def run(profile: profiles.Profile, *, lasting: Path | None = None) -> list[Check]:
-    """Look at everything that has stopped somebody before; a second in ``mini``, a few with downloads ahead.
+    """Look at everything that has stopped somebody before; needs no network.
 
     Args:
         profile: the active one.
         lasting: where finished work is kept, see :func:`helpers.colab.session.lasting_folder`.
     """
-    need = NEEDS[profile.name]
-    repositories = _hub_repositories(profile) if profile.llama_size != "mini" else []
+    gpu_gb, ram_gb, disk_gb = NEEDS[profile.name]
     return [
-        _gpu(profile.device, need.gpu_gb),
+        _gpu(profile.device, gpu_gb),
         _bf16(profile.device),
-        _memory(need.ram_gb),
-        _disk(profile.home, need.disk_gb),
+        _memory(ram_gb),
+        _disk(profile.home, disk_gb),
         _lasting(lasting),
-        *_hub(repositories),
-        _versions(profiles.REPOSITORY / "requirements.txt"),
+        _weights(profile),
     ]
 
 
@@ -148,36 +117,40 @@ def costs(profile: profiles.Profile, gpu: str = "") -> pd.DataFrame:
         profile: the active one.
         gpu: its name as CUDA gives it; minutes are those of an L4 whatever it is, units use its rate.
     """
-    import pandas as pd
-
-    rate = RATES.get(rate_name(gpu), (None, ""))[0]
     rows = []
     for name, stage in STAGES.items():
         minutes = stage.mini_seconds / 60 if profile.name == "mini" else float(stage.l4_minutes)
-        units = None if rate is None or profile.name == "mini" else rate * minutes / 60
         rows.append(
             {
                 "notebook": name,
                 "state": "done" if is_done(profile.home, name) else "to do" if stage.proof else "any time",
                 "minutes": round(minutes, 1),
-                "compute units": "none" if profile.name == "mini" else "unknown" if units is None else f"{units:.1f}",
+                "compute units": "none" if profile.name == "mini" else compute_units(60 * minutes, gpu),
                 "GB of disk": "below 1" if profile.name == "mini" else f"{stage.disk_gb:g}",
             }
         )
     return pd.DataFrame(rows)
 
 
+def compute_units(seconds: float, gpu: str) -> str:
+    """Colab's price of some time on a GPU, ``"unknown"`` when its rate is.
+
+    >>> compute_units(3600, "NVIDIA L4")
+    '1.7'
+    """
+    rate = RATES.get(rate_name(gpu))
+    return "unknown" if rate is None else f"{rate * seconds / 3600:.1f}"
+
+
 def cost_note(profile: profiles.Profile, gpu: str = "") -> str:
     """Where the numbers of :func:`costs` come from."""
     if profile.name == "mini":
-        return (
-            "Minutes were measured on 2 CPU cores. Nothing is charged without a GPU but Colab's rate of a CPU machine."
-        )
-    rate, source = RATES.get(rate_name(gpu), (None, ""))
-    priced = f"{rate:g} units an hour ({source})" if rate else f"no rate is known for {gpu or 'this machine'}"
+        return "Minutes were measured on 2 CPU cores. Nothing is charged but Colab's rate of a machine without GPU."
+    rate = RATES.get(rate_name(gpu))
+    priced = f"{rate:g} units an hour (users, 2026-03-10)" if rate else f"no rate is known for {gpu or 'this machine'}"
     return (
         f"Estimates. Minutes: an L4, from sizes, not measured. Compute units: {priced}. Colab shows the rate in force "
-        "under Resources; the table of rates is RATES in helpers/anomalygpt_plan.py."
+        "under Resources; the table of rates is RATES in helpers/colab/preflight.py."
     )
 
 
@@ -188,17 +161,23 @@ def rate_name(gpu: str) -> str:
     ('A100 80GB', 'L4', '')
     """
     longest_first = sorted(RATES, key=len, reverse=True)
-    matches = (key for key in longest_first if all(re.search(rf"\b{word}\b", gpu) for word in key.split()))
-    return next(matches, "")
+    return next((name for name in longest_first if all(re.search(rf"\b{word}\b", gpu) for word in name.split())), "")
 
 
 def gpu_name(device: str) -> str:
     """Name of the GPU that a torch device stands for, empty for a CPU."""
-    if not device.startswith("cuda"):
-        return ""
     import torch
 
-    return torch.cuda.get_device_name(0)
+    return torch.cuda.get_device_name(0) if device.startswith("cuda") else ""
+
+
+def is_reachable(folder: Path) -> bool:
+    """Whether a folder can be listed now; a lost mount exists and cannot (error 107)."""
+    try:
+        os.listdir(folder)
+    except OSError:
+        return False
+    return True
 
 
 # --- the checks -----------------------------------------------------------------------------------------------------
@@ -212,16 +191,12 @@ def _gpu(device: str, need_gb: float) -> Check:
     import torch
 
     free, total = (n_bytes / GB for n_bytes in torch.cuda.mem_get_info())
-    found = f"{gpu_name(device)}, {free:.1f} of {total:.1f} GB free"
-    if free >= need_gb:
-        return Check("GPU", True, found)
+    fix = f"full needs {need_gb:g} GB: {_CHANGE_GPU}, or ART_PROFILE=mini."
     if total >= need_gb:
         fix = (
             "Another program holds its memory: Runtime > Manage sessions, end the others; or Runtime > Restart session."
         )
-    else:
-        fix = f"full needs {need_gb:g} GB: {_CHANGE_GPU}, or ART_PROFILE=mini."
-    return Check("GPU", False, found, fix)
+    return Check("GPU", free >= need_gb, f"{gpu_name(device)}, {free:.1f} of {total:.1f} GB free", fix)
 
 
 def _bf16(device: str) -> Check:
@@ -230,15 +205,11 @@ def _bf16(device: str) -> Check:
     import torch
 
     major, minor = torch.cuda.get_device_capability(0)
-    found = f"compute capability {major}.{minor}"
-    return Check(
-        "bfloat16", major >= 8, found, 'This GPU lacks it: set precision = "fp16" in 06 and 07, or take an L4.'
-    )
+    fix = 'This GPU lacks it: set precision = "fp16" in 06 and 07, or take an L4.'
+    return Check("bfloat16", major >= 8, f"compute capability {major}.{minor}", fix)
 
 
 def _memory(need_gb: float) -> Check:
-    import psutil
-
     memory = psutil.virtual_memory()
     found = f"{memory.available / GB:.1f} of {memory.total / GB:.1f} GB free, {need_gb:g} needed"
     fix = "Close other notebooks (Runtime > Manage sessions), or choose a machine with more memory."
@@ -247,112 +218,27 @@ def _memory(need_gb: float) -> Check:
 
 def _disk(home: Path, need_gb: float) -> Check:
     used = sum(path.stat().st_size for path in home.rglob("*") if path.is_file()) if home.exists() else 0
-    free, need = storage.free_bytes(home), max(need_gb * GB - used, GB)
+    free, need = files.free_bytes(home), max(need_gb * GB - used, GB)
     found = f"{free / GB:.1f} GB free for {home}, {need / GB:.1f} needed"
-    return Check(
-        "disk", free >= need, found, "Set DELETE_RAW = True in 01 (8 GB less), or point ART_HOME to another disk."
-    )
+    return Check("disk", free >= need, found, "Free some, or point ART_HOME to another disk.")
 
 
 def _lasting(folder: Path | None) -> Check:
     if folder is None:
         return Check("kept files", True, "nowhere but here (ART_DRIVE=<folder> keeps finished work elsewhere, too)")
-    if not colab.is_reachable(folder):
-        return Check(
-            "kept files", False, f"{folder} cannot be listed", "Run this cell again and allow access to Drive."
-        )
-    free = storage.free_bytes(folder) / GB
+    if not is_reachable(folder):
+        fix = "Run this cell again and allow access to Drive."
+        return Check("kept files", False, f"{folder} cannot be listed", fix)
+    free = files.free_bytes(folder) / GB
     fix = "Free some space there, or work is lost with this machine (15 GB is a Drive without a plan)."
     return Check("kept files", free >= 1, f"{folder}, {free:.1f} GB free", fix)
 
 
-def _hub(repositories: list[str]) -> Iterator[Check]:
-    """Network, token and consent, asked before the download and not after it."""
-    if not repositories:
-        yield Check("network", True, "nothing is left to download")
-        return
-    problem = _unreachable(HUB)
-    if problem:
-        fix = "Check the connection, or place the files by hand where notebook 01 says."
-        yield Check("network", False, f"{HUB}: {problem}", fix)
-        return
-    yield Check("network", True, f"{HUB} answers")
-    token = downloads.find_token()
-    yield Check("HF_TOKEN", True, "found" if token else "none; only repositories that ask for consent need one")
-    for repository in repositories:
-        yield _consent(repository, token)
-
-
-def _consent(repository: str, token: str | None) -> Check:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    try:
-        HfApi().auth_check(repository, token=token or False)
-    except GatedRepoError:
-        fix = (
-            f"Open {HUB}/{repository}, accept the licence, make a read token at {HUB}/settings/tokens, add it as the "
-            "secret HF_TOKEN (key symbol on the left), switch on notebook access, run this cell again."
-        )
-        return Check("consent", False, f"{repository} asks for it", fix)
-    except RepositoryNotFoundError:
-        return Check("consent", False, f"{repository} is not there or private", "Check its name, or set HF_TOKEN.")
-    except Exception as error:  # the hub's own errors changed between versions; a check must not stop the work
-        return Check("consent", False, f"{repository}: {type(error).__name__}", "Run this cell again in a minute.")
-    return Check("consent", True, f"{repository} may be read")
-
-
-def _versions(requirements: Path) -> Check:
-    wrong = [] if (3, 11) <= sys.version_info[:2] <= (3, 13) else [f"Python {sys.version.split()[0]}"]
-    wrong += unsatisfied(requirements.read_text(encoding="utf-8"))
-    found = f"Python {sys.version.split()[0]}, all packages as required" if not wrong else "; ".join(wrong)
-    return Check("versions", not wrong, found, "Runtime > Disconnect and delete runtime, then run this cell again.")
-
-
-def unsatisfied(requirements: str) -> list[str]:
-    """Lines of a requirements file that what is installed does not meet, each with what is installed.
-
-    >>> unsatisfied("# a comment\\nno-such-package>=2")
-    ['no-such-package is missing']
-    """
-    from packaging.requirements import Requirement
-
-    found = []
-    for line in requirements.splitlines():
-        if not line.strip() or line.startswith("#"):
-            continue
-        requirement = Requirement(line)
-        version = _installed(requirement.name)
-        if version is None:
-            found.append(f"{requirement.name} is missing")
-        elif not requirement.specifier.contains(version, prereleases=True):
-            found.append(f"{requirement} is needed, {version} is installed")
-    return found
-
-
-def _installed(name: str) -> str | None:
-    """Version of a package; OpenCV has two builds of the same module."""
-    for candidate in (name, "opencv-python-headless") if name == "opencv-python" else (name,):
-        try:
-            return metadata.version(candidate)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
-
-
-def _hub_repositories(profile: profiles.Profile) -> list[str]:
-    """Repositories that notebook 01 still has to fetch from."""
-    plan = weight_plan.make_plan(profile.weights_dir, size=profile.llama_size)
-    places = [file.source.removeprefix("hub:") for file in plan.missing() if file.source.startswith("hub:")]
-    return sorted({"/".join(place.split("/")[:2]) for place in places})
-
-
-def _unreachable(address: str) -> str:
-    """Why an address does not answer; empty when it does."""
-    try:
-        with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=5):
-            return ""
-    except urllib.error.HTTPError:
-        return ""  # it answers, if with a refusal of this request
-    except OSError as error:
-        return str(error)
+def _weights(profile: profiles.Profile) -> Check:
+    """What 01 still has to fetch; which repositories ask for consent depends on the route that is chosen there."""
+    if is_done(profile.home, "01_prepare_weights"):
+        return Check("weights", True, "Vicuna is ready")
+    if profile.weights.size == "mini":
+        return Check("weights", True, "01 makes them of installed packages, nothing is downloaded")
+    found = "not ready; only 06 to 08 need them all. 01 downloads about 32 GB and first asks you to accept the licences"
+    return Check("weights", True, found)

@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers import profiles
-from helpers.colab import keep as persistence
-from helpers.colab import preflight
-from helpers.colab.keep import Archive
+from helpers.colab import keep, preflight
 
 MOUNT_POINT = Path("/content/drive")
 FOLDER = "art-anomaly"
@@ -32,27 +30,31 @@ def start(*, log: Callable[[str], None] = print) -> profiles.Profile:
 
     Run again it mounts a lost Drive anew. Nothing here stops a session: a ``✗`` says what will, and what to do.
 
-    Args:
-        log: receives the printed lines.
-    Returns:
-        the active profile.
     Raises:
         ValueError, FileNotFoundError: ``ART_PROFILE`` or ``ART_DATA`` are wrong, see :func:`helpers.profiles.active`;
             ``ART_DRIVE_LIMIT_GB`` is not a number.
     """
-    _reach_pictures(log)
+    global _current
+    asked = os.environ.get("ART_DATA", "")
+    if "drive/" in asked and "://" not in asked:
+        mount_drive(log=log)  # the user's pictures lie there
     profile = profiles.active()
     log(str(profile))
     lasting = lasting_folder(profile.device, log=log)
-    _forget_current()
+    shell = _shell()
+    if shell is not None and _current is not None:
+        shell.events.unregister("post_run_cell", _current)  # a set-up cell that runs twice must not save twice
+    _current = None
     if lasting is not None:
-        is_drive = lasting.is_relative_to(MOUNT_POINT)
-        reconnect = partial(mount_drive, log=log) if is_drive else None
-        archive = Archive(lasting / profile.name, reconnect, max_unit_bytes=_limit_bytes())
-        for outcome in persistence.restore(profile.home, archive):
+        reconnect = partial(mount_drive, log=log) if lasting.is_relative_to(MOUNT_POINT) else None
+        archive = keep.Archive(lasting / profile.name, reconnect, max_unit_bytes=_limit_bytes())
+        for outcome in keep.restore(profile.home, archive):
             if outcome.state != "here":
                 log(f"kept in {lasting}: {outcome}")
-        _keep_from_now_on(profile.home, archive, log)
+        _current = _Keeper(profile.home, archive, log)
+        if shell is not None:
+            shell.events.register("post_run_cell", _current)
+            log(f"finished work is copied to {archive.folder} whenever a cell ends")
     log(preflight.as_text(preflight.run(profile, lasting=lasting)))
     log(preflight.where_am_i(profile.home))
     return profile
@@ -68,74 +70,13 @@ def lasting_folder(device: str, *, log: Callable[[str], None] = print) -> Path |
         return None
     if asked:
         return Path(asked).expanduser().absolute()
-    if not device.startswith("cuda"):
-        return None
-    root = mount_drive(log=log)
+    root = mount_drive(log=log) if device.startswith("cuda") else None
     return None if root is None else root / FOLDER
-
-
-def _reach_pictures(log: Callable[[str], None]) -> None:
-    """Mount Drive first when the user's pictures lie there."""
-    asked = os.environ.get("ART_DATA", "").strip()
-    if asked and Path(asked).absolute().is_relative_to(MOUNT_POINT):
-        mount_drive(log=log)
-
-
-def _limit_bytes() -> int:
-    """Largest unit to keep: ``ART_DRIVE_LIMIT_GB``, by default 2, so that a Drive of 15 GB is enough."""
-    asked = os.environ.get("ART_DRIVE_LIMIT_GB", "").strip()
-    try:
-        return int(float(asked) * 1e9) if asked else persistence.MAX_UNIT_BYTES
-    except ValueError:
-        raise ValueError(f"ART_DRIVE_LIMIT_GB is {asked!r}; give a number of GB, or unset it for 2.") from None
 
 
 def checkpoint_keeper() -> Callable[[Path], None] | None:
     """For ``on_checkpoint`` of a training that takes hours in one cell; None where nothing is kept."""
-    if _current is None:
-        return None
-    return persistence.keeper(_current.home, _current.archive)
-
-
-class _Keeper:
-    """Called by IPython when a cell has ended."""
-
-    def __init__(self, home: Path, archive: Archive, log: Callable[[str], None]) -> None:
-        self.home, self.archive, self._log = home, archive, log
-        self._not_before = 0.0
-
-    def __call__(self, _result: Any = None) -> None:
-        if time.monotonic() < self._not_before:
-            return
-        outcomes = persistence.save(self.home, self.archive)
-        for outcome in outcomes:
-            self._log(f"kept: {outcome}")
-        if any(outcome.state == "failed" for outcome in outcomes):
-            self._not_before = time.monotonic() + _PAUSE_SECONDS
-
-
-def _keep_from_now_on(home: Path, archive: Archive, log: Callable[[str], None]) -> None:
-    global _current
-    _current = _Keeper(home, archive, log)
-    shell = _shell()
-    if shell is not None:
-        shell.events.register("post_run_cell", _current)
-        log(f"finished work is copied to {archive.folder} whenever a cell ends")
-
-
-def _forget_current() -> None:
-    """A set-up cell that runs twice must not save twice."""
-    global _current
-    shell = _shell()
-    if shell is not None and _current is not None:
-        shell.events.unregister("post_run_cell", _current)
-    _current = None
-
-
-def _shell() -> Any:
-    from IPython import get_ipython
-
-    return get_ipython()
+    return None if _current is None else keep.keeper(_current.home, _current.archive)
 
 
 def is_colab() -> bool:
@@ -150,7 +91,7 @@ def mount_drive(*, log: Callable[[str], None] = print) -> Path | None:
         the folder of My Drive; None where there is no Drive to be had, with the reason said.
     """
     root = MOUNT_POINT / "MyDrive"
-    if is_reachable(root):
+    if preflight.is_reachable(root):
         return root
     if not is_colab():
         log("Google Drive: not on Colab, nothing to mount")
@@ -162,26 +103,14 @@ def mount_drive(*, log: Callable[[str], None] = print) -> Path | None:
     except Exception as error:  # NotImplementedError, ValueError and Colab's own MessageError: no common base
         log(f"Google Drive: could not be mounted ({type(error).__name__}: {error}). {_advice(error)}")
         return None
-    if not is_reachable(root):
+    if not preflight.is_reachable(root):
         log(f"Google Drive: mounted, but {root} cannot be listed. Run this cell again.")
         return None
     return root
 
 
-def is_reachable(folder: Path) -> bool:
-    """Whether a folder can be listed now; a lost mount exists and cannot (error 107)."""
-    try:
-        os.listdir(folder)
-    except OSError:
-        return False
-    return True
-
-
 def disconnect(*, log: Callable[[str], None] = print) -> None:
-    """Write what Drive still holds back, then give the machine back, so that no more compute units are used.
-
-    The machine's own disk goes with it.
-    """
+    """Wait until Drive has everything, then give the machine (and its disk) back: no more compute units are used."""
     if not is_colab():
         log("disconnect: not on Colab, nothing to give back")
         return
@@ -189,6 +118,38 @@ def disconnect(*, log: Callable[[str], None] = print) -> None:
 
     drive.flush_and_unmount()
     runtime.unassign()
+
+
+class _Keeper:
+    """Called by IPython when a cell has ended."""
+
+    def __init__(self, home: Path, archive: keep.Archive, log: Callable[[str], None]) -> None:
+        self.home, self.archive, self._log = home, archive, log
+        self._not_before = 0.0
+
+    def __call__(self, _result: Any = None) -> None:
+        if time.monotonic() < self._not_before:
+            return
+        outcomes = keep.save(self.home, self.archive)
+        for outcome in outcomes:
+            self._log(f"kept: {outcome}")
+        if any(outcome.state == "failed" for outcome in outcomes):
+            self._not_before = time.monotonic() + _PAUSE_SECONDS
+
+
+def _limit_bytes() -> int:
+    """Largest unit to keep: ``ART_DRIVE_LIMIT_GB``, by default such that a Drive of 15 GB is enough."""
+    asked = os.environ.get("ART_DRIVE_LIMIT_GB", "").strip()
+    try:
+        return int(float(asked) * 1e9) if asked else keep.MAX_UNIT_BYTES
+    except ValueError:
+        raise ValueError(f"ART_DRIVE_LIMIT_GB is {asked!r}; give a number of GB, or unset it for 2.2.") from None
+
+
+def _shell() -> Any:
+    from IPython import get_ipython
+
+    return get_ipython()
 
 
 def _advice(error: Exception) -> str:

@@ -1,0 +1,271 @@
+"""Finished work outlives the machine: saved to a disk that fails, brought back whole, whenever the session ends."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import shutil
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+from failing_drive import FailingDrive
+
+from helpers import files
+from helpers.colab import keep
+from helpers.colab.keep import Archive
+
+COMPLETE = {
+    "weights/imagebind": ("model.safetensors", "config.json", "READY.json"),
+    "data/embedded": ("manifest.csv", "girl/test/good/001.png", "manifest.json"),
+    "results/clip_lof": ("predictions.csv", "maps/ab.npy", "manifest.json"),
+    "results/report_2024/clip_lof": ("predictions.csv", "manifest.json"),
+    "checkpoints/anomalygpt/c4cb/step_00000010": ("model.safetensors", "checkpoint.json"),
+    "checkpoints/anomalygpt/c4cb": ("model.safetensors", "training.json"),
+    "report": ("comparison.csv", "figures/auroc.png", "index.html"),
+    "files": ("history.csv",),
+}
+UNFINISHED = (
+    "weights/vicuna/model-00001-of-00003.safetensors",
+    "weights/llama/READY.json",
+    "weights/raw/imagebind_huge.pth.part",
+    "results/.anomalyclip.partial/journal.jsonl",
+    "checkpoints/anomalygpt/c4cb/.partial/model.safetensors",
+    "features/45d2/rows.jsonl",
+    "executed/01_prepare_weights.json",
+)
+KILLED = multiprocessing.get_context("fork")
+
+
+def content(unit: str, name: str, version: int) -> bytes:
+    return f"{unit}/{name}, version {version}\n".encode() * (50 * version)
+
+
+def write(home: Path, unit: str, version: int = 1) -> None:
+    for name in COMPLETE[unit]:
+        files.write_bytes((home if unit == "files" else home / unit) / name, content(unit, name, version))
+
+
+def workspace(home: Path) -> Path:
+    for unit in COMPLETE:
+        write(home, unit)
+    for name in UNFINISHED:
+        files.write_bytes(home / name, b"half")
+    return home
+
+
+def contents(home: Path) -> dict[str, dict[str, bytes]]:
+    """Unit -> name -> bytes."""
+    found = keep.find_units(home)
+    return {
+        u: {str(p.relative_to(home / u if u != "files" else home)): p.read_bytes() for p in found[u]} for u in found
+    }
+
+
+def archive_of(folder: Path, disk: FailingDrive | None = None, **options: object) -> Archive:
+    reconnect = None if disk is None else disk.reconnect
+    return Archive(folder / "art-anomaly" / "mini", reconnect, **{"wait_seconds": 0, **options})
+
+
+def states(outcomes: list[keep.Outcome]) -> dict[str, str]:
+    return {outcome.unit: outcome.state for outcome in outcomes}
+
+
+@pytest.fixture
+def cloud(tmp_path: Path) -> Path:
+    (tmp_path / "cloud").mkdir()
+    return tmp_path / "cloud"
+
+
+@pytest.fixture
+def kept(tmp_path: Path, cloud: Path) -> tuple[Path, Archive]:
+    """A complete workspace, and the archive that holds all of it."""
+    home, archive = workspace(tmp_path / "home"), archive_of(cloud)
+    assert keep.restore(home, archive) == []
+    assert set(states(keep.save(home, archive)).items()) == {(unit, "saved") for unit in COMPLETE}
+    return home, archive
+
+
+def test_a_fresh_machine_gets_every_unit_back_and_nothing_unfinished(tmp_path: Path, kept, cloud: Path) -> None:
+    home, archive = kept
+    assert contents(home).keys() == COMPLETE.keys()
+    fresh = tmp_path / "fresh"
+    assert set(states(keep.restore(fresh, archive)).values()) == {"restored"}
+    assert contents(fresh) == contents(home)
+    assert not [name for name in UNFINISHED if (fresh / name).exists()]
+    with FailingDrive(cloud).installed() as disk:
+        assert keep.save(home, archive) == keep.save(fresh, archive) == [], "what is up to date costs no access"
+        assert disk.n_calls == 0
+
+
+def test_a_changed_unit_replaces_the_older_zip_which_leaves_nothing_in_the_bin(
+    tmp_path: Path, kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, archive = kept
+    unlink, sizes = Path.unlink, []
+
+    def watched(path: Path, missing_ok: bool = False) -> None:
+        if path.parent == archive.folder:
+            sizes.append(path.stat().st_size)
+        unlink(path, missing_ok)
+
+    write(home, "results/clip_lof", version=2)
+    (archive.folder / "x.zip.part").write_bytes(b"of a session long ago")
+    os.utime(archive.folder / "x.zip.part", (1, 1))
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", watched)
+        assert states(keep.save(home, archive)) == {"results/clip_lof": "saved"}
+        shutil.rmtree(home / "checkpoints/anomalygpt/c4cb/step_00000010")
+        keep.save(home, archive)
+        keep.restore(tmp_path / "fresh", archive)
+    assert len(sizes) == 3 and not any(sizes)
+    assert len(list(archive.folder.glob("results+clip_lof.*"))) == 1 and not list(archive.folder.glob("*step_*"))
+    assert contents(tmp_path / "fresh") == contents(home)
+
+
+def test_local_work_is_never_replaced_and_an_unmarked_folder_gives_way(tmp_path: Path, kept) -> None:
+    _, archive = kept
+    home = tmp_path / "other"
+    write(home, "results/clip_lof", version=2)
+    write(home, "weights/imagebind", version=2)
+    (home / "weights/imagebind/READY.json").unlink()
+    found = states(keep.restore(home, archive))
+    assert (found["results/clip_lof"], found["weights/imagebind"]) == ("here", "restored")
+    assert contents(home)["results/clip_lof"]["predictions.csv"] == content("results/clip_lof", "predictions.csv", 2)
+    assert contents(home)["weights/imagebind"]["config.json"] == content("weights/imagebind", "config.json", 1)
+    assert states(keep.save(home, archive)) == {"results/clip_lof": "saved"}, "the newer version is kept, too"
+
+
+def test_a_unit_too_large_is_named_once_and_kept_when_the_limit_is_raised(tmp_path: Path, cloud: Path) -> None:
+    home, archive = workspace(tmp_path / "home"), archive_of(cloud, max_unit_bytes=12_000)
+    keep.restore(home, archive)
+    write(home, "weights/imagebind", version=9)
+    found = states(keep.save(home, archive))
+    assert found["weights/imagebind"] == "too large" and found["report"] == "saved"
+    assert keep.save(home, archive) == []
+    assert states(keep.save(home, archive_of(cloud))) == {"weights/imagebind": "saved"}
+    assert keep.MAX_UNIT_BYTES > 1_972_218_882 * 1.05, "ImageBind in float16 belongs on Drive"
+
+
+def test_nothing_is_replaced_unseen(tmp_path: Path, kept, cloud: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, archive = kept
+    (outcome,) = keep.save(workspace(tmp_path / "lost drive"), archive)
+    assert outcome.state == "failed" and "Run the set-up cell again" in outcome.problem
+    (packed,) = archive.folder.glob("results+clip_lof.*.zip")
+    good = packed.read_bytes()
+    packed.write_bytes(good[:100] + b"x" + good[101:])
+    home, hasty = tmp_path / "other", archive_of(cloud, n_tries=2)
+    outcome = next(outcome for outcome in keep.restore(home, hasty) if outcome.state == "failed")
+    assert outcome.unit == "results/clip_lof" and "delete results+clip_lof.*.zip" in outcome.problem
+    assert not (home / "results/clip_lof").exists()
+    write(home, "results/clip_lof", version=2)
+    (outcome,) = keep.save(home, hasty)
+    assert outcome.state == "failed" and "not replaced" in outcome.problem
+    packed.write_bytes(good)
+    assert states(keep.restore(home, hasty))["results/clip_lof"] == "here"
+    ticks = iter(range(99))
+    monkeypatch.setattr(keep, "_stamp", lambda home, paths: str(next(ticks)))
+    outcome = keep.save(home, hasty)[0]
+    assert "changed while it was packed" in outcome.problem
+
+
+def test_archives_cannot_write_outside_the_workspace(tmp_path: Path, kept) -> None:
+    archive = kept[1]
+    for name in ("../outside", "/tmp/outside", "results/other/x"):
+        with zipfile.ZipFile(archive.folder / f"results+evil.{time.time_ns()}.zip", "w") as packed:
+            packed.writestr(name, b"x")
+        outcome = next(o for o in keep.restore(tmp_path / "fresh", archive) if o.unit == "results/evil")
+        assert outcome.state == "failed" and "leads outside" in outcome.problem
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_failures_lose_nothing_and_leave_nothing_half(tmp_path: Path, cloud: Path, seed: int) -> None:
+    """Error 107, files that seem gone, input/output errors and short copies, in a tenth of all calls."""
+    home, fresh = workspace(tmp_path / "home"), tmp_path / "fresh"
+    with FailingDrive(cloud, seed=seed, rate=0.1).installed() as disk:
+        archive = archive_of(cloud, disk, n_tries=30)
+        keep.restore(home, archive)
+        assert set(states(keep.save(home, archive)).values()) == {"saved"}
+        assert set(states(keep.restore(fresh, archive)).values()) == {"restored"}
+        assert disk.n_failures > 5 and disk.n_reconnects > 0
+    assert contents(fresh) == contents(home)
+
+
+def test_a_dead_a_full_and_a_lost_disk_are_reported_and_keep_what_they_have(tmp_path: Path, kept, cloud: Path) -> None:
+    home, before = kept[0], contents(kept[0])
+    archive = archive_of(cloud, n_tries=2)
+    write(home, "results/clip_lof", version=2)
+    with FailingDrive(cloud, is_full=True).installed() as disk:
+        (outcome,) = keep.save(home, archive)
+        assert outcome.state == "failed" and "No space left" in outcome.problem and "Free space" in outcome.problem
+        disk.is_lost = True
+        (outcome,) = keep.save(home, archive)
+        assert "Transport endpoint is not connected" in outcome.problem and "in 2 attempts" in outcome.problem
+    keep.restore(tmp_path / "fresh", archive)
+    assert contents(tmp_path / "fresh") == before
+    assert states(keep.save(home, archive)) == {"results/clip_lof": "saved"}
+    (outcome,) = keep.restore(tmp_path / "x", archive_of(tmp_path / "content" / "drive", n_tries=2))
+    assert outcome.state == "failed" and "cannot be listed" in outcome.problem
+    assert not (tmp_path / "content").exists(), "a lost mount does not become a local folder"
+
+
+def _session(home: Path, cloud: Path, seed: int, kill_at: int, log: Path) -> None:
+    """A machine's life: restore, then work and save by turns. Ends at its ``kill_at``-th change of a file."""
+    disk = FailingDrive(cloud, seed=seed, rate=0.1, kill_at=kill_at)
+    archive = archive_of(cloud, disk, n_tries=30)
+    with disk.installed():
+        keep.restore(home, archive)
+        for version in (1, 2):
+            for unit in COMPLETE:
+                write(home, unit, version)
+            done = [f"{o.unit} {version}\n" for o in keep.save(home, archive) if o.state == "saved"]
+            with open(log, "a") as file:
+                file.writelines(done)
+
+
+def _killed(target, *arguments: object) -> bool:
+    """True when the process was killed, False when it came to its end before."""
+    process = KILLED.Process(target=target, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode in (0, -9), process.exitcode
+    return process.exitcode == -9
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whenever_a_session_ends_the_next_machine_has_all_that_was_kept(tmp_path: Path, cloud: Path, seed: int) -> None:
+    """Three machines in a row, each killed at a random moment; then a fresh one restores through failures."""
+    draw, log = random.Random(seed), tmp_path / "saved.txt"
+    log.touch()
+    machines = [(tmp_path / f"machine{n}", cloud, seed + n, draw.randrange(1, 500), log) for n in range(3)]
+    n_killed = sum(_killed(_session, *machine) for machine in machines)
+    promised = {unit: int(version) for unit, version in map(str.split, log.read_text().splitlines())}
+    fresh = tmp_path / "fresh"
+    with FailingDrive(cloud, seed=seed, rate=0.1).installed() as disk:
+        outcomes = keep.restore(fresh, archive_of(cloud, disk, n_tries=30))
+    assert {outcome.state for outcome in outcomes} <= {"restored"}
+    found = contents(fresh)
+    assert found.keys() >= promised.keys(), "what was reported as saved is there"
+    for unit, here in found.items():
+        whole = [{name: content(unit, name, version) for name in COMPLETE[unit]} for version in (1, 2)]
+        assert here in whole[promised.get(unit, 1) - 1 :], f"{unit} is mixed, half or older than promised"
+    assert n_killed or len(promised) == len(COMPLETE)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_restore_that_is_killed_goes_on(tmp_path: Path, kept, cloud: Path, seed: int) -> None:
+    home, draw = tmp_path / "fresh", random.Random(seed)
+
+    def restore(kill_at: int) -> None:
+        with FailingDrive(cloud, kill_at=kill_at).installed():
+            keep.restore(home, kept[1])
+
+    for _ in range(4):
+        _killed(restore, draw.randrange(1, 150))
+        for unit, here in contents(home).items() if home.exists() else ():
+            is_marked = unit.split("/")[0] in ("weights", "data", "results")
+            assert not is_marked or len(here) == len(COMPLETE[unit])
+    keep.restore(home, kept[1])
+    assert contents(home) == contents(kept[0])
