@@ -256,10 +256,7 @@ class Writer:
         if prediction.anomaly_map is not None:
             with files.atomic_path(map_path(self._work, sample)) as temporary:
                 np.save(temporary, np.asarray(prediction.anomaly_map, dtype=np.float16))
-        row = {"image_path": path, "sha256": sample.sha256, "category": sample.category, "kind": sample.kind}
-        row |= {"is_anomalous": sample.is_anomalous, "anomaly_score": float(prediction.anomaly_score)}
-        row |= {"threshold": float(prediction.threshold), "is_predicted_anomalous": prediction.is_predicted_anomalous}
-        row |= {"p_value": float(prediction.p_value), "seconds": float(prediction.seconds), "answer": prediction.answer}
+        row = _row(prediction, path)
         files.append_line(self._work / _JOURNAL, json.dumps(row))
         self._rows[path] = row
 
@@ -402,6 +399,23 @@ def _put_in_place(work: Path, folder: Path, dataset_hash: str) -> None:
     os.replace(work, folder)
     if aside.name.startswith("."):
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _row(prediction: Prediction, path: str) -> dict[str, Any]:
+    sample = prediction.sample
+    return {
+        "image_path": path,
+        "sha256": sample.sha256,
+        "category": sample.category,
+        "kind": sample.kind,
+        "is_anomalous": sample.is_anomalous,
+        "anomaly_score": float(prediction.anomaly_score),
+        "threshold": float(prediction.threshold),
+        "is_predicted_anomalous": prediction.is_predicted_anomalous,
+        "p_value": float(prediction.p_value),
+        "seconds": float(prediction.seconds),
+        "answer": prediction.answer,
+    }
 
 
 def _read_journal(path: Path, key: str) -> dict[str, dict[str, Any]]:
