@@ -1,12 +1,13 @@
 """Arrays that are computed once and kept: features of pictures, by what made them and by the picture's name.
 
-A cache folder holds, for each settings, one file of raw rows per array (mapped to memory, not read) and a journal: a
-line for every finished batch with its row names and checksums, written after the rows. What a kill leaves behind the
-last line, and what a disk damages, is computed again.
+For each settings there is a file of raw rows per array (mapped to memory, not read) and a journal: a line for every
+finished batch with its row names and checksums, written after the rows. What a kill leaves behind the last line, and
+what a disk damages, is computed again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -21,8 +22,6 @@ from tqdm.auto import tqdm
 
 from helpers import files
 
-_JOURNAL = "rows.jsonl"
-
 
 def cached_arrays(
     folder: Path,
@@ -31,7 +30,7 @@ def cached_arrays(
     compute: Callable[[list[int]], Mapping[str, np.ndarray]],
     *,
     batch_size: int = 16,
-    title: str = "",
+    title: str = "features",
 ) -> dict[str, np.ndarray]:
     """The arrays of some rows, from the cache where they are known.
 
@@ -40,8 +39,6 @@ def cached_arrays(
         settings: JSON values that determine a row beside its id: model, weights, preprocessing, layers.
         ids: one string per row, equal only for equal inputs: a hash of the picture.
         compute: indices into ``ids`` -> named arrays ``(len(indices), ...)``, each of one dtype and row shape.
-        batch_size: rows per call of ``compute``.
-        title: of the progress bar.
     Returns:
         name -> array ``(len(ids), ...)``, read-only and mapped to memory where the rows lie in this order on disk.
     Raises:
@@ -50,13 +47,10 @@ def cached_arrays(
     place = Path(folder) / files.sha256_json(settings)[:16]
     place.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{place}.lock"):
-        if not (place / "settings.json").exists():
-            files.write_json(place / "settings.json", dict(settings))
+        files.write_json(place / "settings.json", dict(settings))
         table = _Table(place)
-        first = {name: index for index, name in reversed(list(enumerate(ids)))}
-        missing = [index for name, index in first.items() if name not in table.rows]
-        missing.sort()
-        with tqdm(total=len(missing), desc=title or "features", unit="picture", leave=False, delay=2) as bar:
+        missing = sorted({name: index for index, name in enumerate(ids) if name not in table.rows}.values())
+        with tqdm(total=len(missing), desc=title, unit="picture", leave=False, delay=2) as bar:
             for start in range(0, len(missing), batch_size):
                 indices = missing[start : start + batch_size]
                 table.add([ids[index] for index in indices], compute(indices))
@@ -68,78 +62,64 @@ class _Table:
     """The rows of one settings, as far as the journal and its checksums vouch for them."""
 
     def __init__(self, place: Path) -> None:
-        self._place = place
+        self._place, self._journal = place, place / "rows.jsonl"
         self._forms: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
         self.rows: dict[str, int] = {}
-        journal = place / _JOURNAL
-        lines = journal.read_bytes().splitlines(keepends=True) if journal.exists() else []
-        n_good = 0
-        for line in lines:
-            if not self._is_intact(line):
-                break
-            n_good += 1
+        lines = self._journal.read_text(encoding="utf-8").splitlines() if self._journal.exists() else []
+        n_good = next((number for number, line in enumerate(lines) if not self._take_over(line)), len(lines))
         if n_good < len(lines):
             print(f"Cache {place}: {len(lines) - n_good} batches are damaged or unfinished and are computed again.")
-            files.write_bytes(journal, b"".join(lines[:n_good]))
+            files.write_text(self._journal, "".join(f"{line}\n" for line in lines[:n_good]))
 
     def add(self, names: Sequence[str], arrays: Mapping[str, np.ndarray]) -> None:
         """Append a batch: rows first, then the line that makes them count."""
-        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         forms = {name: (array.dtype, array.shape[1:]) for name, array in arrays.items()}
-        if any(len(array) != len(names) for array in arrays.values()) or not arrays:
+        if not arrays or any(len(array) != len(names) for array in arrays.values()):
             shapes = {name: array.shape for name, array in arrays.items()}
             raise ValueError(f"{len(names)} rows were to be computed, but the arrays are {shapes}.")
         if self.rows and forms != self._forms:
             raise ValueError(f"{self._place} holds arrays {self._forms}; now came {forms}. Change the settings, too.")
-        self._forms = forms
-        line: dict[str, Any] = {"ids": list(names), "arrays": {}}
+        self._forms, noted = forms, {}
         for name, array in arrays.items():
-            with open(self._file(name), "r+b" if self._file(name).exists() else "w+b") as file:
-                file.truncate(len(self.rows) * _row_bytes(forms[name]))  # what a killed run left without its line
+            content = np.ascontiguousarray(array).tobytes()
+            self._file(name).touch()
+            with open(self._file(name), "r+b") as file:
+                file.truncate(len(self.rows) * len(content) // len(names))  # what a killed run left without its line
                 file.seek(0, os.SEEK_END)
-                file.write(array.tobytes())
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            line["arrays"][name] = [array.dtype.str, list(array.shape[1:]), zlib.crc32(array.tobytes())]
-        with open(self._place / _JOURNAL, "ab") as file:
-            file.write(json.dumps(line).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+            noted[name] = [array.dtype.str, list(array.shape[1:]), zlib.crc32(content)]
+        files.append_line(self._journal, json.dumps({"ids": list(names), "arrays": noted}))
         self.rows |= {name: row for row, name in enumerate(names, start=len(self.rows))}
 
-    def take(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
+    def take(self, rows: list[int]) -> dict[str, np.ndarray]:
         """The arrays of some rows: a view of the file where they lie side by side, else a copy."""
         found = {}
         for name, (dtype, shape) in self._forms.items():
             whole = np.memmap(self._file(name), dtype, mode="r", shape=(len(self.rows), *shape))
-            side_by_side = list(rows) == list(range(rows[0], rows[0] + len(rows))) if rows else False
-            found[name] = whole[rows[0] : rows[0] + len(rows)] if side_by_side else whole[list(rows)]
+            stop = rows[0] + len(rows) if rows else 0
+            found[name] = whole[rows[0] : stop] if rows and rows == list(range(rows[0], stop)) else whole[rows]
         return found
 
-    def _is_intact(self, line: bytes) -> bool:
-        """Take over a line of the journal if its rows have the checksums it names."""
-        try:
+    def _take_over(self, line: str) -> bool:
+        """Count the batch of a line in if its rows have the checksums it names."""
+        forms: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             batch = json.loads(line)
-            names, start, forms = batch["ids"], len(self.rows), {}
+            start, n_rows = len(self.rows), len(batch["ids"])
             for name, (kind, shape, checksum) in batch["arrays"].items():
                 forms[name] = np.dtype(kind), tuple(shape)
-                n_bytes = _row_bytes(forms[name])
+                n_bytes = forms[name][0].itemsize * math.prod(shape)
                 with open(self._file(name), "rb") as file:
                     file.seek(start * n_bytes)
-                    if zlib.crc32(file.read(len(names) * n_bytes)) != checksum:
+                    if zlib.crc32(file.read(n_rows * n_bytes)) != checksum:
                         return False
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
-        if self.rows and forms != self._forms:
-            return False
-        self._forms = forms
-        self.rows |= {name: row for row, name in enumerate(names, start=start)}
-        return True
+            if not self.rows or forms == self._forms:
+                self._forms = forms
+                self.rows |= {name: row for row, name in enumerate(batch["ids"], start=start)}
+                return True
+        return False
 
     def _file(self, name: str) -> Path:
         return self._place / f"{name}.bin"
-
-
-def _row_bytes(form: tuple[np.dtype, tuple[int, ...]]) -> int:
-    dtype, shape = form
-    return dtype.itemsize * math.prod(shape)

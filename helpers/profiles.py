@@ -161,26 +161,15 @@ _FLAT = {
 
 @dataclass(frozen=True)
 class Profile:
-    """Every number that differs between the profiles, by the notebook it belongs to, and where things lie.
+    """Every number that differs between the profiles, by the notebook it belongs to, and where things lie."""
 
-    Attributes:
-        name: ``"mini"`` or ``"full"``.
-        reason: why this profile was chosen, in words.
-        home: ``$ART_HOME/<profile>``, root of everything that is written.
-        data_source: the user's folder (``ART_DATA``), or None for the profile's own pictures.
-        device: torch device name.
-        seed: seed of every random choice.
-        alpha: false-alarm rate that the conformal threshold aims at.
-        data, weights, clip, reference, anomalyclip, anomalygpt: settings of the notebooks.
-    """
-
-    name: str
-    reason: str
-    home: Path
-    data_source: Path | None
-    device: str
-    seed: int = 2024
-    alpha: float = 0.05
+    name: str  # "mini" or "full"
+    reason: str  # why this profile was chosen, in words
+    home: Path  # $ART_HOME/<profile>, root of everything that is written
+    data_source: Path | None  # the user's folder or table (ART_DATA), None for the profile's own pictures
+    device: str  # torch's name
+    seed: int = 2024  # of every random choice
+    alpha: float = 0.05  # false-alarm rate that the conformal thresholds aim at
     data: DataSettings = field(default_factory=DataSettings)
     weights: WeightsSettings = field(default_factory=WeightsSettings)
     clip: ClipSettings = field(default_factory=ClipSettings)
@@ -241,14 +230,16 @@ def active() -> Profile:
         ValueError: ``ART_PROFILE`` is neither.
         FileNotFoundError: ``ART_DATA`` names nothing that exists.
     """
-    asked = os.environ.get("ART_PROFILE", "").strip().lower()
-    gpu = _cuda_gpu()
-    if asked in NAMES:
-        name, reason = asked, f"ART_PROFILE={asked}"
-    elif asked in ("", "auto"):
-        name, reason = _choose(gpu)
-    else:
-        raise ValueError(f"ART_PROFILE is {asked!r}; allowed are {', '.join(NAMES)}, or unset it to choose by GPU.")
+    name, gpu = os.environ.get("ART_PROFILE", "").strip().lower(), _cuda_gpu()
+    if name not in ("", "auto", *NAMES):
+        raise ValueError(f"ART_PROFILE is {name!r}; allowed are {', '.join(NAMES)}, or unset it to choose by GPU.")
+    reason = f"ART_PROFILE={name}"
+    if name not in NAMES:
+        name, reason = "mini", "no CUDA device"
+        if gpu is not None:
+            name, reason = "full", f"{gpu[0]} with {gpu[1]:.1f} GB"
+            if gpu[1] < MIN_FULL_GPU_GB:
+                name, reason = "mini", f"{gpu[0]} has {gpu[1]:.1f} GB, full needs {MIN_FULL_GPU_GB}"
     home = Path(os.environ.get("ART_HOME") or REPOSITORY / "workspace").expanduser().resolve() / name
     settings = _MINI if name == "mini" else {}
     return Profile(name, reason, home, data_source(), device="cuda" if gpu else "cpu", **settings)
@@ -262,15 +253,6 @@ def _cuda_gpu() -> tuple[str, float] | None:
         return None
     properties = torch.cuda.get_device_properties(0)
     return properties.name, properties.total_memory / 1e9
-
-
-def _choose(gpu: tuple[str, float] | None) -> tuple[str, str]:
-    if gpu is None:
-        return "mini", "no CUDA device"
-    device_name, memory_gb = gpu
-    if memory_gb < MIN_FULL_GPU_GB:
-        return "mini", f"{device_name} has {memory_gb:.1f} GB, full needs {MIN_FULL_GPU_GB}"
-    return "full", f"{device_name} with {memory_gb:.1f} GB"
 
 
 def data_source() -> Path | None:

@@ -54,29 +54,24 @@ _VERSIONED = ("torch", "transformers", "peft", "open_clip_torch", "timm", "sciki
 
 @dataclass(frozen=True)
 class MethodResult:
-    """A complete run of one method: what :func:`read` and :func:`predict` return.
+    """A complete run of one method: what :func:`read` and :func:`predict` return."""
 
-    Attributes:
-        method: name of the row in the comparison.
-        folder: the results folder.
-        manifest: settings, versions, ``dataset_hash``, ``checkpoint_hash``, ``profile``; of :func:`predict` also
-            ``trained_on``, ``trained_on_kinds``, ``calibration`` and, for methods that answer, ``answers_say``.
-        predictions: one per test picture, in the dataset's order; their maps stay on disk.
-    """
-
-    method: str
+    method: str  # name of the row in the comparison
     folder: Path
-    manifest: Mapping[str, Any]
-    predictions: Sequence[Prediction]
+    manifest: Mapping[str, Any]  # settings, versions, dataset_hash, checkpoint_hash, profile, and predict's facts
+    predictions: Sequence[Prediction]  # one per test picture, in the dataset's order; their maps stay on disk
 
     @property
     def dataset_hash(self) -> str:
         return self.manifest["dataset_hash"]
 
     def frame(self) -> pd.DataFrame:
-        """One row a test picture: ``method`` and the columns of ``predictions.csv``."""
-        rows = [{"method": self.method} | _row(one, str(one.sample.image_path)) for one in self.predictions]
-        return pd.DataFrame(rows)
+        """One row a test picture: ``method, category, kind, is_anomalous, anomaly_score, threshold,
+        is_predicted_anomalous, p_value, seconds, answer``."""
+        names = ("anomaly_score", "threshold", "is_predicted_anomalous", "p_value", "seconds", "answer")
+        known = ("category", "kind", "is_anomalous")
+        rows = [[*(getattr(p.sample, k) for k in known), *(getattr(p, n) for n in names)] for p in self.predictions]
+        return pd.DataFrame(rows, columns=[*known, *names]).assign(method=self.method)
 
     def anomaly_map(self, prediction: Prediction) -> np.ndarray | None:
         """The picture's anomaly map, float32 ``(H, W)``, raw; None when the method made none."""
@@ -107,81 +102,68 @@ def predict(
     finished without scoring a picture twice.
 
     Args:
-        folder: results folder of the method.
-        method: name of the row, see :data:`METHODS`.
+        folder, method, profile: results folder, name of the row (see :data:`METHODS`), name of the profile.
         dataset: a :class:`helpers.data.Dataset`; its test pictures are predicted, painting by painting.
-        score: (category, test pictures of it) -> one :class:`~helpers.records.Scored` each, in their order; where
-            ``seconds`` is 0 the call's own time is shared among them.
+        score: (category, ``batch_size`` test pictures of it) -> one :class:`~helpers.records.Scored` each, in their
+            order; where ``seconds`` is 0 the time of the call is shared among them.
         calibration: category -> scores of genuine pictures that the detector has not learnt from, higher = more
             anomalous; or a function that gives them, called only when pictures are left to predict.
         alpha: false-alarm rate that the thresholds aim at.
-        profile: name of the profile.
-        settings: JSON values that determine scores and calibration; ``alpha`` is added to them.
-        checkpoint_hash: hash of the trained or published weights, empty without any.
+        settings, checkpoint_hash: JSON values and weights (empty: none) that determine scores and calibration.
         trained_on, trained_on_kinds: what the weights have seen, in words, and the kinds of synthetic marks among it.
-        calibration_groups: category -> source picture of each calibration score; by default those of the calibration
-            split.
-        batch_size: pictures per call of ``score``.
+        calibration_groups: category -> source picture of each calibration score (default: of the calibration split).
         answers_say: answer -> True (anomalous), False (normal) or None (neither), for methods that answer.
     Raises:
-        ValueError: a painting without calibration scores or test pictures, or a wrong number of scores.
+        ValueError: a painting without calibration scores, or a wrong number of scores.
     """
-    from helpers.judge.statistics import conformal_threshold, p_values
-
-    samples = dataset.select(split="test")
     head = {"dataset_hash": dataset.hash, "settings": {**settings, "alpha": alpha}, "checkpoint_hash": checkpoint_hash}
-    if is_complete(folder, **head):
-        return read(folder, dataset.samples, dataset.folder, dataset.hash)
-    normals = calibration() if callable(calibration) else calibration
-    empty = [name for name in dataset.categories if len(normals.get(name, ())) == 0]
-    if empty:
-        raise ValueError(
-            f"{empty[0]} has no calibration scores of {method_label(method)}: its threshold cannot be set. Add genuine "
-            "pictures of it and run 02_synthesize_anomalies again."
-        )
-    facts = {
-        "trained_on": trained_on,
-        "trained_on_kinds": sorted(trained_on_kinds),
-        "calibration": _calibration_facts(dataset, normals, calibration_groups or {}),
-    }
-    with Writer(folder, method=method, samples=samples, dataset_dir=dataset.folder, profile=profile, **head) as writer:
-        left = [sample for sample in samples if sample.image_path not in writer.done]
-        with tqdm(total=len(left), desc=method_label(method), unit="picture", leave=False, delay=2) as bar:
-            for category in dict.fromkeys(sample.category for sample in left):
-                threshold = conformal_threshold(normals[category], alpha)
-                own = [sample for sample in left if sample.category == category]
-                for start in range(0, len(own), batch_size):
-                    batch = own[start : start + batch_size]
-                    for sample, one in zip(batch, _timed(score, category, batch)):
-                        p_value = float(p_values(normals[category], [one.anomaly_score])[0])
-                        writer.add(
-                            Prediction(
-                                sample, one.anomaly_score, one.anomaly_map, threshold, p_value, one.seconds, one.answer
-                            )
-                        )
-                    bar.update(len(batch))
-        if answers_say is not None:
-            facts["answers_say"] = {path: answers_say(answer) for path, answer in writer.answers.items()}
-        writer.facts = facts
+    if not is_complete(folder, **head):
+        normals = calibration() if callable(calibration) else calibration
+        calibrated = _calibration_facts(method, dataset, normals, calibration_groups or {})
+        facts = {"trained_on": trained_on, "trained_on_kinds": sorted(trained_on_kinds), "calibration": calibrated}
+        samples = dataset.select(split="test")
+        with Writer(folder, method, samples, dataset.folder, profile=profile, facts=facts, **head) as writer:
+            _score_all(writer, score, normals, alpha, batch_size)
+            if answers_say is not None:
+                facts["answers_say"] = {path: answers_say(answer) for path, answer in writer.answers.items()}
     return read(folder, dataset.samples, dataset.folder, dataset.hash)
 
 
-def _timed(score: Callable[[str, Sequence[Sample]], Sequence[Scored]], category: str, batch: Sequence[Sample]):
-    """The scores of a batch, with the time of the call where the method gives none."""
-    started = time.perf_counter()
-    found = list(score(category, batch))
-    if len(found) != len(batch):
-        raise ValueError(f"{category}: {len(found)} scores for {len(batch)} pictures; one each is needed.")
-    share = (time.perf_counter() - started) / len(batch)
-    return [one if one.seconds else Scored(one.anomaly_score, one.anomaly_map, share, one.answer) for one in found]
+def _score_all(
+    writer: Writer, score: Callable, normals: Mapping[str, Sequence[float]], alpha: float, batch_size: int
+) -> None:
+    """Score what is not done yet in batches of one painting; give it threshold and p-value."""
+    from helpers.judge.statistics import conformal_threshold, p_values
+
+    left = [sample for sample in writer.samples if sample.image_path not in writer.done]
+    with tqdm(total=len(left), desc=method_label(writer.method), unit="picture", leave=False, delay=2) as bar:
+        for category in dict.fromkeys(sample.category for sample in left):
+            threshold = conformal_threshold(normals[category], alpha)
+            own = [sample for sample in left if sample.category == category]
+            for start in range(0, len(own), batch_size):
+                batch, started = own[start : start + batch_size], time.perf_counter()
+                found = list(score(category, batch))
+                if len(found) != len(batch):
+                    raise ValueError(f"{category}: {len(found)} scores for {len(batch)} pictures; one each is needed.")
+                share = (time.perf_counter() - started) / len(batch)
+                for sample, one in zip(batch, found):
+                    p_value = float(p_values(normals[category], [one.anomaly_score])[0])
+                    verdict = (threshold, p_value, one.seconds or share, one.answer)
+                    writer.add(Prediction(sample, one.anomaly_score, one.anomaly_map, *verdict))
+                bar.update(len(batch))
 
 
 def _calibration_facts(
-    dataset: Any, normals: Mapping[str, Sequence[float]], groups: Mapping[str, Sequence[str]]
+    method: str, dataset: Any, normals: Mapping[str, Sequence[float]], groups: Mapping[str, Sequence[str]]
 ) -> dict[str, dict[str, Any]]:
     """What the manifest says of each painting's threshold: scores, and on how many true sources they rest."""
     facts = {}
     for category in dataset.categories:
+        if not len(normals.get(category, ())):
+            raise ValueError(
+                f"{category} has no calibration scores of {method_label(method)}: its threshold cannot be set. Add "
+                "genuine pictures of it and run 02_synthesize_anomalies again."
+            )
         held_out = dataset.select(split="calibration", category=category, is_anomalous=False)
         sources = set(groups.get(category) or [sample.group or str(sample.image_path) for sample in held_out])
         facts[category] = {
@@ -198,30 +180,20 @@ class Writer:
     """Writes one method's predictions as they come, so that an interrupted run loses none.
 
     Use as a context manager. Pictures already predicted by an interrupted run with the same settings are in
-    :attr:`done` and need not be predicted again. Leaving the block without error puts the run in place of an older
-    one (a complete run on another dataset is moved to ``other_datasets/``); leaving it with an error keeps what was
-    predicted, beside the untouched older run, for the next try.
-
-    Args:
-        folder, method: results folder, and name of the row.
-        samples: the test pictures; each must get exactly one prediction.
-        dataset_dir, dataset_hash, profile: of the dataset, and the profile's name.
-        settings, checkpoint_hash: what determines the predictions; hash empty without weights.
-        facts: further JSON values for the manifest, written on leaving.
-    Raises:
-        ValueError: a prediction for a picture that is not in ``samples``, two for one picture, or, on leaving,
-            pictures without any.
+    :attr:`done`. Leaving the block without error puts the run in place of an older one (a complete run on another
+    dataset is moved to ``other_datasets/``); leaving it with an error keeps what was predicted, beside the untouched
+    older run. A ValueError says which picture is unknown, was predicted twice, or, on leaving, has no prediction.
     """
 
     folder: Path
     method: str
-    samples: Sequence[Sample]
+    samples: Sequence[Sample]  # the test pictures; each must get exactly one prediction
     dataset_dir: Path
     dataset_hash: str
     profile: str
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any]  # JSON values that determine the predictions
     checkpoint_hash: str = ""
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)  # further JSON values for the manifest
 
     @property
     def done(self) -> frozenset[Path]:

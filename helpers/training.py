@@ -39,23 +39,17 @@ class TrainingStopped(RuntimeError):
 class TrainingResult:
     """What a finished training leaves behind; the module holds the best parameters (the last without tuning).
 
-    Attributes:
-        history: rows ``{"epoch", "step", "loss", <parts>, "learning_rate", "seconds"}`` per optimiser step, rows
-            ``{"epoch", "step", "score"}`` per tuning score; ``seconds`` counts training over all resumed runs and is
-            the only value that differs between two equal runs.
-        best_score: highest tuning score, None without tuning.
-        best_epoch: epoch (1-based) of the parameters that the module holds.
-        n_steps: optimiser steps made, over all resumed runs.
-        reason: ``"all epochs"`` or ``"early stopping"``.
-        checkpoint: folder of the checkpoint whose parameters the module holds.
+    ``history`` has rows ``{"epoch", "step", "loss", <parts>, "learning_rate", "seconds"}`` per optimiser step and rows
+    ``{"epoch", "step", "score"}`` per tuning score. ``seconds`` counts training over all resumed runs; nothing else
+    differs between two equal runs.
     """
 
     history: Sequence[Mapping[str, Any]]
-    best_score: float | None
-    best_epoch: int
-    n_steps: int
-    reason: str
-    checkpoint: Path
+    best_score: float | None  # None without tuning
+    best_epoch: int  # 1-based, of the parameters that the module holds
+    n_steps: int  # over all resumed runs
+    reason: str  # "all epochs" or "early stopping"
+    checkpoint: Path  # whose parameters the module holds
 
 
 @dataclass
@@ -71,19 +65,6 @@ class _Progress:
     best_epoch: int | None = None
     n_stale: int = 0  # tuning scores since the best one
     history: list[dict[str, Any]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Limits:
-    """How long and in which steps a run goes."""
-
-    n_epochs: int
-    batch_size: int
-    per_step: int  # samples of an optimiser step, over all processes
-    patience: int | None
-    max_grad_norm: float | None
-    checkpoint_every: int
-    seed: int
 
 
 def train(
@@ -134,21 +115,20 @@ def train(
     if len(dataset) == 0:
         raise ValueError("There is no training sample. Check the category and the split that the samples come from.")
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
-    run = _Run(module, optimizer, scheduler, accelerator, Path(folder), on_history, on_checkpoint)
-    per_step = batch_size * n_accumulation * accelerator.num_processes
-    limits = _Limits(n_epochs, batch_size, per_step, patience, max_grad_norm, checkpoint_every, seed)
-    run.resume(dict(identity or {}), limits, len(dataset))
-    run.loop(loss_of, dataset, collate, evaluate, limits, title)
-    return run.result(limits)
+    run = _Run(
+        # Not wrapped for distributed training: loss_of may call any method of it, _step sums the gradients.
+        accelerator.prepare_model(module, evaluation_mode=True), accelerator.prepare_optimizer(optimizer), scheduler,
+        accelerator, Path(folder), loss_of, dataset, collate, evaluate, n_epochs, patience, batch_size,
+        batch_size * n_accumulation * accelerator.num_processes, max_grad_norm, checkpoint_every, seed, on_history,
+        on_checkpoint,
+    )  # fmt: skip
+    run.resume(dict(identity or {}))
+    run.loop(title)
+    return run.result()
 
 
 def load_parameters(checkpoint: Path, module: torch.nn.Module) -> None:
-    """Load the parameters of a checkpoint folder into a module.
-
-    Raises:
-        FileNotFoundError: there is no such checkpoint.
-        RuntimeError: names or shapes differ from the module's.
-    """
+    """Load the parameters of a checkpoint folder into a module; RuntimeError when names or shapes differ."""
     from safetensors.torch import load_file
 
     path = Path(checkpoint) / _MODEL
@@ -186,40 +166,44 @@ def curves(history: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return pd.concat([tidy[is_score], tidy[~is_score]]).rename(columns={"epoch": "x"})
 
 
+@dataclass
 class _Run:
     """One call of :func:`train`."""
 
-    def __init__(
-        self,
-        module: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scheduler: Any,
-        accelerator: Accelerator,
-        folder: Path,
-        on_history: Callable[[list[dict[str, Any]]], None] | None,
-        on_checkpoint: Callable[[Path], None] | None,
-    ) -> None:
-        # Not wrapped for distributed training: loss_of may call any method of it, gradients are summed by _reduce.
-        self.module = accelerator.prepare_model(module, evaluation_mode=True)
-        self.optimizer = accelerator.prepare_optimizer(optimizer)
-        self.scheduler, self.accelerator, self.folder = scheduler, accelerator, folder
-        self.on_history, self.on_checkpoint = on_history, on_checkpoint
-        self.progress, self.card = _Progress(), {}
-        if scheduler is not None:
-            accelerator.register_for_checkpointing(scheduler)
+    module: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    accelerator: Accelerator
+    folder: Path
+    loss_of: Callable[[torch.nn.Module, Any], Mapping[str, torch.Tensor]]
+    dataset: Any
+    collate: Callable[[list[Any]], Any] | None
+    evaluate: Callable[[torch.nn.Module], float] | None
+    n_epochs: int
+    patience: int | None
+    batch_size: int
+    per_step: int  # samples of an optimiser step, over all processes
+    max_grad_norm: float | None
+    checkpoint_every: int
+    seed: int
+    on_history: Callable[[list[dict[str, Any]]], None] | None
+    on_checkpoint: Callable[[Path], None] | None
+    progress: _Progress = field(default_factory=_Progress)
 
-    def resume(self, identity: dict[str, Any], limits: _Limits, n_samples: int) -> None:
+    def resume(self, identity: dict[str, Any]) -> None:
         """Seed everything, or load the newest checkpoint of the same run."""
         from accelerate.utils import set_seed
 
-        facts = {"samples_per_step": limits.per_step, "max_grad_norm": limits.max_grad_norm, "seed": limits.seed}
-        self.card = {"identity": json.loads(json.dumps(identity | facts | {"n_samples": n_samples}))}
-        set_seed(limits.seed, device_specific=True)
+        if self.scheduler is not None:
+            self.accelerator.register_for_checkpointing(self.scheduler)
+        facts = {"samples_per_step": self.per_step, "max_grad_norm": self.max_grad_norm, "seed": self.seed}
+        self._identity = json.loads(json.dumps(identity | facts | {"n_samples": len(self.dataset)}))
+        set_seed(self.seed, device_specific=True)
         found = checkpoints(self.folder)
         if not found:
             return
         saved = files.read_json(found[-1] / _CARD)
-        before, now = saved.get("identity", {}), self.card["identity"]
+        before, now = saved.get("identity", {}), self._identity
         names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
         if names:
             changes = "; ".join(f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in names)
@@ -230,39 +214,39 @@ class _Run:
         self.accelerator.load_state(str(found[-1]))
         self.progress = _Progress(**saved["progress"])
 
-    def loop(self, loss_of, dataset, collate, evaluate, limits: _Limits, title: str) -> None:
+    def loop(self, title: str) -> None:
         """Train until the last epoch, or until the tuning score has stopped rising."""
-        progress, n_steps = self.progress, limits.n_epochs * math.ceil(len(dataset) / limits.per_step)
+        progress, n_steps = self.progress, self.n_epochs * math.ceil(len(self.dataset) / self.per_step)
         is_hidden = not self.accelerator.is_main_process
         with tqdm(total=n_steps, initial=progress.step, desc=title, unit="step", disable=is_hidden) as bar:
-            while progress.epoch < limits.n_epochs and not _is_stale(progress, limits):
-                if hasattr(dataset, "set_epoch"):
-                    dataset.set_epoch(progress.epoch)
+            while progress.epoch < self.n_epochs and not self._is_stale():
+                if hasattr(self.dataset, "set_epoch"):
+                    self.dataset.set_epoch(progress.epoch)
                 self.module.train()
                 started = time.monotonic() - progress.seconds
-                for n_samples, batches in self._steps(dataset, collate, limits):
-                    losses = self._step(loss_of, batches, limits.max_grad_norm)
+                for n_samples, batches in self._steps():
+                    losses = self._step(batches)
                     progress.step, progress.n_seen = progress.step + 1, progress.n_seen + n_samples
                     progress.seconds = round(time.monotonic() - started, 3)
                     rate = float(self.optimizer.param_groups[0]["lr"])
                     self._log(progress.epoch + 1, losses | {"learning_rate": rate, "seconds": progress.seconds})
                     bar.update()
                     bar.set_postfix(epoch=progress.epoch + 1, loss=f"{losses['loss']:.4f}", refresh=False)
-                    is_due = limits.checkpoint_every and progress.step % limits.checkpoint_every == 0
-                    if is_due and progress.n_seen < len(dataset):
+                    is_due = self.checkpoint_every and progress.step % self.checkpoint_every == 0
+                    if is_due and progress.n_seen < len(self.dataset):
                         self.save()
                 progress.epoch, progress.n_seen = progress.epoch + 1, 0
-                if evaluate is not None:
-                    self._evaluate(evaluate)
+                if self.evaluate is not None:
+                    self._take_score()
                 self.save()
 
-    def result(self, limits: _Limits) -> TrainingResult:
+    def result(self) -> TrainingResult:
         """Load the best parameters and say how it went."""
         progress = self.progress
         kept = self.folder / _name(progress.step if progress.best_step is None else progress.best_step)
         load_parameters(kept, self.module)
         best_epoch = progress.epoch if progress.best_epoch is None else progress.best_epoch
-        reason = "early stopping" if _is_stale(progress, limits) else "all epochs"
+        reason = "early stopping" if self._is_stale() else "all epochs"
         return TrainingResult(progress.history, progress.best_score, best_epoch, progress.step, reason, kept)
 
     def save(self) -> None:
@@ -281,7 +265,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
             return
-        files.write_json(temporary / _CARD, self.card | {"progress": asdict(self.progress)})
+        files.write_json(temporary / _CARD, {"identity": self._identity, "progress": asdict(self.progress)})
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
         best = None if self.progress.best_step is None else _name(self.progress.best_step)
@@ -294,36 +278,36 @@ class _Run:
             except OSError as error:
                 warnings.warn(f"{target.name} is saved here but was not copied: {error}", stacklevel=2)
 
-    def _steps(self, dataset, collate, limits: _Limits) -> Iterator[tuple[int, list[tuple[float, Any]]]]:
+    def _steps(self) -> Iterator[tuple[int, list[tuple[float, Any]]]]:
         """The steps left in the epoch: (samples over all processes, this process's (share of the samples, batch)).
 
         The order is a function of seed and epoch; batches are dealt out to the processes in turn.
         """
         import torch
 
-        generator = torch.Generator().manual_seed(limits.seed * 1_000_003 + self.progress.epoch)
-        order = torch.randperm(len(dataset), generator=generator).tolist()[self.progress.n_seen :]
-        steps, size = [order[i : i + limits.per_step] for i in range(0, len(order), limits.per_step)], limits.batch_size
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.progress.epoch)
+        order = torch.randperm(len(self.dataset), generator=generator).tolist()[self.progress.n_seen :]
+        steps, size = [order[i : i + self.per_step] for i in range(0, len(order), self.per_step)], self.batch_size
         mine, n_processes = self.accelerator.process_index, self.accelerator.num_processes
         plan = [[step[i : i + size] for i in range(0, len(step), size)][mine::n_processes] for step in steps]
         loader = torch.utils.data.DataLoader(
-            dataset,
+            self.dataset,
             batch_sampler=[batch for batches in plan for batch in batches],
-            collate_fn=collate,
+            collate_fn=self.collate,
             generator=generator,  # keeps the loader off the global random state
         )
         loaded = iter(loader)
         for step, batches in zip(steps, plan):
             yield len(step), [(len(batch) / len(step), next(loaded)) for batch in batches]
 
-    def _step(self, loss_of, batches, max_grad_norm: float | None) -> dict[str, float]:
+    def _step(self, batches: list[tuple[float, Any]]) -> dict[str, float]:
         """One optimiser step; the mean losses over its samples in all processes."""
         from accelerate.utils import gather_object, send_to_device
 
         self.optimizer.zero_grad()
         sums: dict[str, torch.Tensor] = {}
         for share, batch in batches:
-            losses = loss_of(self.module, send_to_device(batch, self.accelerator.device))
+            losses = self.loss_of(self.module, send_to_device(batch, self.accelerator.device))
             (losses["loss"] * share).backward()
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().double() * share
@@ -336,8 +320,8 @@ class _Run:
                 "then train again."
             )
         self._reduce()
-        if max_grad_norm is not None:
-            self.accelerator.clip_grad_norm_(self.module.parameters(), max_grad_norm)
+        if self.max_grad_norm is not None:
+            self.accelerator.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
         self.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
@@ -354,7 +338,7 @@ class _Run:
                 own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = self.accelerator.reduce(own, reduction="sum")
 
-    def _evaluate(self, evaluate: Callable[[torch.nn.Module], float]) -> None:
+    def _take_score(self) -> None:
         """Take the tuning score of the main process, the same in all, and note whether it is the best so far."""
         import torch
         from accelerate.utils import broadcast_object_list
@@ -363,7 +347,7 @@ class _Run:
         if self.accelerator.is_main_process:
             self.module.eval()
             with torch.no_grad():
-                box = [float(evaluate(self.module))]
+                box = [float(self.evaluate(self.module))]
         broadcast_object_list(box)
         if math.isnan(box[0]):
             raise ValueError("The tuning score is nan. The tuning split needs normal and anomalous pictures.")
@@ -380,9 +364,8 @@ class _Run:
         if self.on_history is not None and self.accelerator.is_main_process:
             self.on_history(self.progress.history)
 
-
-def _is_stale(progress: _Progress, limits: _Limits) -> bool:
-    return limits.patience is not None and progress.n_stale >= limits.patience
+    def _is_stale(self) -> bool:
+        return self.patience is not None and self.progress.n_stale >= self.patience
 
 
 def _name(step: int) -> str:

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import data
 from helpers.data import build as assemble
 from helpers.data import images
-from helpers.data import manifest as data
 from helpers.data.manifest import DatasetError
 from helpers.records import NORMAL_KIND, SPLITS, Sample
 from helpers.synthesis import marks as synthesis

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers import data
 from helpers.data import images, painting, sources
-from helpers.data import manifest as data
 from helpers.data.sources import REINTERPRETATION, REPLICA, Work
 from helpers.records import Sample
 

@@ -130,8 +130,8 @@ def make_auxiliary(
     Raises:
         ValueError: fewer than two pictures, an anomalous one, or an odd ``n_views``.
     """
+    from helpers import data
     from helpers.data import images
-    from helpers.data import manifest as data
     from helpers.synthesis import marks as synthesis
 
     if len(pictures) < 2 or any(sample.is_anomalous for sample in pictures):
@@ -197,7 +197,7 @@ def published_auxiliary(folder: Path, *, tuning_share: float = 0.25, seed: int =
     """
     from dataclasses import replace
 
-    from helpers.data import manifest as data
+    from helpers import data
 
     samples = [sample for sample in data.read_folder(folder).samples if sample.split == "test"]
     if not any(sample.is_anomalous for sample in samples):
@@ -224,12 +224,12 @@ def check_auxiliary(samples: Sequence[Sample], dataset: Dataset, *, few_shot: bo
     Raises:
         ValueError: a calibration or test picture is among them; or a training one without ``few_shot``.
     """
+    from helpers import data
     from helpers.data import images
-    from helpers.data import manifest as data
 
     everything = [*samples, *dataset.samples]
     looks = [data.perceptual_hash(images.load_image(sample.image_path)) for sample in everything]
-    alike = {i: everything[j] for i, j in data.near_duplicates(everything, looks) if i < len(samples) <= j}
+    alike = {i: everything[j] for i, j in data.near_duplicates(looks) if i < len(samples) <= j}
     known = {sample.sha256: sample for sample in dataset.samples}
     groups = {sample.group: sample for sample in dataset.samples if sample.group}
     label = AUXILIARY

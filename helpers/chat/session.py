@@ -30,7 +30,7 @@ from helpers.anomalygpt.model import AnomalyGPT, Look
 from helpers.chat import references
 from helpers.chat.detectors import Verdict
 from helpers.chat.references import NO_REFERENCES, References
-from helpers.data import images
+from helpers.data import images, names
 from helpers.data import manifest as data
 from helpers.judge import figures
 from helpers.judge import statistics as calibration
@@ -188,7 +188,8 @@ def pictures_in(folder: str | Path, *, max_side: int = MAX_SIDE, limit: int = 16
     place = Path(str(folder).strip().strip("\"'") or ".").expanduser().absolute()
     if not place.is_dir():
         raise BadInput(f"{place} is no folder. Give the folder that holds the genuine pictures.")
-    files = sorted(path for path in place.iterdir() if path.suffix.lower() in images.IMAGE_SUFFIXES)
+    found = (path for path in place.iterdir() if not names.is_hidden(path.name))
+    files = sorted(path for path in found if path.suffix.lower() in images.IMAGE_SUFFIXES)
     if not files:
         raise BadInput(f"{place} holds no picture. Put genuine pictures of the artwork there.")
     return [open_picture(path, max_side=max_side) for path in files[:limit]]

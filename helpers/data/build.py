@@ -25,6 +25,7 @@ from helpers import files as storage
 from helpers.data import images, sources
 from helpers.data import manifest as data
 from helpers.data.manifest import DatasetError
+from helpers.data.reading import read_folder
 from helpers.records import NORMAL_KIND, SPLITS, Sample
 from helpers.synthesis import marks as synthesis
 
@@ -78,12 +79,12 @@ def source_for(data_source: Path | str | None, *, builtin: str, target: Path | s
         max_side: longer side of embedded pictures in pixels.
         seed: of the embedded pictures.
     Raises:
-        FileNotFoundError, DatasetError: the folder is missing or not understood (:func:`manifest.read_folder`).
+        FileNotFoundError, DatasetError: the folder is missing or not understood (:func:`helpers.data.read_folder`).
         helpers.data.sources.SourceError: the network is missing.
         ValueError: unknown ``builtin``.
     """
     if data_source is not None:
-        reading = data.read_folder(data_source)
+        reading = read_folder(data_source)
         return Source(reading.samples, reading.describe(), reading.notes)
     if builtin == "embedded":
         samples = sources.embedded_artworks(target, max_side=max_side, seed=seed)

@@ -18,7 +18,7 @@ import pandas as pd
 
 from helpers import files as journal
 from helpers import files as storage
-from helpers.data import images
+from helpers.data import images, names
 from helpers.data.manifest import Dataset
 from helpers.records import NORMAL_KIND, Prediction, Sample
 from helpers.synthesis import marks as synthesis
@@ -139,9 +139,9 @@ def _files(folder: Path) -> Iterator[tuple[Path, str, str]]:
     """Picture files with painting and kind (empty: no label)."""
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
-        is_picture = path.suffix.lower() in images.IMAGE_SUFFIXES and not path.name.startswith(".")
+        is_picture = path.suffix.lower() in images.IMAGE_SUFFIXES and not any(map(names.is_hidden, parts))
         if is_picture and path.is_file() and len(parts) in (2, 3):
-            yield path, parts[0], parts[1] if len(parts) == 3 else ""
+            yield path, parts[0], names.kind_of(parts[1]) if len(parts) == 3 else ""
 
 
 def _append(folder: Path, prediction: Prediction, *, method: str, detector: str, kind: str) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from helpers import data, files
-from helpers.data import images, layouts
+from helpers.data import images, names
 from helpers.judge import statistics
 from helpers.records import NORMAL_KIND, Scored
 
@@ -94,7 +94,7 @@ def _fresh(folder: Path, dataset: data.Dataset, done: set[str]) -> tuple[list[di
         if path.suffix.lower() not in images.IMAGE_SUFFIXES or path.name.startswith(".") or len(parts) not in (2, 3):
             continue
         name, category, sha256 = "/".join(parts), parts[0], files.sha256_file(path)
-        is_genuine = len(parts) == 3 and layouts.label_of(parts[1]) == NORMAL_KIND
+        is_genuine = len(parts) == 3 and names.label_of(parts[1]) == NORMAL_KIND
         label = "" if len(parts) == 2 else "genuine" if is_genuine else "anomalous"
         if category not in dataset.categories:
             left_out.append(f"{name}: the dataset has no painting {category!r}, only {', '.join(dataset.categories)}")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from helpers import data
 from helpers.data import images, sources
-from helpers.data import manifest as data
 
 
 def main(folder: str | None) -> None:

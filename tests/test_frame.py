@@ -1,0 +1,394 @@
+"""The frame: profiles and records say what is wrong, files are whole or absent, results resume, notebooks run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+
+from helpers import files, profiles, results, runner
+from helpers.caching import cached_arrays
+from helpers.records import Prediction, Sample, Scored
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ART_PROFILE", "ART_HOME", "ART_DATA", "ART_DRIVE"):
+        monkeypatch.setenv(name, "")
+
+
+# --- profiles and records --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpu", "name", "reason"),
+    [
+        ("", None, "mini", "no CUDA device"),
+        ("", ("Tesla T4", 15.8), "mini", "Tesla T4 has 15.8 GB, full needs 20"),
+        ("", ("NVIDIA L4", 23.8), "full", "NVIDIA L4 with 23.8 GB"),
+        ("mini", ("NVIDIA L4", 23.8), "mini", "ART_PROFILE=mini"),
+        ("full", None, "full", "ART_PROFILE=full"),
+    ],
+)
+def test_profile_follows_the_user_then_the_gpu_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, asked: str, gpu, name: str, reason: str
+) -> None:
+    monkeypatch.setattr(profiles, "_cuda_gpu", lambda: gpu)
+    monkeypatch.setenv("ART_PROFILE", asked)
+    monkeypatch.setenv("ART_HOME", str(tmp_path))
+    profile = profiles.active()
+    assert (profile.name, profile.reason, profile.device) == (name, reason, "cuda" if gpu else "cpu")
+    assert profile.results_dir("clip_lof") == tmp_path / name / "results" / "clip_lof"
+    assert profile.clip.model == {"mini": "art-vit-mini", "full": "ViT-L-14-336-quickgelu"}[name]
+    monkeypatch.setenv("ART_PROFILE", "maxi")
+    with pytest.raises(ValueError, match="ART_PROFILE is 'maxi'; allowed are mini, full"):
+        profiles.active()
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "{path}",
+        "'{path}'",
+        '"{path}"',
+        "“{path}”",
+        "file://{quoted}",
+        "$PLACE/my pictures",
+        "{escaped}",
+        "{back}",
+        "my pictures",
+    ],
+)
+def test_own_pictures_are_found_however_the_path_was_copied(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, form: str
+) -> None:
+    path = tmp_path / "my pictures"
+    path.mkdir()
+    spellings = {"path": path, "quoted": str(path).replace(" ", "%20"), "escaped": str(path).replace(" ", "\\ ")}
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ART_DATA", form.format(**spellings, back=str(path).replace("/", "\\")))
+    assert profiles.active().data_source == path.resolve()
+    assert re.fullmatch(r"my_pictures_\w{6}", profiles.active().dataset_name), (
+        "two folders of one name are two datasets"
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ("https://drive.google.com/drive/folders/1x", "/content/drive/MyDrive/<folder>"),
+        (r"C:\Users\me\pictures", "path of Windows"),
+        ("$NO_SUCH_VARIABLE/pictures", "variable that is not set"),
+        ("no/such/folder", "unset ART_DATA"),
+    ],
+)
+def test_pictures_that_are_not_there_are_named_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, asked: str, why: str
+) -> None:
+    monkeypatch.setenv("ART_DATA", asked)
+    with pytest.raises(FileNotFoundError, match=re.escape(why)):
+        profiles.active()
+
+
+def test_importing_helpers_loads_no_torch() -> None:
+    code = "import sys, helpers.profiles, helpers.results, helpers.training; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=profiles.REPOSITORY, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"split": "validation"}, "split is 'validation'"),
+        ({"is_anomalous": True}, "labelled anomalous but its kind is 'good'"),
+        ({"kind": "box"}, "labelled normal but its kind is 'box'"),
+    ],
+)
+def test_impossible_records_are_refused(changes: dict, message: str) -> None:
+    good = {"image_path": Path("a.png"), "category": "mona", "is_anomalous": False}
+    with pytest.raises(ValueError, match=message):
+        Sample(**good | changes)
+    with pytest.raises(ValueError, match="must be finite"):
+        Prediction(Sample(**good), float("nan"))
+    called = [Prediction(Sample(**good), score, threshold=0.5).is_predicted_anomalous for score in (0.4, 0.5, 0.6)]
+    assert called == [False, False, True] and not Prediction(Sample(**good), 99.0).is_predicted_anomalous
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_the_old_or_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "table.npy"
+    files.write_text(path, "old")
+    os.link(path, tmp_path / "held_open.csv")
+    with pytest.raises(RuntimeError), files.atomic_path(path) as temporary:
+        assert temporary.suffix == ".npy", "libraries choose a format by suffix"
+        temporary.write_text("half")
+        raise RuntimeError("the writer broke")
+    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+    code = (
+        "import sys, time; from pathlib import Path; from helpers import files\n"
+        "with files.atomic_path(Path(sys.argv[1])) as t: t.write_text('x'); print(1, flush=True); time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", code, str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=profiles.REPOSITORY)
+    assert process.stdout is not None and process.stdout.readline()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert path.read_text() == "old"
+    files.write_json(path, {"name": "Čapek"})
+    assert files.read_json(path) == {"name": "Čapek"} and (tmp_path / "held_open.csv").read_text() == "old"
+    assert path.stat().st_mode & 0o444 == 0o444, "others may read our results"
+    with pytest.raises(ValueError):
+        files.write_json(path, {"score": float("nan")})
+    path.write_text("{'torn")
+    with pytest.raises(ValueError, match=r"table\.npy is not readable JSON"):
+        files.read_json(path)
+    assert files.free_bytes(tmp_path / "not" / "yet") > 0
+    assert files.sha256_json({"a": 1, "b": [2]}) == files.sha256_json(json.loads('{"b": [2], "a": 1}'))
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+class FewPictures:
+    """What results need of a dataset: two paintings, one of them with a single source, all files alike."""
+
+    def __init__(self, folder: Path, dataset_hash: str = "a" * 64) -> None:
+        self.folder, self.hash, self.categories = folder, dataset_hash, ("girl", "mona")
+        self.limits = {"girl": "Only one genuine picture."}
+        places = [(name, split) for name in self.categories for split in ("calibration", "test")]
+        self.samples = [self._sample(*place, i) for place in places for i in range(5)]
+
+    def _sample(self, name: str, split: str, i: int) -> Sample:
+        kind, path = "box" if i % 2 and split == "test" else "good", self.folder / name / split / f"{i}.png"
+        group = f"{name}{0 if name == 'girl' else i}"
+        return Sample(path, name, kind != "good", split=split, kind=kind, group=group, sha256="f" * 64)
+
+    def select(self, *, split=None, category=None, is_anomalous=None) -> list[Sample]:
+        wanted = {"split": split, "category": category, "is_anomalous": is_anomalous}
+        return [s for s in self.samples if all(v is None or getattr(s, n) == v for n, v in wanted.items())]
+
+
+class Scorer:
+    """Scores a picture by its number; its answer looks like a missing value."""
+
+    def __init__(self, die_after: int = 99) -> None:
+        self.calls, self.die_after = [], die_after
+
+    def __call__(self, category: str, samples) -> list[Scored]:
+        if len(self.calls) >= self.die_after:
+            raise KeyboardInterrupt
+        self.calls.append((category, [int(s.image_path.stem) for s in samples]))
+        return [Scored(n / 3, np.full((2, 2), n, np.float32), answer=["nan", "Yes"][n > 2]) for n in self.calls[-1][1]]
+
+
+NORMALS = {"girl": [0.1, 0.2, 0.3], "mona": [1.0, 2.0, 3.0]}
+OPTIONS = {
+    "method": "aligned", "alpha": 0.25, "profile": "mini", "settings": {"sizes": (1, 2)}, "batch_size": 2,
+    "calibration": lambda: NORMALS, "trained_on_kinds": ["line", "box"], "answers_say": {"Yes": True}.get,
+}  # fmt: skip
+
+
+def test_predictions_resume_and_say_what_their_thresholds_rest_on(tmp_path: Path) -> None:
+    dataset, folder = FewPictures(tmp_path / "data"), tmp_path / "results" / "aligned"
+    for die_after in (2, 2):
+        with pytest.raises(KeyboardInterrupt):
+            results.predict(folder, dataset=dataset, score=Scorer(die_after), **OPTIONS)
+        journal = folder.with_name(".aligned.partial") / "journal.jsonl"
+        journal.write_bytes(journal.read_bytes()[:-20])  # a torn line costs one picture
+    assert not folder.exists()
+    scorer = Scorer()
+    found = results.predict(folder, dataset=dataset, score=scorer, **OPTIONS)
+    assert scorer.calls == [("mona", [1, 2]), ("mona", [3, 4])]
+    assert [p.anomaly_score for p in found.predictions] == [n / 3 for n in range(5)] * 2
+    assert [p.threshold for p in found.predictions] == [0.3] * 5 + [3.0] * 5
+    assert [p.is_predicted_anomalous for p in found.predictions] == [n / 3 > 0.3 for n in range(5)] + [False] * 5
+    assert found.predictions[5].p_value == 1.0 and all(p.seconds > 0 for p in found.predictions)
+    assert found.predictions[0].answer == "nan"
+    maps = [found.anomaly_map(p)[0, 0] for p in found.predictions]
+    assert maps == [0, 1, 2, 3, 4] * 2, "equal files in two paintings are two maps"
+    facts = found.manifest["calibration"]
+    assert facts["girl"] == {"scores": [0.1, 0.2, 0.3], "n": 3, "n_sources": 1, "optimistic": True}
+    assert (facts["mona"]["n_sources"], facts["mona"]["optimistic"]) == (5, False)
+    assert found.manifest["trained_on_kinds"] == ["box", "line"] and found.manifest["settings"]["alpha"] == 0.25
+    says = found.manifest["answers_say"]
+    assert says["mona/test/3.png"] is True and says["mona/test/0.png"] is None
+    header = (folder / results.PREDICTIONS).read_text().splitlines()[0]
+    assert header == (
+        "image_path,sha256,category,kind,is_anomalous,anomaly_score,threshold,is_predicted_anomalous,p_value,seconds,answer"
+    )
+    results.predict(folder, dataset=dataset, score=scorer, **OPTIONS)
+    assert len(scorer.calls) == 2, "a complete run is not repeated"
+
+
+def test_a_run_of_other_settings_or_another_dataset_starts_over(tmp_path: Path) -> None:
+    dataset, folder = FewPictures(tmp_path / "data"), tmp_path / "results" / "aligned"
+    results.predict(folder, dataset=dataset, score=Scorer(), **OPTIONS)
+    with pytest.raises(KeyboardInterrupt):
+        results.predict(folder, dataset=dataset, score=Scorer(1), **OPTIONS | {"checkpoint_hash": "c"})
+    kept = results.read(folder, dataset.samples, dataset.folder, dataset.hash)
+    assert kept.manifest["checkpoint_hash"] == "", "the complete run stays until the next is complete"
+    other = FewPictures(tmp_path / "data", "b" * 64)
+    scorer = Scorer()
+    results.predict(folder, dataset=other, score=scorer, **OPTIONS)
+    assert len(scorer.calls) == 6
+    aside = tmp_path / "results" / "other_datasets" / ("a" * 12) / "aligned"
+    assert files.read_json(aside / results.MANIFEST)["dataset_hash"] == dataset.hash
+    with pytest.raises(ValueError, match="aligned was measured on dataset bbbbbbbbbbbb, the dataset in use is aaaa"):
+        results.read(folder, dataset.samples, dataset.folder, dataset.hash)
+    with pytest.raises(FileNotFoundError, match="Run the notebook that makes them"):
+        results.read(tmp_path / "nothing", [], tmp_path, "")
+
+
+def test_every_picture_gets_exactly_one_prediction(tmp_path: Path) -> None:
+    dataset = FewPictures(tmp_path / "data")
+    with pytest.raises(ValueError, match="mona has no calibration scores of Laid on its reference"):
+        results.predict(tmp_path / "r", dataset=dataset, score=Scorer(), **OPTIONS | {"calibration": {"girl": [1.0]}})
+    with pytest.raises(ValueError, match="0 scores for 2 pictures"):
+        results.predict(tmp_path / "r", dataset=dataset, score=lambda category, samples: [], **OPTIONS)
+    test = dataset.select(split="test")
+    head = {"dataset_hash": "a", "profile": "mini", "settings": {}, "samples": test[:2], "dataset_dir": dataset.folder}
+    for numbers, problem in (
+        ([0], "1 of 2 test pictures have no prediction, first girl/test/1.png"),
+        ([1, 1], "predicted twice"),
+        ([3], "not among the 2 test pictures"),
+    ):
+        with pytest.raises(ValueError, match=problem), results.Writer(tmp_path / "w", "clip_lof", **head) as writer:
+            for number in numbers:
+                writer.add(Prediction(test[number], 1.0))
+
+
+# --- caching ---------------------------------------------------------------------------------------------------------
+
+
+def cached(folder: Path, numbers: list[int], model: str = "a", die_after: int = 99) -> tuple[dict, list[int]]:
+    """The cached rows of some numbers, checked, and which of them were computed now."""
+    computed: list[int] = []
+
+    def compute(indices: list[int]) -> dict[str, np.ndarray]:
+        if len(computed) >= die_after:
+            raise KeyboardInterrupt
+        computed.extend(numbers[index] for index in indices)
+        rows = np.array([numbers[index] for index in indices])
+        return {"embedding": np.stack([rows, -rows], 1).astype(np.float32), "patches": rows.astype(np.float16)}
+
+    found = cached_arrays(folder, {"model": model}, [f"p{number}" for number in numbers], compute, batch_size=3)
+    np.testing.assert_array_equal(found["embedding"], np.stack([numbers, -np.array(numbers)], 1).astype(np.float32))
+    np.testing.assert_array_equal(found["patches"], np.array(numbers, np.float16))
+    return found, computed
+
+
+def test_rows_are_computed_once_and_mapped_in_any_order(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        cached(tmp_path, list(range(10)), die_after=6)
+    with open(next(tmp_path.glob("*/embedding.bin")), "ab") as file:
+        file.write(b"half a batch without its line")
+    found, computed = cached(tmp_path, list(range(10)))
+    assert computed == [6, 7, 8, 9] and isinstance(found["embedding"], np.memmap)
+    assert cached(tmp_path, [7, 2, 11, 2, 12])[1] == [11, 12]
+    assert cached(tmp_path, [0, 1], model="b")[1] == [0, 1]
+    with pytest.raises(ValueError, match="2 rows were to be computed"):
+        cached_arrays(tmp_path, {}, ["a", "b"], lambda indices: {"x": np.zeros((1, 3))})
+    with pytest.raises(ValueError, match="Change the settings"):
+        cached_arrays(tmp_path, {"model": "a"}, ["new"], lambda indices: {"x": np.zeros((1, 4))})
+
+
+@pytest.mark.parametrize(("damage", "again"), [("flip", 3), ("cut", 6), ("torn line", 6), ("gone", 0)])
+def test_what_is_damaged_is_computed_again(tmp_path: Path, damage: str, again: int, capsys) -> None:
+    cached(tmp_path, list(range(9)))
+    path = next(tmp_path.glob("*/rows.jsonl" if damage == "torn line" else "*/embedding.bin"))
+    content = bytearray(path.read_bytes())
+    content[4 * 8] ^= damage == "flip"  # in the second batch
+    path.unlink() if damage == "gone" else path.write_bytes(content if damage == "flip" else content[:-5])
+    assert cached(tmp_path, list(range(9)))[1] == list(range(again, 9))
+    assert "damaged or unfinished" in capsys.readouterr().out
+    assert cached(tmp_path, list(range(9)))[1] == []
+
+
+# --- runner ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An ``ART_HOME`` with two tiny notebooks, the second of which counts how often it ran."""
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setenv("ART_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("ART_PROFILE", "mini")
+    notebook(tmp_path, "01_first", "1 + 1")
+    notebook(tmp_path, "02_second", f"open({str(tmp_path / 'two.txt')!r}, 'a').write('x')")
+    return tmp_path
+
+
+def notebook(root: Path, name: str, *cells: str) -> None:
+    made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Title\n## Five detectors\nWords.")])
+    made.cells += [nbformat.v4.new_code_cell(cell) for cell in cells]
+    nbformat.write(made, root / "notebooks" / f"{name}.ipynb")
+
+
+def test_notebooks_run_in_order_and_stop_at_the_failing_cell(home: Path, capsys, monkeypatch) -> None:
+    executed = home / "home" / "mini" / "executed"
+    assert runner.main([]) == 0
+    out = capsys.readouterr().out
+    assert "[2/2] 02_second: started" in out and re.search(r"02_second: \d+ s", out)
+    assert runner.main([]) == 0
+    assert capsys.readouterr().out.count("up to date") == 2 and (home / "two.txt").read_text() == "x"
+    notebook(home, "01_first", "2 + 2")
+    assert runner.main(["01"]) == 0
+    assert "02_second" not in capsys.readouterr().out
+    assert runner.main([]) == 0
+    assert (home / "two.txt").read_text() == "xx", "a changed notebook makes the later ones run again"
+    notebook(home, "02_second", "1 + 1", "raise ValueError('no pictures here')")
+    notebook(home, "03_third", "1 + 1")
+    assert runner.main([]) == 1
+    out = capsys.readouterr().out
+    assert "02_second: failed" in out and "ValueError: no pictures here" in out and "03_third" not in out
+    assert "\x1b[" not in out, "colour codes make logs unreadable"
+    assert (executed / "02_second.failed.ipynb").exists() and not (executed / "02_second.json").exists()
+    notebook(home, "02_second", "1 + 1")
+    monkeypatch.setattr(runner.sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(runner, "_usual_seconds", lambda notebook, profile: 180.0)
+    assert runner.main(["02"]) == 0
+    out = capsys.readouterr().out
+    assert "[2/3] 02_second: cell 1 of 1, Five detectors, about 3 min left" in out
+    assert len([line for line in out.split("\n") if "02_second" in line]) == 1, "one line a notebook on a terminal"
+    assert not (executed / "02_second.failed.ipynb").exists()
+    assert runner.main(["7"]) == 2
+    assert "There are: 01_first, 02_second" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["folder", "linked folder", "table", "utf-16 table", "table in a folder"])
+def test_a_replaced_picture_is_noticed_behind_links_and_tables_too(home: Path, form: str) -> None:
+    far, source = home / "far", home / "source"
+    far.mkdir(), source.mkdir()
+    (far / "ä.png").write_bytes(b"1")
+    if form == "linked folder":
+        (source / "linked").symlink_to(far)
+        (far / "loop").symlink_to(source)
+    elif form != "folder":
+        text = f"path;label\n../far/ä.png;good\n{'x' * 400};x\n"
+        (source / "t.csv").write_text(text, encoding="utf-16" if form.startswith("utf-16") else "utf-8")
+    source = {"folder": far, "table": source / "t.csv", "utf-16 table": source / "t.csv"}.get(form, source)
+    before = runner.pictures_fingerprint(source)
+    (far / "ä.png").write_bytes(b"22")
+    assert runner.pictures_fingerprint(source) != before and runner.pictures_fingerprint(None) == {}
+
+
+def test_kernels_see_absolute_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They start in the notebooks' folder, so that a relative path would mean another place there."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"ART_PROFILE": "mini", "ART_HOME": "some", "ART_DATA": "helpers", "ART_DRIVE": "kept"}.items():
+        monkeypatch.setenv(name, value)
+    runner._pass_on(profiles.active())
+    assert (os.environ["ART_HOME"], os.environ["ART_DRIVE"]) == (str(tmp_path / "some"), str(tmp_path / "kept"))
+    assert os.environ["ART_DATA"] == str(profiles.REPOSITORY / "helpers")

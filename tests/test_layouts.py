@@ -1,0 +1,364 @@
+"""Folders and tables as people have them: understood, or refused in words; nothing is swallowed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_pictures import mask, picture, put, tree
+
+from helpers import data
+from helpers.data import layouts, names
+
+
+def found(folder: Path) -> tuple[dict[str, int], int, data.FolderReading]:
+    """Pictures by ``category/split/kind``, the number of masks, and the reading."""
+    reading = data.read_folder(folder)
+    table: dict[str, int] = {}
+    for sample in reading.samples:
+        key = f"{sample.category}/{sample.split}/{sample.kind}"
+        table[key] = table.get(key, 0) + 1
+    return table, sum(sample.mask_path is not None for sample in reading.samples), reading
+
+
+def expected(words: str) -> dict[str, int]:
+    """``"a/train/good 6, a/test/crack 2"`` as a table."""
+    return {key: int(n) for key, n in (part.split() for part in words.split(","))}
+
+
+# Folders with the number of pictures (m: masks) in the folder "s" -> what is understood, and how many masks are used.
+UNDERSTOOD = {
+    "MVTec": ("mona/train/good 4, mona/test/good 2, mona/test/crack 3, mona/ground_truth/crack m3, b/train/good 2",
+        "mona/train/good 4, mona/test/good 2, mona/test/crack 3, b/train/good 2", 3),
+    "one category": ("train/good 4, test/good 2, test/crack 1", "s/train/good 4, s/test/good 2, s/test/crack 1", 0),
+    "one folder too high": ("x/mona/train/good 4, x/mona/test/tear 1", "mona/train/good 4, mona/test/tear 1", 0),
+    "calibration": ("train/good 4, Val/good 2", "s/train/good 4, s/calibration/good 2", 0),
+    "directly in train": ("train 3, test/good 1", "s/train/good 3, s/test/good 1", 0),
+    "images/ below": ("train/normal/images 4, test/normal/images 2, test/anomalous/images 2, test/anomalous/masks m2",
+        "s/train/good 4, s/test/good 2, s/test/anomaly 2", 2),
+    "deeper pictures and masks": ("train/good 3, test/crack/cam1 2, test/crack/cam2 2, ground_truth/crack/cam1 m2",
+        "s/train/good 3, s/test/crack 4", 2),
+    "train_maps": ("train/good 3, test/crack 2, test_maps/crack m2", "s/train/good 3, s/test/crack 2", 2),
+    "anomalib hazelnut": ("good 4, crack 3, mask/crack m3", "s/train/good 4, s/test/crack 3", 3),
+    "anomalib folder": ("normal 4, normal_test 2, abnormal 1, mask m1",
+        "s/train/good 4, s/test/good 2, s/test/anomaly 1", 1),
+    "anomalib _dir": ("normal_dir 4, abnormal_dir 2, mask_dir m2", "s/train/good 4, s/test/anomaly 2", 2),
+    "VisA unpacked": ("candle/Data/Images/Normal 4, candle/Data/Images/Anomaly 2, candle/Data/Masks/Anomaly m2",
+        "candle/train/good 4, candle/test/anomaly 2", 2),
+    "report": ("train/mona 3, train/pearl 3, test/anomaly/fake/mona_1.png, test/non_anomaly/pearl 1",
+        "mona/train/good 3, pearl/train/good 3, mona/test/fake 1, pearl/test/good 1", 0),
+    "report with masks": ("train/mona 3, test/non_anomaly/mona 2, test/anomaly/mona 2, ground_truth/anomaly/mona m2",
+        "mona/train/good 3, mona/test/good 2, mona/test/anomaly 2", 2),
+    "real and fake": ("real 3, fake 2", "s/train/good 3, s/test/fake 2", 0),
+    "labels of paintings": ("mona/authentic 3, mona/forged 2, pearl/not_damaged 2, pearl/damaged 1",
+        "mona/train/good 3, mona/test/forged 2, pearl/train/good 2, pearl/test/damaged 1", 0),
+    "paintings below labels": ("good/mona 3, good/pearl 3, fake/mona 1",
+        "mona/train/good 3, pearl/train/good 3, mona/test/fake 1", 0),
+    "damaged below genuine": ("mona 3, mona/damaged 2", "mona/train/good 3, mona/test/damaged 2", 0),
+    "kinds beside good": ("mona/good 3, mona/tear 2, mona/TEAR/x.png", "mona/train/good 3, mona/test/TEAR 3", 0),
+    "clean is no kind": ("train/good 3, test/clean 2, test/crack 1",
+        "s/train/good 3, s/test/good 2, s/test/crack 1", 0),
+    "0 and 1 below splits": ("train/0 3, test/0 2, test/1 2", "s/train/good 3, s/test/good 2, s/test/anomaly 2", 0),
+    "numbered paintings": ("0 2, 1 2, 2 2, 3 2", "0/train/good 2, 1/train/good 2, 2/train/good 2, 3/train/good 2", 0),
+    "two of one cleaned name": ("Mona Lisa/train/good 3, Mona_Lisa/train/good 2",
+        "Mona_Lisa/train/good 3, Mona_Lisa_2/train/good 2", 0),
+    "one painting, garbled once": ("Du╠êrer 2, Dürer/x.png", "Dürer/train/good 3", 0),
+    "thumbnails": ("mona 3, mona/@eaDir/000.png/SYNOFILE_THUMB_M.jpg, thumbnails 3, mona/.thumb 2",
+        "mona/train/good 3", 0),
+    "flat": ("000.png, b.png, thumbs/b.png", "s/train/good 2", 0),
+    "only images/": ("images 3", "s/train/good 3", 0),
+    "years": ("mona/2019 2, mona/2020 2", "mona/train/good 4", 0),
+    "mask beside its picture": ("train/good 3, test/crack/000.png, test/crack/000_mask.png",
+        "s/train/good 3, s/test/crack 1", 1),
+    "LOCO": ("train/good 3, test/logical 2, ground_truth/logical/000 m2", "s/train/good 3, s/test/logical 2", 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNDERSTOOD)
+def test_trees_are_understood(tmp_path: Path, name: str) -> None:
+    places, words, n_masks = UNDERSTOOD[name]
+    table, masks, reading = found(tree(tmp_path / "s", *places.split(", ")))
+    assert table == expected(words)
+    assert masks == n_masks
+    assert len({s.group for s in reading.samples}) == len(reading.samples)  # equal names are not equal pictures
+
+
+@pytest.mark.parametrize("name", ["train", "test", "Good"])
+def test_the_folder_given_may_be_the_inside_of_an_artwork(tmp_path: Path, name: str) -> None:
+    below = "000.png" if name == "Good" else "good 3"
+    assert set(found(tree(tmp_path / "mona" / name, below))[0]) == {"mona/train/good"}
+
+
+# Folders and pictures -> a word of the refusal. What may be read two ways is never guessed.
+REFUSED = {
+    "0 and 1": (["0 2", "1 2"], "0/ and 1/"),
+    "only anomalies": (["test/lesion 2", "ground_truth/lesion m2"], "all 2 readable pictures are anomalous"),
+    "defects to learn from": (["train/defect 2", "test/defect 1"], "none|no picture|anomalous"),
+    "fake beside a painting": (["mona 3", "fake 2"], "mona/"),
+    "a painting called fake": (["mona_fake 3", "pearl 3"], "mona_fake/ would be learnt"),
+    "train with fakes": (["train/mona 3", "train/mona_forgeries 3", "test/good 1"], "mona_forgeries/"),
+    "no picture": (["x/y.txt"], "no picture"),
+    "begins normal": (["train/good 2", "test/normal_2 1"], "'normal_2' may mean normal"),
+    "speaks of good": (["train/good 2", "test/good_copies 1"], "'good_copies' may mean normal"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_clear_is_refused_with_a_way_out(tmp_path: Path, name: str) -> None:
+    places, words = REFUSED[name]
+    if name == "no picture":
+        (tmp_path / "set" / "deep").mkdir(parents=True)
+        (tmp_path / "set" / "all.zip").write_bytes(b"PK")
+        words = r"no picture in it. Unpack all.zip(?s:.*)deep/"
+    else:
+        tree(tmp_path / "set", *places)
+    with pytest.raises(data.DatasetError, match=words) as caught:
+        data.build_manifest(tmp_path / "set")
+    assert "MVTec layout" in str(caught.value) or "Call it good" in str(caught.value)
+
+
+# Folders and pictures -> the files that are left out, with a word of the reason.
+LEFT_OUT = {
+    "directly in test": (["train/good 2", "test/000.png"], {"test/000.png": "directly in test"}),
+    "anomalies to learn from": (["train/good 2", "train/box 1"], {"train/box/000.png": "normal pictures only"}),
+    "fakes below genuine": (["train/mona 2", "train/mona/fake 1"], {"train/mona/fake/000.png": "normal pictures only"}),
+    "says otherwise": (["good 2", "good/old_copies 1"], {"good/old_copies/000.png": "says otherwise"}),
+    "good and bad at once": (["good 2", "bad/good 1"], {"bad/good/000.png": "two things"}),
+    "loose": (["mona 2", "x.png"], {"x.png": "beside the folders"}),
+    "beside good": (["mona/good 2", "mona/x.png"], {"mona/x.png": "beside good"}),
+    "no place": (["a/train/good 2", "extras 1"], {"extras/000.png": "neither below"}),
+    "which painting": (
+        ["train/mona 2", "train/pearl 2", "test/fake/IMG_1.png"],
+        {"test/fake/IMG_1.png": "which painting"},
+    ),
+    "orphan masks": (["good 2", "tear 1", "masks/tear m2"], {"masks/tear/001.png": "mask without a picture"}),
+    "masks of normal pictures": (["good 2", "tear 1", "mask/good m1"], {"mask/good/000.png": "normal picture"}),
+    "two pictures, one mask": (
+        ["good 2", "tear/a.png", "tear/a.jpg", "mask/tear/a_mask.png"],
+        {"mask/tear/a_mask.png": "more than one picture"},
+    ),
+    "one picture, two masks": (
+        ["good 2", "tear/a.png", "mask/tear/a_mask_0.png", "mask/tear/a_mask_1.png"],
+        {f"mask/tear/a_mask_{i}.png": "several masks" for i in (0, 1)},
+    ),
+    "mask among pictures": (["good 2", "tear 1", "tear/b_mask.png"], {"tear/b_mask.png": "like a mask"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_what_is_not_used_is_listed(tmp_path: Path, name: str) -> None:
+    places, reasons = LEFT_OUT[name]
+    root = tree(tmp_path / "set", *places)
+    reading = data.read_folder(root)
+    listed = {path.relative_to(root).as_posix(): reason for path, reason in reading.bad_files}
+    assert set(listed) == set(reasons)
+    assert all(words in listed[path] for path, words in reasons.items())
+    assert all(f"{path}: " in reading.describe() for path in reasons)
+
+
+def test_files_of_other_formats_are_listed_and_hidden_ones_counted(tmp_path: Path) -> None:
+    root = tree(tmp_path / "set", "000.png", "001.png")
+    others = {"IMG_1.dng", "IMG_2.NEF", "a.jpg_large", "no suffix", "x.jpg~"}
+    for name in others:
+        (root / name).write_bytes(b"II*\0")
+    for name in ("._000.png", "Thumbs.db", ".DS_Store"):
+        (root / name).write_bytes(b"\0\5\x16\7")
+    (root / "notes.txt").write_text("x")
+    reading = data.read_folder(root)
+    assert {path.name for path, _ in reading.bad_files} == {
+        "IMG_1.dng",
+        "IMG_2.NEF",
+        "a.jpg_large",
+        "no suffix",
+        "x.jpg~",
+    }
+    assert any("notes.txt" in note for note in reading.notes) and any("3" in note for note in reading.notes)
+
+
+@pytest.mark.parametrize(
+    "name",
+    "000_mask,mask_000,000_label,000_seg,000.png,000.jpg_mask,000_masks,000_mask_0,000_anomaly_mask,000-GT,000 mask,"
+    "000".split(","),
+)
+def test_masks_are_found_by_all_usual_names(tmp_path: Path, name: str) -> None:
+    root = tree(tmp_path / "set", "good 2", "tear 1", f"mask/tear/{name}.png")
+    put(root / f"mask/tear/{name}.png", mask())
+    assert found(root)[1] == 1
+
+
+def test_names_that_decide_are_said(tmp_path: Path) -> None:
+    reading = found(
+        tree(tmp_path / "set", "train/good 2", "test/gefälscht 1", "test/wahrhaftig 1", "train/good/fake1.png")
+    )[2]
+    notes = " ".join(reading.notes)
+    assert "wahrhaftig" in notes and "gefälscht" not in notes  # the vocabulary knows one of them
+    assert "fake1.png" in notes
+
+
+def test_linked_folders_are_read_and_loops_end(tmp_path: Path) -> None:
+    tree(tmp_path / "elsewhere", "train/good 3")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "mona").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "elsewhere" / "train" / "good" / "loop").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert found(tmp_path / "set")[0] == {"mona/train/good": 3}
+
+
+def test_paths_are_taken_as_people_paste_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree(tmp_path / "set", "good 2", "bad 1")
+    monkeypatch.setenv("PICTURES_HERE", str(tmp_path))
+    for words in (f'"{tmp_path}/set"', f"file://{tmp_path}/set", "$PICTURES_HERE/set"):
+        assert len(data.read_folder(words).samples) == 3
+    for words, reason in (("https://drive.google.com/x", "web address"), (tmp_path / "nowhere", "does not exist")):
+        with pytest.raises(FileNotFoundError, match=reason):
+            data.read_folder(words)
+
+
+@given(st.text(max_size=30))
+def test_part_of_a_name_decides_nothing(name: str) -> None:
+    label = names.label_of(name)
+    assert names.label_of(f" {name.upper()} ") == names.label_of(name.upper())
+    for around in (f"x{name}", f"{name}x"):
+        known = names.NORMAL_WORDS | names.ANOMALY_WORDS | names.FORGERY_WORDS
+        if label and names.plain(around).removesuffix("s") not in known:
+            assert names.label_of(around) is None
+
+
+@given(st.text(max_size=100))
+def test_no_name_becomes_a_path(name: str) -> None:
+    safe = names.clean(name)
+    assert Path(safe).name == safe and safe not in (".", "..") and len(safe) <= 80
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """``img/`` with six pictures, of which the last two are bad."""
+    return tree(tmp_path / "set", "img 6")
+
+
+def table(folder: Path, header: str, row: str, good: object = 0, bad: object = 1, **options: object) -> Path:
+    """A CSV with a row per picture; ``{f}`` is its path, ``{l}`` its label."""
+    rows = [row.format(f=f"img/{i:03d}.png", l=bad if i > 3 else good) for i in range(6)]
+    path = folder / "t.csv"
+    path.write_bytes("\n".join([header, *rows]).encode(**options))
+    return path
+
+
+@pytest.mark.parametrize(
+    "header, row, good, bad, kind",
+    [
+        ("image_path,label", "{f},{l}", "0.0", "1.0", "anomaly"),
+        ("file;is_anomalous", "{f};{l}", "False", "True", "anomaly"),
+        ("sep=;\nfilepath;label", "{f};{l}", "Normal", "Fake", "anomaly"),
+        ("image\tkind", "{f}\t{l}", "none", "crack", "crack"),
+        ("image,kind", "{f},{l}", "n/a", "face swap", "face_swap"),
+        ("image,kind", "{f},{l}", "nan", "damaged", "damaged"),
+        ("image,label", "{f},{l}", "good", "bent", "bent"),
+        ("image,is_defect", "{f},{l}", "no", "yes", "anomaly"),
+        ("image,fake", "{f},{l}", 0, 1, "anomaly"),
+        ("image,authentic", "{f},{l}", 1, 0, "anomaly"),
+        (" Image , Label ", "{f}, {l} ", "genuine", "forgery", "anomaly"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_labels_of_tables(pictures: Path, header: str, row: str, good: str, bad: str, kind: str, encoding: str) -> None:
+    assert found(table(pictures, header, row, good, bad, encoding=encoding))[0] == {
+        "set/train/good": 4,
+        f"set/test/{kind}": 2,
+    }
+
+
+@pytest.mark.parametrize(
+    "header, row, words",
+    [
+        ("image_path,target", "{f},{l}", "target.*none of them is understood as a label"),
+        ("image_path,label_index,artist", "{f},{l},Vermeer", "label_index, artist"),
+        ("image_path,class", "{f},{l}", "class"),
+        ("image_path,mask", "{f},m.png", "mask"),
+        ("name,age", "ann,{l}", "columns name, age; one must name the picture"),
+        ("image,label", "{f},-1", "1 and -1"),
+    ],
+)
+def test_tables_that_do_not_say_what_is_genuine_are_refused(pictures: Path, header: str, row: str, words: str) -> None:
+    with pytest.raises(data.DatasetError, match=words):
+        data.read_folder(table(pictures, header, row))
+
+
+def test_columns_are_never_guessed(pictures: Path) -> None:
+    _, _, reading = found(table(pictures, "file,label,source,type,class", "{f},{l},Louvre,photo,A"))
+    assert len({sample.group for sample in reading.samples}) == 6
+    assert {sample.kind for sample in reading.samples} == {"good", "anomaly"}
+    assert any("source, type, class" in note for note in reading.notes)
+
+
+def test_every_column_and_every_bad_row(pictures: Path) -> None:
+    put(pictures / "m.png", mask())
+    put(pictures / "ü c.png", picture(90))
+    rows = [
+        "Image;Painting;Split;Label;Kind;Mask;Group",
+        "img/000.png;Dürer;training;normal;;;scan 1",
+        "img/001.png;Dürer;;0;;nan;scan 1",
+        "ü c.png;Dürer;validation;good;;;",
+        "img\\002.png;Dürer;test;1;stain;m.png;",
+        "img/003.png;Dürer;train;anomaly;;;",
+        "img/003.png;Dürer;test;perhaps;;;",
+        "img/003.png;Dürer;test;normal;stain;;",
+        "img/003.png;Dürer;test;;;;",
+        "img/000.png;Dürer;test;normal;;;",
+        "img/gone.png;Dürer;test;normal;;;",
+        "img/004.png;../../evil;;good;;;",
+        "img/005.png;nan;;good;;;;;;more",
+    ]
+    path = pictures / "t.csv"
+    path.write_bytes("\r\n".join(rows).encode("cp1252"))
+    counts, n_masks, reading = found(path)
+    assert counts == expected("Dürer/train/good 2, Dürer/calibration/good 1, Dürer/test/stain 1, evil/train/good 1")
+    assert n_masks == 1
+    assert [s.group for s in reading.samples if s.split == "train"] == ["scan 1", "scan 1", "evil/004"]
+    reasons = " | ".join(reason for _, reason in reading.bad_files)
+    words = ("row 6", "'perhaps'", "says normal but kind is 'stain'", "label is ''", "earlier row", "does not exist")
+    assert all(word in reasons for word in (*words, "too many cells")) and len(reading.bad_files) == 7
+
+
+def test_which_table_of_a_folder_is_read(pictures: Path) -> None:
+    table(pictures, "image,label", "{f},{l}")
+    assert data.read_folder(pictures).layout == layouts.CSV
+    shutil.copy(pictures / "t.csv", pictures / "u.csv")
+    with pytest.raises(data.DatasetError, match=r"t\.csv, u\.csv"):
+        data.read_folder(pictures)
+    (pictures / "u.csv").unlink()
+    tree(pictures, "good 2", start=50)  # folders with labels say more than a table that was not asked for
+    _, _, reading = found(pictures)
+    assert reading.layout == layouts.LABELLED and any("t.csv" in note for note in reading.notes)
+    with pytest.raises(data.DatasetError, match="neither a folder nor a CSV"):
+        data.read_folder(pictures / "img" / "000.png")
+
+
+def test_our_own_manifest_is_not_a_table_of_the_users(tmp_path: Path) -> None:
+    root = tree(tmp_path / "set", "a.png", "b.png")
+    data.build_manifest(root)
+    tree(root, "c.png", start=10)
+    assert len(data.load_manifest(data.build_manifest(root))) == 3
+
+
+def test_visa_tables(tmp_path: Path) -> None:
+    candle = "candle/Data/Images"
+    root = tree(tmp_path / "set", f"{candle}/Normal 4", f"{candle}/Anomaly 1", "candle/Data/Masks/Anomaly m1")
+    normal = [f"candle,{'train' if i < 3 else 'test'},normal,{candle}/Normal/{i:03d}.png," for i in range(4)]
+    bad = f"{candle}/Anomaly/000.png,candle/Data/Masks/Anomaly/000.png"
+    (root / "split_csv").mkdir()
+    rows = ["object,split,label,image,mask", *normal, f"candle,test,anomaly,{bad}"]
+    (root / "split_csv" / "1cls.csv").write_text("\n".join(rows))
+    counts, n_masks, reading = found(root)
+    assert reading.layout == layouts.VISA and n_masks == 1
+    assert counts == expected("candle/train/good 3, candle/test/good 1, candle/test/anomaly 1")
+    shutil.rmtree(root / "split_csv")
+    rows = ["label,image,mask", *(row.split(",", 2)[2] for row in normal), f"bent,{bad}"]
+    anno = root / "candle" / "image_anno.csv"  # VisA's own table: paths start above it, labels are kinds
+    anno.write_text("\n".join(rows))
+    assert found(anno)[:2] == (expected("candle/train/good 4, candle/test/bent 1"), 1)
