@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ FOLDER = "art-anomaly"
 """Folder in My Drive that the suite makes."""
 _PAUSE_SECONDS = 300
 """After a failed round, so that a dead Drive does not slow down every cell."""
+_CHECKPOINT_SECONDS = 900
+"""Between two rounds in one long cell: a checkpoint of AnomalyGPT has 1.4 GB."""
 
 _current: _Keeper | None = None
 
@@ -76,7 +79,7 @@ def lasting_folder(device: str, *, log: Callable[[str], None] = print) -> Path |
 
 def checkpoint_keeper() -> Callable[[Path], None] | None:
     """For ``on_checkpoint`` of a training that takes hours in one cell; None where nothing is kept."""
-    return None if _current is None else keep.keeper(_current.home, _current.archive)
+    return None if _current is None else _Keeper(_current.home, _current.archive, print, _CHECKPOINT_SECONDS)
 
 
 def is_colab() -> bool:
@@ -120,21 +123,24 @@ def disconnect(*, log: Callable[[str], None] = print) -> None:
     runtime.unassign()
 
 
+@dataclass
 class _Keeper:
-    """Called by IPython when a cell has ended."""
+    """Saves what is finished; called by IPython when a cell has ended, or by a training with each checkpoint."""
 
-    def __init__(self, home: Path, archive: keep.Archive, log: Callable[[str], None]) -> None:
-        self.home, self.archive, self._log = home, archive, log
-        self._not_before = 0.0
+    home: Path
+    archive: keep.Archive
+    log: Callable[[str], None]
+    pause_seconds: float = 0.0
+    not_before: float = 0.0
 
-    def __call__(self, _result: Any = None) -> None:
-        if time.monotonic() < self._not_before:
+    def __call__(self, _what: Any = None) -> None:
+        if time.monotonic() < self.not_before:
             return
         outcomes = keep.save(self.home, self.archive)
         for outcome in outcomes:
-            self._log(f"kept: {outcome}")
-        if any(outcome.state == "failed" for outcome in outcomes):
-            self._not_before = time.monotonic() + _PAUSE_SECONDS
+            self.log(f"kept: {outcome}")
+        has_failed = any(outcome.state == "failed" for outcome in outcomes)
+        self.not_before = time.monotonic() + max(self.pause_seconds, _PAUSE_SECONDS if has_failed else 0)
 
 
 def _limit_bytes() -> int:
