@@ -25,10 +25,9 @@ from helpers import files
 MAX_UNIT_BYTES = 2_200_000_000
 """Larger units (the merged language model: 13.5 GB) are not copied: a Drive without a plan has 15 GB."""
 
+# Areas whose units are the folders that hold a mark, written last by whoever made them.
 _MARKS = {"weights": "READY.json", "data": "manifest.json", "results": "manifest.json"}
-"""Areas whose units are the folders that hold a mark, written last by whoever made them."""
-_REMADE = ("features", "executed", "weights/llama")
-"""Folders that are computed again in little time, or only a step on the way: the base that is merged."""
+_REMADE = ("features", "executed", "weights/llama")  # computed again in little time, or only a step on the way
 _TEMPORARY = re.compile(r"^\.|\.(partial|part|wrong)$")
 _MEMO = ".kept.json"
 _NAME = re.compile(r"^(?P<unit>.+)\.(?P<version>\d{19,})\.zip$")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,8 +48,7 @@ STAGES = {
 }
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """One line of the table: what was looked at, whether work can start, what was found, what to do if not."""
 
     name: str
@@ -96,10 +94,8 @@ def where_am_i(home: Path) -> str:
     made = [name for name, stage in STAGES.items() if stage.proof]
     done = [name for name in made if is_done(home, name)]
     left = [name for name in made if name not in done]
-    return (
-        f"done here: {', '.join(name[:2] for name in done) or 'nothing yet'}; "
-        f"next: {left[0] if left else 'everything is there, look into 08 and 09'}"
-    )
+    words = ", ".join(name[:2] for name in done) or "nothing yet"
+    return f"done here: {words}; next: {left[0] if left else 'everything is there, look into 08 and 09'}"
 
 
 def costs(profile: profiles.Profile, gpu: str = "") -> pd.DataFrame:
@@ -119,11 +115,7 @@ def costs(profile: profiles.Profile, gpu: str = "") -> pd.DataFrame:
 
 
 def compute_units(seconds: float, gpu: str) -> str:
-    """Colab's price of some time on a GPU, ``"unknown"`` when its rate is.
-
-    >>> compute_units(3600, "NVIDIA L4")
-    '1.7'
-    """
+    """Colab's price of some time on a GPU, ``"unknown"`` when its rate is."""
     rate = RATES.get(rate_name(gpu))
     return "unknown" if rate is None else f"{rate * seconds / 3600:.1f}"
 
@@ -131,7 +123,7 @@ def compute_units(seconds: float, gpu: str) -> str:
 def cost_note(profile: profiles.Profile, gpu: str = "") -> str:
     """Where the numbers of :func:`costs` come from."""
     if profile.name == "mini":
-        return "Minutes were measured on 2 CPU cores. Nothing is charged but Colab's rate of a machine without GPU."
+        return "Minutes were measured on 2 CPU cores."
     rate = RATES.get(rate_name(gpu))
     priced = f"{rate:g} units an hour (users, 2026-03-10)" if rate else f"no rate is known for {gpu or 'this machine'}"
     return (

@@ -20,10 +20,8 @@ from helpers.colab import keep, preflight
 MOUNT_POINT = Path("/content/drive")
 FOLDER = "art-anomaly"
 """Folder in My Drive that the suite makes."""
-_PAUSE_SECONDS = 300
-"""After a failed round, so that a dead Drive does not slow down every cell."""
-_CHECKPOINT_SECONDS = 900
-"""Between two rounds in one long cell: a checkpoint of AnomalyGPT has 1.4 GB."""
+_PAUSE_SECONDS = 300  # after a failed round, so that a dead Drive does not slow down every cell
+_CHECKPOINT_SECONDS = 900  # between two rounds in one long cell: a checkpoint of AnomalyGPT has 1.4 GB
 
 _current: _Keeper | None = None
 
@@ -31,20 +29,19 @@ _current: _Keeper | None = None
 def start(*, log: Callable[[str], None] = print) -> profiles.Profile:
     """Find the profile, bring back finished work, and print the preflight table.
 
-    Run again it mounts a lost Drive anew. Nothing here stops a session: a ``✗`` says what will, and what to do.
-
-    Raises:
-        ValueError, FileNotFoundError: ``ART_PROFILE`` or ``ART_DATA`` are wrong, see :func:`helpers.profiles.active`;
-            ``ART_DRIVE_LIMIT_GB`` is not a number.
+    Run again it mounts a lost Drive anew. A ``✗`` says what will stop the session, and what to do; what stops it here
+    is an ``ART_PROFILE``, ``ART_DATA`` or ``ART_DRIVE_LIMIT_GB`` that means nothing (ValueError, FileNotFoundError).
     """
     global _current
+    from IPython import get_ipython
+
     asked = os.environ.get("ART_DATA", "")
     if "drive/" in asked and "://" not in asked:
         mount_drive(log=log)  # the user's pictures lie there
     profile = profiles.active()
     log(str(profile))
     lasting = lasting_folder(profile.device, log=log)
-    shell = _shell()
+    shell = get_ipython()
     if shell is not None and _current is not None:
         shell.events.unregister("post_run_cell", _current)  # a set-up cell that runs twice must not save twice
     _current = None
@@ -88,11 +85,7 @@ def is_colab() -> bool:
 
 
 def mount_drive(*, log: Callable[[str], None] = print) -> Path | None:
-    """Mount Google Drive, or find it mounted. Asks for your permission in a dialog the first time.
-
-    Returns:
-        the folder of My Drive; None where there is no Drive to be had, with the reason said.
-    """
+    """The folder of My Drive, mounted after a dialog the first time; None where there is none, with the reason said."""
     root = MOUNT_POINT / "MyDrive"
     if preflight.is_reachable(root):
         return root
@@ -150,12 +143,6 @@ def _limit_bytes() -> int:
         return int(float(asked) * 1e9) if asked else keep.MAX_UNIT_BYTES
     except ValueError:
         raise ValueError(f"ART_DRIVE_LIMIT_GB is {asked!r}; give a number of GB, or unset it for 2.2.") from None
-
-
-def _shell() -> Any:
-    from IPython import get_ipython
-
-    return get_ipython()
 
 
 def _advice(error: Exception) -> str:
