@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from helpers import results
+from helpers import results, synthesis
 from helpers.chat import feedback
 from helpers.chat.feedback import Confirmed, FeedbackLog
 from helpers.clip import features, one_class, tuning
@@ -33,7 +33,6 @@ from helpers.data import manifest as data
 from helpers.judge import metrics, statistics
 from helpers.judge import statistics as calibration
 from helpers.records import Prediction, Sample
-from helpers.synthesis import marks as synthesis
 
 if TYPE_CHECKING:
     from helpers.anomalygpt.model import AnomalyGPT
