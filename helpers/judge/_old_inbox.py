@@ -18,10 +18,10 @@ import pandas as pd
 
 from helpers import files as journal
 from helpers import files as storage
+from helpers import synthesis
 from helpers.data import images, names
 from helpers.data.manifest import Dataset
 from helpers.records import NORMAL_KIND, Prediction, Sample
-from helpers.synthesis import marks as synthesis
 
 SCORES = "scores.csv"
 COLUMNS = (
