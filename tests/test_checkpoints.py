@@ -10,11 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.weights import folders as shard_job
-from helpers.weights import llama as weights
-from helpers.weights import mini as standins
-from helpers.weights import published as checkpoints
-from helpers.weights.tensors import WeightFileError
+from helpers import files, weights
+from helpers.weights import WeightFileError, folders, mini, published
 
 LLAMA_7B = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32}
 LLAMA_13B = {"hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 40}
@@ -23,6 +20,10 @@ LLAMA_MINI = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 
 
 
 def quiet(_: str) -> None: ...
+
+
+def load(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
 
 
 def tower(stem: str, n_layers: int, width: int) -> dict[str, tuple[int, ...]]:
@@ -123,7 +124,7 @@ def test_imagebind_huge_maps_exactly_onto_open_clip() -> None:
 
     shapes = imagebind_shapes()
     assert len(shapes) == 687
-    rules, config = checkpoints.imagebind_rules(shapes, vision_heads=16, text_heads=16)
+    rules, config = published.imagebind_rules(shapes)
     with torch.device("meta"):
         model = open_clip.CLIP(**config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -142,26 +143,26 @@ def test_pandagpt_maps_exactly_onto_peft(config: dict, n_keys: int, n_numbers: i
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    rules, rank = checkpoints.pandagpt_rules(pandagpt_shapes(config), config)
+    rules, settings = published.pandagpt_rules(pandagpt_shapes(config), config)
+    rank = settings["r"]
     assert len(rules) == n_keys and rank == 32
     assert sum(torch.Size(rule.shape).numel() for rule in rules) == n_numbers
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**config, intermediate_size=11008, vocab_size=32001))
-        settings = LoraConfig(r=rank, target_modules=list(checkpoints.LORA_MODULES), task_type="CAUSAL_LM")
-        wrapped = get_peft_model(model, settings)
+        wrapped = get_peft_model(model, LoraConfig(**settings))
     lora = {f"llama_model.{k}": tuple(v.shape) for k, v in wrapped.state_dict().items() if ".lora_" in k}
     assert {rule.name: rule.shape for rule in rules if "lora" in rule.name} == lora
 
 
 def test_anomalygpt_has_21_tensors_and_225_mb() -> None:
-    rules = checkpoints.anomalygpt_rules(anomalygpt_shapes(), LLAMA_7B)
+    rules = published.anomalygpt_rules(anomalygpt_shapes(), LLAMA_7B)
     assert len(rules) == 21
     assert 2 * sum(torch.Size(rule.shape).numel() for rule in rules) == 225_326_960
 
 
 def test_anomalyclip_keeps_16_of_32_tensors() -> None:
     shapes = anomalyclip_shapes()
-    rules = checkpoints.anomalyclip_rules(shapes)
+    rules = published.anomalyclip_rules(shapes)
     assert len(shapes) == 32 and len(rules) == 16
     assert 4 * sum(torch.Size(shape).numel() for shape in shapes.values()) == 22_620_776  # bytes, as published
     assert not [rule for rule in rules if "projections" in rule.name]
@@ -185,12 +186,10 @@ def test_imagebind_towers_give_the_numbers_of_the_original_formulas(tmp_path: Pa
             source[name] = (0.2 * source[name]).half().float()
     source["modality_preprocessors.vision.rgbt_stem.proj.1.weight"] /= 4  # sums of two halves stay exact halves
     torch.save(source, tmp_path / "ib.pth")
-    target = checkpoints.convert_imagebind(
-        tmp_path / "ib.pth", tmp_path / "out", vision_heads=2, text_heads=2, log=quiet
-    )
+    target = published.convert("imagebind", tmp_path / "ib.pth", tmp_path / "out", heads=(2, 2), log=quiet)
     config = weights.read_ready(target)["settings"]["config"]
     model = open_clip.CLIP(**config).eval()
-    model.load_state_dict({k: v.float() for k, v in checkpoints.load(target).items()}, strict=True)
+    model.load_state_dict({k: v.float() for k, v in load(target).items()}, strict=True)
     image = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         found = model.encode_image(image)
@@ -223,19 +222,16 @@ def original_vision(state: dict[str, torch.Tensor], image: torch.Tensor) -> torc
 def test_other_senses_are_left_out_and_the_logit_scale_stays_exact(tmp_path: Path) -> None:
     shapes = imagebind_shapes(**SMALL) | {"modality_trunks.imu.blocks.0.attn.in_proj_bias": (7,)}
     source = write(tmp_path / "ib.pth", shapes)
-    target = checkpoints.convert_imagebind(
-        tmp_path / "ib.pth", tmp_path / "out", vision_heads=2, text_heads=2, log=quiet
-    )
-    found = checkpoints.load(target)
+    target = published.convert("imagebind", tmp_path / "ib.pth", tmp_path / "out", heads=(2, 2), log=quiet)
+    found = load(target)
     assert not [name for name in found if "imu" in name]
     assert found["logit_scale"] == source["modality_postprocessors.text.1.log_logit_scale"]
     assert {str(t.dtype) for n, t in found.items() if n != "logit_scale"} == {"torch.float16"}
     assert torch.equal(found["visual.proj"], source["modality_heads.vision.2.weight"].T.half())
 
 
-@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("spelling", ["lora_{}.default.weight", "lora_{}.weight"])
-def test_pandagpt_keeps_its_numbers_in_either_spelling(tmp_path: Path, spelling: str, is_zip: bool) -> None:
+def test_pandagpt_keeps_its_numbers_in_either_spelling(tmp_path: Path, spelling: str) -> None:
     shapes = pandagpt_shapes(LLAMA_MINI, rank=4, n_image=20)
     source = write(tmp_path / "x.pt", shapes, dtype=torch.float16)
     renamed = {}
@@ -243,50 +239,68 @@ def test_pandagpt_keeps_its_numbers_in_either_spelling(tmp_path: Path, spelling:
         for letter in "AB":
             name = name.replace(f"lora_{letter}.default.weight", spelling.format(letter))
         renamed[name] = torch.nn.Parameter(tensor)
-    torch.save(renamed, tmp_path / "x.pt", _use_new_zipfile_serialization=is_zip)
-    target = checkpoints.convert_pandagpt(tmp_path / "x.pt", tmp_path / "out", language_model=LLAMA_MINI, log=quiet)
-    found = checkpoints.load(target)
+    torch.save(renamed, tmp_path / "x.pt")
+    target = published.convert("pandagpt", tmp_path / "x.pt", tmp_path / "out", language_model=LLAMA_MINI, log=quiet)
+    found = load(target)
     assert found.keys() == source.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in source.items())
-    config = weights.storage.read_json(target / "config.json")
+    config = files.read_json(target / "config.json")
     assert (config["r"], config["lora_alpha"]) == (4, 4)
 
 
 def test_anomalygpt_and_anomalyclip_keep_their_numbers(tmp_path: Path) -> None:
     source = write(tmp_path / "a.pt", anomalygpt_shapes(48, joint=20, width=24), dtype=torch.float16)
-    target = checkpoints.convert_anomalygpt(tmp_path / "a.pt", tmp_path / "a", language_model=LLAMA_MINI, log=quiet)
-    found = checkpoints.load(target)
+    target = published.convert("anomalygpt", tmp_path / "a.pt", tmp_path / "a", language_model=LLAMA_MINI, log=quiet)
+    found = load(target)
     assert found.keys() == source.keys() and all(torch.equal(found[n], t) for n, t in source.items())
     source = write(tmp_path / "c.pth", anomalyclip_shapes(24, n_deep=3))
-    target = checkpoints.convert_anomalyclip(tmp_path / "c.pth", tmp_path / "trained_on_visa", log=quiet)
-    found = checkpoints.load(target)
+    target = published.convert("anomalyclip", tmp_path / "c.pth", tmp_path / "trained_on_visa", log=quiet)
+    found = load(target)
     assert all(torch.equal(t, source[f"prompt_learner.{n}"]) for n, t in found.items()) and len(found) == 11
     ready = weights.read_ready(target)
     assert ready["component"] == "anomalyclip/trained_on_visa"
-    n = checkpoints.FILE
+    n = "model.safetensors"
     assert ready["files"][n]["sha256"] == hashlib.sha256((target / n).read_bytes()).hexdigest()
+
+
+def test_peft_loads_the_adapter_that_pandagpt_becomes(tmp_path: Path) -> None:
+    """Merged by peft itself, each matrix is W + alpha / r * B A of the published file."""
+    from peft import PeftModel
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    source = write(tmp_path / "x.pt", pandagpt_shapes(LLAMA_MINI, rank=4, n_image=20))
+    target = published.convert("pandagpt", tmp_path / "x.pt", tmp_path / "out", log=quiet)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA_MINI, intermediate_size=64, vocab_size=50))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    merged = PeftModel.from_pretrained(model, target).merge_and_unload().state_dict()
+    for name, tensor in before.items():
+        stem = f"llama_model.base_model.model.{name.removesuffix('.weight')}"
+        a, b = (source.get(f"{stem}.lora_{letter}.default.weight") for letter in "AB")
+        torch.testing.assert_close(merged[name], tensor if a is None else tensor + b @ a)
+    assert files.read_json(target / "adapter_config.json")["r"] == 4
 
 
 # --- wrong files (row 19 of the failure table, and more) ----------------------------------------------------------
 
 CASES = {
-    "imagebind": (imagebind_shapes(**SMALL), checkpoints.convert_imagebind),
-    "pandagpt": (pandagpt_shapes(LLAMA_MINI, rank=4, n_image=20), checkpoints.convert_pandagpt),
-    "anomalygpt": (anomalygpt_shapes(48, joint=20, width=24), checkpoints.convert_anomalygpt),
-    "anomalyclip": (anomalyclip_shapes(24, n_deep=3), checkpoints.convert_anomalyclip),
+    "imagebind": imagebind_shapes(**SMALL),
+    "pandagpt": pandagpt_shapes(LLAMA_MINI, rank=4, n_image=20),
+    "anomalygpt": anomalygpt_shapes(48, joint=20, width=24),
+    "anomalyclip": anomalyclip_shapes(24, n_deep=3),
 }
 
 
 def stops(name: str, shapes: dict, tmp_path: Path, match: str) -> None:
     write(tmp_path / "x.pt", shapes)
     with pytest.raises(WeightFileError, match=match):
-        CASES[name][1](tmp_path / "x.pt", tmp_path / "out", log=quiet)
-    assert not list((tmp_path / "out").glob("*.safetensors")) and not (tmp_path / "out" / shard_job.READY).exists()
+        published.convert(name, tmp_path / "x.pt", tmp_path / "out", log=quiet)
+    assert not list((tmp_path / "out").glob("*.safetensors")) and not (tmp_path / "out" / folders.READY).exists()
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_19_a_missing_an_extra_and_a_misshapen_tensor_are_each_named(name: str, tmp_path: Path) -> None:
-    shapes = CASES[name][0]
+    shapes = CASES[name]
     key = {
         "imagebind": "modality_trunks.vision.blocks.1.mlp.fc2.bias",
         "pandagpt": "llama_model.base_model.model.model.layers.1.self_attn.o_proj.lora_B.default.weight",
@@ -294,7 +308,7 @@ def test_19_a_missing_an_extra_and_a_misshapen_tensor_are_each_named(name: str, 
         "anomalyclip": "prompt_learner.token_suffix_neg",
     }[name]
     stops(name, {k: v for k, v in shapes.items() if k != key}, tmp_path, f"lacks .*{re.escape(key)}")
-    stops(name, shapes | {"prompt_learner.stranger": (3,)}, tmp_path, "has the unknown .*stranger")
+    stops(name, shapes | {"prompt_learner.stranger": (3,)}, tmp_path, "has the unknown .*stranger.*ALLOW_UNKNOWN")
     stops(
         name,
         shapes | {key: (*shapes[key][:-1], shapes[key][-1] + 1)},
@@ -304,10 +318,21 @@ def test_19_a_missing_an_extra_and_a_misshapen_tensor_are_each_named(name: str, 
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_unknown_keys_are_left_out_when_allowed_and_missing_ones_never(name: str, tmp_path: Path) -> None:
+    source = write(tmp_path / "x.pt", CASES[name] | {"prompt_learner.stranger": (3,)})
+    target = published.convert(name, tmp_path / "x.pt", tmp_path / "out", heads=(2, 2), allow_unknown=True, log=quiet)
+    assert not [key for key in load(target) if "stranger" in key] and source
+    short = dict(list(CASES[name].items())[1:])
+    write(tmp_path / "y.pt", short)
+    with pytest.raises(WeightFileError, match="lacks|is missing"):
+        published.convert(name, tmp_path / "y.pt", tmp_path / "out2", allow_unknown=True, log=quiet)
+
+
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("given", CASES)
 def test_19_one_checkpoint_given_for_another(name: str, given: str, tmp_path: Path) -> None:
     if name != given:
-        stops(name, CASES[given][0], tmp_path, "another checkpoint|not a whole")
+        stops(name, CASES[given], tmp_path, "another checkpoint|not a whole")
 
 
 def test_19_empty_checkpoint(tmp_path: Path) -> None:
@@ -317,9 +342,9 @@ def test_19_empty_checkpoint(tmp_path: Path) -> None:
 
 def test_13b_is_told_that_the_published_checkpoints_are_7b_only(tmp_path: Path) -> None:
     with pytest.raises(WeightFileError, match="exist for 7B"):
-        checkpoints.anomalygpt_rules(anomalygpt_shapes(), LLAMA_13B)
+        published.anomalygpt_rules(anomalygpt_shapes(), LLAMA_13B)
     with pytest.raises(WeightFileError, match="same size"):
-        checkpoints.pandagpt_rules(pandagpt_shapes(LLAMA_7B), LLAMA_13B)
+        published.pandagpt_rules(pandagpt_shapes(LLAMA_7B), LLAMA_13B)
 
 
 # --- stand-ins ----------------------------------------------------------------------------------------------------
@@ -328,29 +353,29 @@ def test_13b_is_told_that_the_published_checkpoints_are_7b_only(tmp_path: Path) 
 def test_standins_have_the_published_layout_and_fit_their_models(tmp_path: Path) -> None:
     import open_clip
 
-    standins.write_imagebind(tmp_path / "ib.pth")
-    checkpoints.convert_imagebind(tmp_path / "ib.pth", tmp_path / "ib", vision_heads=4, text_heads=3, log=quiet)
-    config = weights.storage.read_json(tmp_path / "ib" / "config.json")
+    mini.write("imagebind", tmp_path / "ib.pth")
+    published.convert("imagebind", tmp_path / "ib.pth", tmp_path / "ib", heads=(4, 3), log=quiet)
+    config = files.read_json(tmp_path / "ib" / "config.json")
     model = open_clip.CLIP(**config).eval()
-    model.load_state_dict(checkpoints.load(tmp_path / "ib"), strict=True)
+    model.load_state_dict(load(tmp_path / "ib"), strict=True)
     images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         a, b = model.encode_image(images, normalize=True)
     assert torch.isfinite(a).all() and float(a @ b) < 0.9999  # different pictures, different vectors
-    standins.write_pandagpt(tmp_path / "p.pt")
-    checkpoints.convert_pandagpt(tmp_path / "p.pt", tmp_path / "p", language_model=SMOLLM2, log=quiet)
-    standins.write_anomalygpt(tmp_path / "a.pt")
-    target = checkpoints.convert_anomalygpt(tmp_path / "a.pt", tmp_path / "a", language_model=SMOLLM2, log=quiet)
-    assert len(checkpoints.load(target)) == 21
+    mini.write("pandagpt", tmp_path / "p.pt")
+    published.convert("pandagpt", tmp_path / "p.pt", tmp_path / "p", language_model=SMOLLM2, log=quiet)
+    mini.write("anomalygpt/train_visa", tmp_path / "a.pt")
+    target = published.convert("anomalygpt", tmp_path / "a.pt", tmp_path / "a", language_model=SMOLLM2, log=quiet)
+    assert len(load(target)) == 21
 
 
 def test_imagebind_standin_comes_back_as_the_embedded_backbone(tmp_path: Path) -> None:
     """Through ImageBind's names, frames and transposes and the converter: bit for bit, but for the epsilon."""
     from helpers.clip import backbones
 
-    standins.write_imagebind(tmp_path / "ib.pth")
-    checkpoints.convert_imagebind(tmp_path / "ib.pth", tmp_path / "ib", vision_heads=4, text_heads=3, log=quiet)
-    found, shipped = checkpoints.load(tmp_path / "ib"), backbones.art_vit_mini().state_dict()
+    mini.write("imagebind", tmp_path / "ib.pth")
+    published.convert("imagebind", tmp_path / "ib.pth", tmp_path / "ib", heads=(4, 3), log=quiet)
+    found, shipped = load(tmp_path / "ib"), backbones.art_vit_mini().state_dict()
     assert found.keys() == shipped.keys()
     for name, tensor in shipped.items():
         assert torch.equal(found[name].float(), tensor), name
@@ -359,14 +384,14 @@ def test_imagebind_standin_comes_back_as_the_embedded_backbone(tmp_path: Path) -
 def test_anomalyclip_standin_carries_its_clip_s_own_embeddings(tmp_path: Path) -> None:
     from helpers.clip import backbones
 
-    standins.write_anomalyclip(tmp_path / "c.pth", clip_model="art-vit-mini", image_size=224)
-    found = checkpoints.load(checkpoints.convert_anomalyclip(tmp_path / "c.pth", tmp_path / "c", log=quiet))
+    mini.write("anomalyclip/trained_on_visa", tmp_path / "c.pth")
+    found = load(published.convert("anomalyclip", tmp_path / "c.pth", tmp_path / "c", log=quiet))
     clip = backbones.load_clip("art-vit-mini", pretrained=None, image_size=224, device="cpu")
     table = clip.model.token_embedding.weight
     # ids of the specification: SOT, x, damaged, object, ".", EOT
     assert found["tokenized_prompts_neg"][0, 0, :18].tolist() == [49406, *[343] * 12, 13568, 14115, 269, 49407, 0]
     assert torch.equal(found["token_prefix_pos"][0, 0], table[[49406]])
     assert torch.equal(found["token_suffix_neg"][0, 0, :4], table[[13568, 14115, 269, 49407]])
-    trained = load_file(standins.ASSETS / "anomalyclip.safetensors")
+    trained = load_file(mini.ASSETS / "anomalyclip.safetensors")
     assert all(torch.equal(found[name], tensor.float()) for name, tensor in trained.items())
     assert {"ctx_pos", "ctx_neg", "compound_prompts_text.0"} <= trained.keys()

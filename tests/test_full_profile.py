@@ -38,8 +38,7 @@ from helpers.anomalygpt import (
 )
 from helpers.clip import backbones, features, one_class
 from helpers.colab import preflight
-from helpers.weights import catalog as weight_plan
-from helpers.weights import steps as prepare
+from helpers.weights import catalog, mini, steps
 
 L4_GB, A100_GB = 22.5, 40.0
 """Usable memory of the two GPUs that the profile is made for, in GB."""
@@ -91,36 +90,27 @@ def test_settings_of_the_profile_are_accepted(full: profiles.Profile) -> None:
 
 
 def test_notebook_01_prepares_what_the_other_notebooks_load(full: profiles.Profile) -> None:
-    plan = weight_plan.make_plan(full.weights_dir, size=full.llama_size, fused=full.fuse_merge)
-    made = {file.component for file in plan.files}
+    made = {file.component for file in catalog.route(full.weights_dir, full.weights).files}
     assert {"vicuna", "imagebind", "pandagpt"} <= made
-    assert f"anomalyclip/{full.anomalyclip_prompts}" in made
-    assert f"anomalygpt/{full.anomalygpt_checkpoint}" in made
+    assert f"anomalyclip/{full.anomalyclip.prompts}" in made
+    assert f"anomalygpt/{full.anomalygpt.checkpoint}" in made
 
 
 def test_anomalyclip_needs_nobodys_consent(full: profiles.Profile, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The route without LLaMA: notebook 01 prepares the prompts of 04 before it stops for Meta's files."""
-    plan = weight_plan.make_plan(full.weights_dir, size=full.llama_size)
-    fetched = []
+    """The route without LLaMA: notebook 01 prepares the prompts of 04 before it stops for a licence."""
+    route, fetched = catalog.route(full.weights_dir, full.weights), []
 
-    def get(plan: weight_plan.Plan, file: weight_plan.WeightFile, token: str | None, *rest: object) -> None:
-        assert token is None and not file.is_restricted and not file.is_gated
-        fetched.append(file.component)
-        file.path.parent.mkdir(parents=True, exist_ok=True)
-        from helpers.weights import mini as standins
+    def fetch(url: str, target: Path, *, sha256: str | None, log: object) -> None:
+        assert sha256 and "AnomalyCLIP/45ed4dd3" in url
+        fetched.append(target)
+        mini.write("anomalyclip/trained_on_visa", target)
 
-        standins.write_anomalyclip(file.path, clip_model="art-vit-mini", image_size=224)
-
-    monkeypatch.setattr(prepare, "_get", get)
-    monkeypatch.setattr(prepare, "_verify_once", lambda plan, log: None)  # the hashes are those of the published files
-    lines: list[str] = []
-    prepare.prepare_free(plan, clip_model=full.clip_model, clip_image_size=full.clip_image_size, log=lines.append)
-    assert fetched == ["anomalyclip/trained_on_visa", "anomalyclip/trained_on_mvtec"]
-    assert all(plan.is_ready(component) for component in fetched) and not plan.is_ready("vicuna")
-    prepare.prepare_free(plan, clip_model=full.clip_model, clip_image_size=full.clip_image_size, log=lines.append)
-    assert len(fetched) == 2, "what is ready is not fetched again"
-    with pytest.raises(FileNotFoundError, match="cannot be fetched for you"):
-        prepare.obtain(plan, accept_licences=True, clip_model=full.clip_model, clip_image_size=full.clip_image_size)
+    monkeypatch.setattr(steps.fetch, "fetch", fetch)
+    for _ in range(2):  # what is ready is not fetched again
+        steps.obtain_free(route, log=lambda line: None)
+        assert len(fetched) == 2
+    with pytest.raises(PermissionError, match="ACCEPT_LICENCES"):
+        steps.obtain(route, accept_licences=False)
 
 
 # --- memory, disk, cost ---------------------------------------------------------------------------------------------
@@ -140,15 +130,11 @@ def test_training_and_answering_fit_an_l4(full: profiles.Profile) -> None:
         anomalygpt_plan.require_fit(anomalygpt_plan.memory_plan(anomalygpt_plan.VICUNA_13B, train), L4_GB)
 
 
-def test_disk_of_the_plan_is_what_card_and_preflight_say(full: profiles.Profile) -> None:
-    plan = weight_plan.make_plan(
-        full.weights_dir, size=full.llama_size, fused=full.fuse_merge, delete_raw=full.delete_raw_weights
-    )
-    peak = plan.peak_disk_bytes / 1e9
-    assert peak <= preflight.STAGES["01_prepare_weights"].disk_gb < peak + 1
+def test_disk_of_the_route_is_what_card_and_preflight_say(full: profiles.Profile) -> None:
+    peak = catalog.route(full.weights_dir, full.weights).disk_bytes / 1e9
+    assert peak <= preflight.STAGES["01_prepare_weights"].disk_gb < peak + 1.5
     others = sum(stage.disk_gb for name, stage in preflight.STAGES.items() if not name.startswith("01"))
-    assert peak + others <= preflight.NEEDS["full"][2] < peak + others + 1
-    assert plan.peak_ram_bytes / 1e9 <= preflight.NEEDS["full"][1]
+    assert peak + others <= preflight.NEEDS["full"][2] < peak + others + 3
 
 
 # --- the towers at their true size, random numbers as weights -------------------------------------------------------

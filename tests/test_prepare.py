@@ -1,70 +1,48 @@
-"""The whole way of notebook 01 on the small models, and the plans of the large ones."""
+"""The whole way of notebook 01: the small models, and tiny ones from a hub that cuts, killed again and again."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import http.server
+import io
+import itertools
 import os
-import threading
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import test_checkpoints as small
+import test_weights as tiny
 import torch
+from fake_hub import Hub, serve
 from safetensors.torch import load_file, save_file
 
-from helpers import files as storage
-from helpers.weights import (
-    catalog as weight_plan,
-)
-from helpers.weights import (
-    folders as shard_job,
-)
-from helpers.weights import (
-    gguf_file,
-    llama_layout,
-)
-from helpers.weights import (
-    llama as weights,
-)
-from helpers.weights import (
-    mini as standins,
-)
-from helpers.weights import (
-    steps as prepare,
-)
-from helpers.weights import (
-    talk as language_check,
-)
-from helpers.weights.catalog import WeightFile
-from helpers.weights.fetch import DownloadError
-from helpers.weights.tensors import WeightFileError
+from helpers import files, profiles, weights
+from helpers.weights import WeightFileError, catalog, fetch, folders, llama, mini, steps, talk
+from helpers.weights.catalog import Route
 
-SHARD_BYTES = 120_000_000
+MINI = profiles.WeightsSettings(size="mini", shard_bytes=120_000_000, fuse_merge=False, delete_raw=True)
+FULL = profiles.WeightsSettings()
 
 
 def quiet(_: str) -> None: ...
 
 
-def mini(weights_dir: Path, **options: object) -> weight_plan.Plan:
-    return weight_plan.make_plan(weights_dir, size="mini", **{"fused": False, "delete_raw": True, **options})
-
-
-def obtain(plan: weight_plan.Plan, **options: object) -> None:
-    settings = {"accept_licences": False, "clip_model": "art-vit-mini", "clip_image_size": 224, "log": quiet}
-    prepare.obtain(plan, **{**settings, **options})
+def run(route: Route, log=quiet) -> Path:
+    """Notebook 01 without its tables."""
+    steps.obtain_free(route, log=log)
+    steps.obtain(route, accept_licences=True, log=log)
+    vicuna = steps.merge(route, steps.convert_base(route, log=log), log=log)
+    steps.convert_rest(route, log=log)
+    steps.check(route, log=log)
+    return vicuna
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All of notebook 01 in ``mini``."""
     folder = tmp_path_factory.mktemp("weights")
-    plan = mini(folder)
-    obtain(plan)
-    base = prepare.convert_base(plan, shard_bytes=SHARD_BYTES, log=quiet)
-    prepare.merge(plan, base, shard_bytes=SHARD_BYTES, log=quiet)
-    prepare.convert_checkpoints(plan, log=quiet)
+    run(catalog.route(folder, MINI))
     return folder
 
 
@@ -73,8 +51,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_merged_model_is_the_published_one_but_for_rounding(prepared: Path) -> None:
     """Against the package's file, with queries reordered by a plain loop."""
-    arrays = gguf_file.read_gguf(standins.find_smollm2())[1]
-    merged = {k: v for path in (prepared / "vicuna").glob("*.safetensors") for k, v in load_file(path).items()}
+    import gguf
+
+    arrays = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(mini.find_smollm2()).tensors}
+    merged = tiny.read_all(prepared / "vicuna")
     query = arrays["blk.7.attn_q.weight"]
     rows = [query[head * 64 + 2 * i + odd] for head in range(9) for odd in (0, 1) for i in range(32)]
     pairs = {
@@ -90,46 +70,23 @@ def test_merged_model_is_the_published_one_but_for_rounding(prepared: Path) -> N
     assert merged["model.embed_tokens.weight"].shape == (49153, 576)
 
 
-def test_gguf_settings_and_tensors_come_back(tmp_path: Path) -> None:
-    """A file with every tensor type of the model, written and quantised by the library."""
-    import gguf
-    from gguf.quants import dequantize, quantize
-
-    rng = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
-    writer.add_rope_freq_base(100000.0)
-    writer.add_token_list(["a", "ü", "<|x|>"])
-    writer.add_token_types([1, 1, 3])
-    kinds = gguf.GGMLQuantizationType
-    expected = {}
-    for kind in (kinds.F32, kinds.F16, kinds.Q8_0, kinds.Q4_1):
-        data = quantize(rng.standard_normal((6, 64)).astype(np.float32), kind)
-        writer.add_tensor(kind.name, data, raw_dtype=kind)
-        expected[kind.name] = dequantize(data, kind).astype(np.float16)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    settings, arrays = gguf_file.read_gguf(tmp_path / "x.gguf")
-    assert settings["llama.rope.freq_base"] == 100000.0
-    assert settings["tokenizer.ggml.tokens"] == ["a", "ü", "<|x|>"]
-    assert settings["tokenizer.ggml.token_type"] == [1, 1, 3]
-    assert arrays.keys() == expected.keys()
-    for name, array in expected.items():
-        np.testing.assert_array_equal(arrays[name], array, err_msg=name)
-
-
 def test_gguf_reader_refuses_other_files(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"GGML" + bytes(100))
     with pytest.raises(ValueError, match="not a whole GGUF file"):
-        gguf_file.read_gguf(tmp_path / "x")
+        mini.read_gguf(tmp_path / "x")
+
+
+def test_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mini.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=r"bash colab_setup\.sh"):
+        mini.find_smollm2()
 
 
 def test_it_talks_and_a_model_with_queries_and_keys_in_meta_s_order_does_not(prepared: Path, tmp_path: Path) -> None:
-    report = language_check.self_test(prepared / "vicuna", device="cpu")
-    assert report.nats_per_token < 2.5 and all(answer.n_tokens >= 16 for answer in report.answers)
-    assert "[ok]" in str(report) and "WRONG" not in str(report)
-    order = torch.argsort(torch.tensor(llama_layout.pair_order(64)))
+    said: list[str] = []
+    assert talk.self_test(prepared / "vicuna", device="cpu", log=said.append) < 2.5
+    assert len(said) == 5 and all(line.startswith("✓") for line in said)
+    order = torch.argsort(llama.halves_first(torch.arange(64.0)[:, None], 64)[:, 0])
     for path in (prepared / "vicuna").iterdir():
         if path.suffix != ".safetensors":
             os.link(path, tmp_path / path.name)
@@ -139,8 +96,8 @@ def test_it_talks_and_a_model_with_queries_and_keys_in_meta_s_order_does_not(pre
             if "q_proj" in name or "k_proj" in name:
                 tensors[name] = tensor.reshape(-1, 64, 576)[:, order].reshape(tensor.shape).contiguous()
         save_file(tensors, tmp_path / path.name, metadata={"format": "pt"})
-    with pytest.raises(WeightFileError, match=r"does not talk sensibly(.|\n)*nats per token"):
-        language_check.self_test(tmp_path, device="cpu")
+    with pytest.raises(WeightFileError, match=r"does not talk sensibly.*nats per token.*wrong order"):
+        talk.self_test(tmp_path, device="cpu", log=quiet)
 
 
 def test_tokenizer_round_trip_and_digits(prepared: Path) -> None:
@@ -152,152 +109,320 @@ def test_tokenizer_round_trip_and_digits(prepared: Path) -> None:
     assert tokenizer.decode(ids) == text
     assert len(tokenizer("1503").input_ids) == 4  # SmolLM cuts numbers into digits
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)) == (1, 2, 49152)
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
-    assert chat.startswith("<|im_start|>system") and tokenizer(chat).input_ids[0] == 1
-
-
-def test_parts_fit_each_other_and_misfits_are_named(prepared: Path, tmp_path: Path) -> None:
-    assert prepare.check_fit(prepared) == {"language_model": 576, "image_vector": 192, "image_tower": 256}
-    for name in ("vicuna", "imagebind", "pandagpt"):
-        (tmp_path / name).mkdir()
-    storage.write_json(tmp_path / "vicuna" / "config.json", {"hidden_size": 5120})
-    storage.write_json(tmp_path / "imagebind" / "config.json", {"embed_dim": 192, "vision_cfg": {"width": 192}})
-    os.link(prepared / "pandagpt" / "model.safetensors", tmp_path / "pandagpt" / "model.safetensors")
-    with pytest.raises(WeightFileError, match=r"pandagpt: llama_proj\.weight is \(576, 192\).*need \(5120, 192\)"):
-        prepare.check_fit(tmp_path)
 
 
 def test_second_time_needs_nothing(prepared: Path) -> None:
-    plan = mini(prepared)
-    assert plan.missing() == [] and plan.peak_disk_bytes == 0 and plan.is_possible
-    assert set(plan.table()["state"]) == {"component is ready"}
+    route = catalog.route(prepared, MINI)
+    assert route.missing() == [] and route.disk_bytes == 0
+    assert set(route.table()["state"]) == {"part is ready"}
     assert not [path for path in (prepared / "raw").rglob("*") if path.is_file()]  # used up, deleted
-    before = {path: path.stat().st_mtime_ns for path in prepared.rglob("*") if path.name != shard_job.LOCK}
+    before = {path: path.stat().st_mtime_ns for path in prepared.rglob("*") if path.is_file()}
     said: list[str] = []
-    obtain(plan)
-    base = prepare.convert_base(plan, shard_bytes=SHARD_BYTES, log=said.append)
-    prepare.merge(plan, base, shard_bytes=SHARD_BYTES, log=said.append)
-    prepare.convert_checkpoints(plan, log=said.append)
+    run(route, said.append)
     assert len([line for line in said if "already complete" in line]) == 8
-    assert {path: path.stat().st_mtime_ns for path in before if path.is_file()} == {
-        path: stamp for path, stamp in before.items() if path.is_file()
-    }
-    table = prepare.summary(prepared)
-    assert list(table["component"]) == sorted(table["component"]) and len(table) == 8
-    statistics = weights.merge_statistics(prepared / "vicuna").set_index("matrix")
-    assert statistics.index[0] == "model.embed_tokens"
-    assert statistics.loc["model.embed_tokens", "pad_row_cosine"] > 0.99
-    assert 0.2 < statistics.loc["mlp.up_proj", "delta / base"] < 0.4
+    assert {path: path.stat().st_mtime_ns for path in prepared.rglob("*") if path.is_file()} == before
+    assert len(steps.summary(prepared)) == 8
 
 
-def test_files_used_up_by_an_unfinished_run_are_not_asked_for_again(tmp_path: Path) -> None:
-    plan = mini(tmp_path)
-    n_all = len(plan.missing())
-    (tmp_path / "llama").mkdir()
-    inputs = {f"meta/consolidated.{i:02d}.pth": {} for i in range(3)}
-    storage.write_json(tmp_path / "llama" / shard_job.READY, {"inputs": inputs})
-    (tmp_path / "vicuna").mkdir()
-    deleted = ["pytorch_model-00001-of-00002.bin"]
-    storage.write_json(tmp_path / "vicuna" / shard_job.JOURNAL, {"inputs": {}, "deleted": deleted})
-    assert len(plan.missing()) == n_all - 4
+def test_a_part_of_another_size_is_named(prepared: Path, tmp_path: Path) -> None:
+    for path in prepared.rglob("*"):
+        if path.is_file():
+            (tmp_path / path.relative_to(prepared)).parent.mkdir(parents=True, exist_ok=True)
+            os.link(path, tmp_path / path.relative_to(prepared))
+    config = tmp_path / "imagebind" / "config.json"
+    text = config.read_text().replace('"embed_dim": 192', '"embed_dim": 193')
+    config.unlink()
+    config.write_text(text)
+    with pytest.raises(WeightFileError, match=r"pandagpt: llama_proj\.weight is \(576, 192\).*need \(576, 193\)"):
+        steps.check(catalog.route(tmp_path, MINI), log=quiet)
 
 
-def test_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(standins.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match=r"bash colab_setup\.sh"):
-        standins.find_smollm2()
+# --- routes to the large models -----------------------------------------------------------------------------------
 
 
-# --- plans of the large models ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("size", "fused", "delete_raw", "low", "high"),
-    [
-        ("7B", True, True, 38, 43),  # specification: "worst transient about 40 GB"
-        ("7B", False, False, 58, 64),
-        ("13B", True, True, 62, 73),  # and "13B about 65 GB"
-        ("13B", False, False, 106, 113),
-    ],
-)
-def test_peak_disk(tmp_path: Path, size: str, fused: bool, delete_raw: bool, low: float, high: float) -> None:
-    plan = weight_plan.make_plan(tmp_path, size=size, fused=fused, delete_raw=delete_raw)
-    assert low <= plan.peak_disk_bytes / 1e9 <= high
-
-
-def test_plan_of_7b_names_every_file_with_licence_and_hash(tmp_path: Path) -> None:
-    plan = weight_plan.make_plan(tmp_path, size="7B")
-    table = plan.table()
-    assert {"vicuna", "imagebind", "pandagpt", "anomalygpt/train_mvtec", "anomalyclip/trained_on_visa"} <= set(
-        table["for"]
-    )
-    assert (table["licence"] != "").all() and table["about MB"].sum() > 30_000
-    # published names are inverted: ..._visa was trained on MVTec
-    row = table[table["for"] == "anomalyclip/trained_on_mvtec"].iloc[0]
-    assert "9_12_4_multiscale_visa/" in row["from"]
-    with pytest.raises(FileNotFoundError) as caught:
-        obtain(plan)
-    for name in ("consolidated.00.pth", "params.json", "tokenizer.model", "6efc8dab194ab59e49cd24be5574d85e"):
-        assert name in str(caught.value)
-    assert "published AnomalyGPT checkpoints are 7B only" in weight_plan.make_plan(tmp_path, size="13B").verdict()
-    assert "degraded" in weight_plan.make_plan(tmp_path, size="7B", version="v1.1").verdict()
-
-
-def test_verdict_stops_on_a_small_machine(tmp_path: Path) -> None:
-    plan = weight_plan.make_plan(tmp_path, size="7B")
-    roomy = dataclasses.replace(plan, free_disk_bytes=200 * 10**9, free_ram_bytes=12 * 10**9)
-    assert roomy.is_possible and "verdict: go" in roomy.verdict()
-    for small in ({"free_disk_bytes": 30 * 10**9}, {"free_ram_bytes": 5 * 10**8}):
-        assert "STOP" in dataclasses.replace(roomy, **small).verdict()
-
-
-def test_licences_must_be_accepted_before_anything_is_fetched(tmp_path: Path) -> None:
-    plan = weight_plan.make_plan(tmp_path, size="7B", base="huggingface", llama_repository="someone/llama")
+def test_the_default_route_can_be_fetched_whole_and_names_every_licence(tmp_path: Path) -> None:
+    route = catalog.route(tmp_path, FULL)
+    table = route.table()
+    assert set(table["state"]) == {"will be fetched"} and (table["licence"] != "").all()
+    assert f"hub:{catalog.COMMUNITY_LLAMA}" in set(table["from"]) and 45e9 < route.disk_bytes < 50e9
+    row = table[table["for"] == "anomalyclip/trained_on_mvtec"].iloc[0]  # published names are inverted
+    assert "/45ed4dd35c05797d" in row["from"] and "9_12_4_multiscale_visa/" in row["from"]
     with pytest.raises(PermissionError, match=r"CC BY-NC-SA(.|\n)*ACCEPT_LICENCES"):
-        obtain(plan)
+        steps.obtain(route, accept_licences=False, log=quiet)
 
 
-@pytest.mark.parametrize("choice", [{"size": "70B"}, {"base": "gguf"}, {"version": "v2"}, {"base": "merged"}])
+def test_files_of_meta_s_form_are_asked_for_by_place(tmp_path: Path) -> None:
+    route = catalog.route(tmp_path, FULL, base="meta")
+    with pytest.raises(FileNotFoundError) as caught:
+        steps.obtain(route, accept_licences=True, log=quiet)
+    for words in ("consolidated.00.pth", "params.json", "tokenizer.model", "LLAMA_FOLDER", "BASE = 'huggingface'"):
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("choice", [{"base": "gguf"}, {"version": "v2"}, {"llama_folder": "/no/such/folder"}])
 def test_unknown_choices_say_what_is_allowed(tmp_path: Path, choice: dict) -> None:
-    with pytest.raises(ValueError, match="allowed are|use base='meta'"):
-        weight_plan.make_plan(tmp_path, **{"size": "mini", **choice})
+    with pytest.raises((ValueError, FileNotFoundError), match="allowed are|no folder here"):
+        catalog.route(tmp_path, FULL, **choice)
+    with pytest.raises(ValueError, match="7B only"):
+        catalog.route(tmp_path, dataclasses.replace(FULL, size="13B"))
 
 
-def test_placed_and_fetched_files_are_verified_once(tmp_path: Path) -> None:
-    """A file put there by hand and one from a web server, through the same check."""
-    content = b"{}" * 5000
-    sha256 = hashlib.sha256(content).hexdigest()
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "b.json").write_bytes(content)
+def test_a_small_disk_is_known_before_the_first_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    route = catalog.route(tmp_path, FULL)
+    monkeypatch.setattr(files, "free_bytes", lambda path: 30 * 10**9)
+    with pytest.raises(OSError, match=r"needs 4\d\.\d GB of disk, 30\.0 GB are free.*Free \d+\.\d GB"):
+        catalog.check_disk(route)
+    monkeypatch.setattr(files, "free_bytes", lambda path: 60 * 10**9)
+    assert "needs 4" in catalog.check_disk(route)
 
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args: object) -> None:
-            super().__init__(*args, directory=str(tmp_path / "site"))
 
-        def log_message(self, *_: object) -> None: ...
+# --- tiny models from a hub: cuts, kills, files of one's own --------------------------------------------------------
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_address[1]}/b.json"
-    raw, checks = tmp_path / "raw", (("sha256", sha256),)
-    raw.mkdir()
-    files = (
-        WeightFile("vicuna", raw / "a.json", "manual", 10_000, "MIT", False, checks),
-        WeightFile("imagebind", raw / "b.json", url, 10_000, "MIT", False, checks),
-    )
-    plan = dataclasses.replace(weight_plan.make_plan(tmp_path, size="7B"), files=files)
-    with pytest.raises(FileNotFoundError, match=r"a\.json"):
-        obtain(plan)
-    (raw / "a.json").write_bytes(content[:-1])
-    with pytest.raises(DownloadError, match=r"a\.json has sha256 .* set aside"):
-        obtain(plan)
-    assert (raw / "b.json").read_bytes() == content and (raw / "a.json.wrong").exists()
-    (raw / "a.json").write_bytes(content)
+
+def torch_bytes(content: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """LLaMA, delta and the four others, tiny, under their published names."""
+    base = tiny.hugging_face(tiny.meta_model(tiny.DIMS), tiny.DIMS)
+    site = tmp_path / "site"
+    tiny.write_hf(site / "llama", base, tiny.DIMS, fmt="safetensors")
+    tiny.write_hf(site / "delta", tiny.make_delta(base, 1), tiny.DIMS)
+    tiny.write_meta(site / "meta", tiny.meta_model(tiny.DIMS), tiny.DIMS, 1)
+    config = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4}
+    others = {
+        "imagebind_huge.pth": small.imagebind_shapes(**{**small.SMALL, "joint": 20}),
+        "pandagpt.pt": small.pandagpt_shapes(config, rank=4, n_image=20),
+        "anomalygpt.pt": small.anomalygpt_shapes(64, joint=20, width=24),
+        "epoch_15.pth": small.anomalyclip_shapes(24, n_deep=2),
+    }
+    for name, shapes in others.items():
+        small.write(site / name, shapes)
+    read = {name: (site / name).read_bytes() for name in others}
+    folder = {name: {path.name: path.read_bytes() for path in (site / name).iterdir()} for name in ("llama", "delta")}
+    monkeypatch.setattr(fetch, "WAIT_SECONDS", 0.0)
+    with serve(
+        Hub({
+            catalog.COMMUNITY_LLAMA: folder["llama"],
+            **{f"lmsys/vicuna-7b-delta-{version}": folder["delta"] for version in ("v0", "v1.1")},
+            "openllmplayground/pandagpt_7b_max_len_1024": {"pytorch_model.pt": read["pandagpt.pt"]},
+            "FantasticGNU/AnomalyGPT": {
+                f"{name}/pytorch_model.pt": read["anomalygpt.pt"]
+                for name in ("train_mvtec", "train_visa", "train_supervised")
+            },
+            "plain": {name: read[name] for name in ("imagebind_huge.pth", "epoch_15.pth")},
+        })
+    ) as running:  # fmt: skip
+        original = fetch.fetch_hub
+
+        def at_home(*args: object, **options: object) -> Path:
+            return original(*args, **options, endpoint=running.url)
+
+        monkeypatch.setattr(fetch, "fetch_hub", at_home)
+        yield running
+
+
+def tiny_route(hub: Hub, folder: Path, **choices: object) -> Route:
+    """The full profile's route, with the plain files at the hub; the published hashes are not theirs."""
+    settings = dataclasses.replace(FULL, shard_bytes=60_000)
+    route = catalog.route(folder, settings, **{"delete_raw": True, **choices})
+    needed = []
+    for file in route.files:
+        if file.source.startswith("https://"):
+            source = f"{hub.url}/plain/{file.source.rsplit('/', 1)[1]}"
+            file = dataclasses.replace(file, source=source, checks=None)
+        needed.append(file)
+    return dataclasses.replace(route, files=tuple(needed))
+
+
+def expected_bits() -> dict[str, torch.Tensor]:
+    base = tiny.hugging_face(tiny.meta_model(tiny.DIMS), tiny.DIMS)
+    return tiny.fastchat(base, tiny.make_delta(base, 1))
+
+
+def raw_files(route: Route) -> list[Path]:
+    return [path for path in route.raw_dir.rglob("*") if path.is_file() and path.suffix not in (".json", ".lock")]
+
+
+def dying(replace: Callable, n: int) -> Callable:
+    """``os.replace`` that kills its process in place of its n-th call."""
+    calls = itertools.count(1)
+
+    def call(*paths: object) -> None:
+        if next(calls) == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*paths)
+
+    return call
+
+
+@pytest.mark.parametrize("first", [1, 4])
+def test_killed_in_every_step_and_cut_at_every_third_file_it_still_ends_complete(
+    hub: Hub, tmp_path: Path, first: int
+) -> None:
+    """Each run kills itself with -9 just before one of its files gets its name, the next one a file later."""
+    hub.cut_every = 3
+    route, n_runs = tiny_route(hub, tmp_path / "weights"), 0
+    while True:
+        child = os.fork()
+        if not child:
+            os.replace = dying(os.replace, first + n_runs)
+            try:
+                run(route)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        n_runs += 1
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL and n_runs < 40, f"run {n_runs} ended with {status}"
+    assert n_runs > 5
+    tiny.assert_same_bits(tiny.read_all(route.weights_dir / "vicuna"), expected_bits())
+    steps.check(route, log=quiet)
+    assert raw_files(route) == []
+
+
+def test_v1_1_is_fetched_as_a_folder(hub: Hub, tmp_path: Path) -> None:
+    base = tiny.hugging_face(tiny.meta_model(tiny.DIMS), tiny.DIMS)
+    delta = tiny.write_hf(tmp_path / "v11", tiny.make_delta(base, 0), tiny.DIMS)
+    content = {path.name: path.read_bytes() for path in delta.iterdir()}
+    hub.repositories["lmsys/vicuna-7b-delta-v1.1"] = content
+    route = tiny_route(hub, tmp_path / "weights", version="v1.1")
+    assert route.delta_dir.name == "vicuna-7B-delta-v1.1" and "v0" in catalog.check_disk(route)
+    assert weights.read_ready(run(route))["source"]["version"] == "v1.1"
+
+
+@pytest.mark.parametrize("base", ["meta", "huggingface"])
+def test_a_folder_of_one_s_own_is_read_where_it_lies(hub: Hub, tmp_path: Path, base: str) -> None:
+    own = tmp_path / "site" / ("meta" if base == "meta" else "llama")
+    before = {path: path.stat().st_mtime_ns for path in own.iterdir()}
+    route = tiny_route(hub, tmp_path / "weights", llama_folder=own)
+    assert route.base == base and route.table()["state"][0] == "present"
+    tiny.assert_same_bits(tiny.read_all(run(route)), expected_bits())
+    assert {path: path.stat().st_mtime_ns for path in own.iterdir()} == before
+    assert not [path for path, _, _ in hub.asked if catalog.COMMUNITY_LLAMA in path]
+
+
+def test_a_merged_vicuna_of_one_s_own_is_taken_over(hub: Hub, tmp_path: Path) -> None:
+    own = tiny.write_hf(tmp_path / "own", expected_bits(), tiny.DIMS)
+    route = tiny_route(hub, tmp_path / "weights", base="merged", llama_folder=own)
+    assert not [file for file in route.files if "delta" in file.source]
+    tiny.assert_same_bits(tiny.read_all(run(route)), expected_bits())
+
+
+@pytest.mark.parametrize("linked", ["folder", "files", "raw"])
+def test_deleting_raw_files_never_follows_a_link(hub: Hub, tmp_path: Path, linked: str) -> None:
+    drive = tmp_path / "site" / "llama"
+    route = tiny_route(hub, tmp_path / "weights")
+    before = {path.name: path.read_bytes() for path in drive.iterdir()}
+    route.raw_dir.parent.mkdir()
+    if linked == "raw":  # the whole folder lies on another disk: what was fetched there may go
+        (tmp_path / "big").mkdir()
+        route.raw_dir.symlink_to(tmp_path / "big")
+    else:
+        route.raw_dir.mkdir()
+    if linked == "folder":
+        route.llama_dir.symlink_to(drive)
+    if linked == "files":
+        route.llama_dir.mkdir()
+        for path in drive.iterdir():
+            (route.llama_dir / path.name).symlink_to(path)
     said: list[str] = []
-    obtain(plan, log=said.append)
-    assert any("a.json: verified (sha256)" in line for line in said)
+    run(route, said.append)
+    assert {path.name: path.read_bytes() for path in drive.iterdir()} == before
+    assert any("kept, because it is, or holds, a link" in line for line in said) == (linked != "raw")
+    assert not route.delta_dir.exists()
+
+
+def meta_by_hand(hub: Hub, tmp_path: Path) -> Route:
+    """Meta's files in their place, with the published MD5 sums, which are not theirs."""
+    route = tiny_route(hub, tmp_path / "weights", base="meta")
+    route.llama_dir.mkdir(parents=True)
+    for path in (tmp_path / "site" / "meta").iterdir():
+        (route.llama_dir / path.name).write_bytes(path.read_bytes())
+    needed = tuple(file for file in route.files if file.path.name != "tokenizer.model")
+    return dataclasses.replace(route, files=needed)
+
+
+def test_a_file_with_another_hash_is_accepted_when_its_contents_are_right(hub: Hub, tmp_path: Path) -> None:
+    """A mirror's params.json says vocab_size 32000 where Meta's says -1; its checkpoint was packed anew."""
+    route = meta_by_hand(hub, tmp_path)
+    params = route.llama_dir / "params.json"
+    params.write_text(params.read_text().replace('"vocab_size": -1', '"vocab_size": 32000'))
+    said: list[str] = []
+    steps.obtain(route, accept_licences=True, log=said.append)
+    (note,) = [line for line in said if "accepted" in line]
+    assert "consolidated.00.pth: accepted, but it is not the published file (md5" in note
     said.clear()
-    obtain(plan, log=said.append)
-    assert len(said) == 1  # not hashed again
-    server.shutdown()
-    server.server_close()
+    steps.obtain(route, accept_licences=True, log=said.append)
+    assert len(said) == 1  # not read again
+    tiny.assert_same_bits(tiny.read_all(run(route)), expected_bits())
+
+
+@pytest.mark.parametrize("fault", ["cut", "short of a tensor", "web page", "no params"])
+def test_a_wrong_file_is_left_where_it_is_and_both_ways_out_are_named(hub: Hub, tmp_path: Path, fault: str) -> None:
+    route = meta_by_hand(hub, tmp_path)
+    path = route.llama_dir / "consolidated.00.pth"
+    words = "cut short"
+    if fault == "cut":
+        os.truncate(path, int(path.stat().st_size * 0.9))
+    elif fault == "short of a tensor":
+        content = torch.load(path, weights_only=True)
+        del content["layers.1.attention.wo.weight"]
+        torch.save(content, path)
+        words = r"lacks model\.layers\.1\.self_attn\.o_proj\.weight"
+    elif fault == "web page":
+        path.write_bytes(b"<html>403</html>")
+        words = "is a web page"
+    else:
+        path = route.llama_dir / "params.json"
+        path.write_text('{"dim": 64}')
+        words = "lacks n_heads, n_layers, norm_eps"
+    before = path.read_bytes()
+    with pytest.raises(WeightFileError, match=rf"{words}.*left as it is\. Two ways out: delete it.*LLAMA_FOLDER"):
+        steps.obtain(route, accept_licences=True, log=quiet)
+    assert path.read_bytes() == before and not [p for p in route.llama_dir.iterdir() if p.suffix == ".wrong"]
+
+
+def test_by_hand_a_cut_file_without_a_known_hash_is_refused(hub: Hub, tmp_path: Path) -> None:
+    route = tiny_route(hub, tmp_path / "weights")
+    (file,) = [file for file in route.files if file.component == "imagebind"]
+    file.path.parent.mkdir(parents=True)
+    file.path.write_bytes(hub.repositories["plain"]["imagebind_huge.pth"][:-20])
+    with pytest.raises(WeightFileError, match=r"imagebind_huge\.pth cannot be used.*delete it and run this cell again"):
+        steps.obtain(route, accept_licences=True, log=quiet)
+
+
+def test_files_by_hand_are_enough_without_a_hub(hub: Hub, tmp_path: Path) -> None:
+    route = tiny_route(hub, tmp_path / "weights")
+    route.delta_dir.mkdir(parents=True)
+    for path in (tmp_path / "site" / "delta").iterdir():
+        (route.delta_dir / path.name).write_bytes(path.read_bytes())
+    del hub.repositories["lmsys/vicuna-7b-delta-v0"]
+    said: list[str] = []
+    tiny.assert_same_bits(tiny.read_all(run(route, said.append)), expected_bits())
+    assert any("taken as they are" in line for line in said)
+
+
+def test_raw_files_stay_until_their_part_is_ready(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    route = tiny_route(hub, tmp_path / "weights")
+    steps.obtain(route, accept_licences=True, log=quiet)
+    n_raw = len(raw_files(route))
+    write_json = files.write_json
+
+    def no_ready(path: Path, value: object) -> None:
+        if path.name == folders.READY:
+            raise KeyboardInterrupt
+        write_json(path, value)
+
+    monkeypatch.setattr(files, "write_json", no_ready)
+    with pytest.raises(KeyboardInterrupt):
+        steps.merge(route, steps.convert_base(route, log=quiet), log=quiet)
+    assert len(raw_files(route)) == n_raw
+    monkeypatch.setattr(files, "write_json", write_json)
+    assert run(route) and raw_files(route) == []

@@ -78,7 +78,7 @@ def test_our_messages_are_quoted_as_they_are(text: str) -> None:
 
 
 def test_licences_are_those_of_the_plan() -> None:
-    plan = weight_plan.make_plan(profiles.REPOSITORY / "workspace" / "none", size="7B")
+    plan = weight_plan.route(profiles.REPOSITORY / "workspace" / "none", profiles.WeightsSettings())
     section = README.partition("## Weights of the full profile")[2].partition("\n### ")[0]
     rows = {row.split(" | ")[0].strip("| "): row for row in section.splitlines() if row.startswith("| ")}
     names = {"vicuna": "LLaMA", "imagebind": "ImageBind", "pandagpt": "PandaGPT", "anomalygpt": "AnomalyGPT"}

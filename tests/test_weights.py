@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from helpers import files as storage
-from helpers.weights import folders as shard_job
-from helpers.weights import llama as weights
-from helpers.weights import llama_layout
-from helpers.weights.tensors import StoredTensor, WeightFileError, _check_inside, _zip_records, read_index
+from helpers import files, weights
+from helpers.weights import WeightFileError, folders, llama, talk, tensors
 
 DIMS = {"dim": 64, "n_heads": 4, "n_kv_heads": 4, "n_layers": 3, "inner": 96, "vocab": 128}
 GROUPED = DIMS | {"n_heads": 8, "n_kv_heads": 4}
@@ -138,7 +131,7 @@ def make_delta(base: dict[str, torch.Tensor], extra_rows: int, *, seed: int = 1)
     generator = torch.Generator().manual_seed(seed)
     delta = {}
     for name, tensor in base.items():
-        rows = extra_rows if name in llama_layout.EMBEDDINGS else 0
+        rows = extra_rows if name in llama.EMBEDDINGS else 0
         shape = (tensor.shape[0] + rows, *tensor.shape[1:])
         delta[name] = (torch.randn(*shape, generator=generator) * 0.001).half()
         if rows:
@@ -236,9 +229,7 @@ def test_fused_merge_never_writes_the_base_and_gives_the_same_bits(
 
 
 def test_small_chunks_give_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from helpers.weights import tensors as tensor_files
-
-    monkeypatch.setattr(tensor_files, "CHUNK_BYTES", 5000)  # several chunks a tensor, whole heads each
+    monkeypatch.setattr(tensors, "CHUNK_BYTES", 5000)  # several chunks a tensor, whole heads each
     model = meta_model(GROUPED)
     converted = hugging_face(model, GROUPED)
     delta = make_delta(converted, 1)
@@ -303,10 +294,10 @@ def run_killed(code: str, target: Path, *, at_shards: int) -> None:
     """Run ``code`` in a process whose disk is slow, and kill it with -9 while a shard is half written."""
     slow = "import os, time; fsync = os.fsync; os.fsync = lambda f: (time.sleep(0.08), fsync(f))\n"
     process = subprocess.Popen([sys.executable, "-c", slow + code], cwd=Path(__file__).parents[1])
-    journal = target / shard_job.JOURNAL
+    journal = target / folders.JOURNAL
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        n_done = len(storage.read_json(journal)["shards"]) if journal.exists() else 0
+        n_done = len(files.read_json(journal)["shards"]) if journal.exists() else 0
         if n_done >= at_shards and list(target.glob("*.part")):
             break
         assert process.poll() is None, "the run ended before it could be killed"
@@ -319,7 +310,7 @@ def test_01_kill_mid_shard_then_resume_writes_only_what_is_missing(tmp_path: Pat
     target = tmp_path / "out"
     call = f"weights.merge_delta('{pair[0]}', '{pair[1]}', '{target}', shard_bytes=40_000)"
     run_killed(f"from helpers import weights\n{call}", target, at_shards=2)
-    assert list(target.glob("*.part")) and not (target / shard_job.READY).exists()
+    assert list(target.glob("*.part")) and not (target / folders.READY).exists()
     kept = {path: path.stat().st_mtime_ns for path in target.glob("*.safetensors")}
     assert len(kept) >= 2
     said: list[str] = []
@@ -327,7 +318,7 @@ def test_01_kill_mid_shard_then_resume_writes_only_what_is_missing(tmp_path: Pat
     assert any(line.startswith(f"resuming at {len(kept)}/") for line in said)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert_same_bits(read_all(target), fastchat(base, make_delta(base, 1)))
-    assert not list(target.glob("*.part")) and not (target / shard_job.JOURNAL).exists()
+    assert not list(target.glob("*.part")) and not (target / folders.JOURNAL).exists()
 
 
 def test_01_a_finished_shard_that_changed_is_written_again(tmp_path: Path, base: dict, pair: tuple) -> None:
@@ -351,7 +342,7 @@ def refused(pair: tuple, target: Path, match: str, **options: object) -> None:
     with pytest.raises((WeightFileError, FileNotFoundError), match=match) as caught:
         weights.merge_delta(*pair, target, log=quiet, **options)
     assert time.monotonic() - begin < 1
-    assert not list(target.glob("*.safetensors*")) and not (target / shard_job.READY).exists()
+    assert not list(target.glob("*.safetensors*")) and not (target / folders.READY).exists()
     assert "weights_only=False" not in str(caught.value)
 
 
@@ -363,7 +354,7 @@ def test_02_truncated_file(tmp_path: Path, base: dict, fmt: str, keep: float) ->
     path = max(left.glob(f"*.{fmt}"))
     n_bytes = path.stat().st_size
     os.truncate(path, int(n_bytes * keep))
-    refused((left, right), tmp_path / "out", rf"{path.name} (is cut short|has {int(n_bytes * keep)} bytes).*rm '")
+    refused((left, right), tmp_path / "out", rf"{path.name} is cut short.*{int(n_bytes * keep)} bytes.*rm '")
 
 
 @pytest.mark.parametrize(
@@ -436,7 +427,7 @@ def test_08_missing_meta_shard(tmp_path: Path) -> None:
         weights.convert_llama(meta, tmp_path / "out", log=quiet)
     (meta / "consolidated.02.pth").unlink()
     (meta / "consolidated.03.pth").unlink()  # one shard of four looks like a whole file
-    with pytest.raises(WeightFileError, match="not one LLaMA model"):
+    with pytest.raises(WeightFileError, match="not a whole LLaMA model"):
         weights.convert_llama(meta, tmp_path / "out", log=quiet)
 
 
@@ -446,10 +437,10 @@ def test_09_not_a_finite_number(tmp_path: Path, base: dict, left: float, right: 
     base["model.layers.2.mlp.up_proj.weight"][7, 5] = left
     delta["model.layers.2.mlp.up_proj.weight"][7, 5] = right
     pair = write_hf(tmp_path / "base", base, DIMS), write_hf(tmp_path / "delta", delta, DIMS)
-    with pytest.raises(WeightFileError, match=r"layers\.2\.mlp\.up_proj\.weight\[7, 5\] is not a finite number"):
-        weights.merge_delta(*pair, tmp_path / "out", shard_bytes=40_000, delete_inputs=True, log=quiet)
-    assert not (tmp_path / "out" / shard_job.READY).exists() and not list((tmp_path / "out").glob("*.part"))
-    assert list(pair[0].glob("*.bin"))  # the inputs that are still needed are kept
+    with pytest.raises(WeightFileError, match=r"layers\.2\.mlp\.up_proj\.weight is not a finite number"):
+        weights.merge_delta(*pair, tmp_path / "out", shard_bytes=40_000, log=quiet)
+    assert not (tmp_path / "out" / folders.READY).exists() and not list((tmp_path / "out").glob("*.part"))
+    assert list(pair[0].glob("*.bin"))
 
 
 @pytest.fixture
@@ -466,10 +457,10 @@ def small_disk(tmp_path: Path):
 
 def test_10_disk_too_small_is_known_before_work(small_disk: Path, pair: tuple) -> None:
     (small_disk / "ballast").write_bytes(b"0" * 900_000)
-    with pytest.raises(OSError, match="GB are missing.*May be deleted") as caught:
+    with pytest.raises(OSError, match="GB are missing.*Free some space") as caught:
         weights.merge_delta(*pair, small_disk / "out", log=quiet)
     assert caught.value.errno == errno.ENOSPC
-    assert [path.name for path in (small_disk / "out").iterdir()] == [shard_job.LOCK]
+    assert [path.name for path in (small_disk / "out").iterdir()] == [folders.LOCK]
 
 
 def test_10_disk_that_fills_up_during_the_run_keeps_what_is_done(
@@ -480,8 +471,7 @@ def test_10_disk_that_fills_up_during_the_run_keeps_what_is_done(
     def filling(handle: int) -> None:  # another program fills the disk once two shards are written
         fsync(handle)
         if len(list(target.glob("*.safetensors"))) == 2 and not ballast.exists():
-            with open(ballast, "wb") as file:
-                os.posix_fallocate(file.fileno(), 0, storage.free_bytes(small_disk) - 70_000)
+            ballast.write_bytes(bytes(files.free_bytes(small_disk) - 30_000))
 
     monkeypatch.setattr(os, "fsync", filling)
     with pytest.raises(OSError, match="GB are missing") as caught:
@@ -515,26 +505,13 @@ def test_11_malicious_pickle_runs_nothing(pair: tuple, tmp_path: Path, is_zip: b
     assert not (tmp_path / "witness").exists()
 
 
-def test_11_forged_offsets_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "x.pth"
-    torch.save({"a": torch.ones(100)}, path)
-    records = _zip_records(path)
-    with pytest.raises(WeightFileError, match="outside every record"):
-        _check_inside(StoredTensor(path, "a", "float32", (100,), path.stat().st_size - 100), records)
-    save_file({"a": torch.ones(4), "b": torch.ones(4)}, tmp_path / "x.safetensors")
-    content = (tmp_path / "x.safetensors").read_bytes()
-    content = content.replace(b'"shape":[4],"data_offsets":[0', b'"shape":[9],"data_offsets":[0')
-    (tmp_path / "y.safetensors").write_bytes(content)
-    with pytest.raises(WeightFileError, match="needs 36"):
-        read_index(tmp_path / "y.safetensors")
-
-
 def test_13_two_runs_at_once(pair: tuple, tmp_path: Path) -> None:
     target = tmp_path / "out"
+    target.mkdir()
     code = f"""
 import sys
-from helpers import shard_job
-with shard_job.open_job({str(target)!r}):
+from filelock import FileLock
+with FileLock({str(target / folders.LOCK)!r}):
     print("locked", flush=True)
     sys.stdin.read()
 """
@@ -542,7 +519,7 @@ with shard_job.open_job({str(target)!r}):
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]
     )
     assert holder.stdout.readline() == b"locked\n"
-    with pytest.raises(BlockingIOError, match=rf'being written by {{"pid": {holder.pid}, "host": ".+"}}'):
+    with pytest.raises(BlockingIOError, match="being written by another process"):
         weights.merge_delta(*pair, target, log=quiet)
     holder.kill()  # a lock of a dead process does not hold
     holder.wait()
@@ -584,22 +561,6 @@ def test_15_bfloat16_rounded_and_float32_bases_are_recorded(tmp_path: Path, base
     assert any("stored as float32" in note for note in weights.read_ready(target)["notes"])
 
 
-def test_15_pad_row_tells_that_base_and_delta_belong_together(tmp_path: Path, base: dict, pair: tuple) -> None:
-    def cosine(target: Path) -> float:
-        return weights.read_ready(target)["tensors"]["model.embed_tokens.weight"]["pad_row_cosine"]
-
-    assert cosine(weights.merge_delta(*pair, tmp_path / "out", log=quiet)) > 0.95
-    other = write_hf(tmp_path / "other", hugging_face(meta_model(DIMS, seed=9), DIMS), DIMS)
-    assert abs(cosine(weights.merge_delta(other, pair[1], tmp_path / "out2", log=quiet))) < 0.5
-
-
-def test_15_llama_2_is_told_by_its_epsilon() -> None:
-    config = {"hidden_size": 4096, "num_hidden_layers": 32, "rms_norm_eps": 1e-5}
-    assert llama_layout.looks_like_llama_2(config)
-    assert not llama_layout.looks_like_llama_2(config | {"rms_norm_eps": 1e-6})
-    assert not llama_layout.looks_like_llama_2(config | {"hidden_size": 576})
-
-
 @pytest.mark.parametrize("finished", [False, True])
 def test_16_journal_of_another_plan(tmp_path: Path, base: dict, pair: tuple, finished: bool) -> None:
     target = tmp_path / "out"
@@ -609,10 +570,10 @@ def test_16_journal_of_another_plan(tmp_path: Path, base: dict, pair: tuple, fin
         call = f"weights.merge_delta('{pair[0]}', '{pair[1]}', '{target}', shard_bytes=40_000)"
         run_killed(f"from helpers import weights\n{call}", target, at_shards=1)
     before = {path: path.read_bytes() for path in target.glob("*.safetensors")}
-    with pytest.raises(WeightFileError, match="another plan|other inputs or settings"):
+    with pytest.raises(WeightFileError, match="from other inputs or settings"):
         weights.merge_delta(*pair, target, shard_bytes=80_000, log=quiet)
     write_hf(tmp_path / "new" / "delta", make_delta(base, 1, seed=5), DIMS, n_files=3)
-    with pytest.raises(WeightFileError, match="begun with another pytorch_model"):
+    with pytest.raises(WeightFileError, match="from other inputs or settings"):
         weights.merge_delta(pair[0], tmp_path / "new" / "delta", target, shard_bytes=40_000, log=quiet)
     assert {path: path.read_bytes() for path in before} == before
 
@@ -622,31 +583,85 @@ def test_17_empty_index_of_a_failed_tool(pair: tuple, tmp_path: Path) -> None:
     refused(pair, tmp_path / "out", "lists no tensors: an earlier tool failed silently")
 
 
+# --- what people have on disk ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["rms_norm_eps", "num_attention_heads", "intermediate_size"])
+def test_a_config_that_lacks_a_number_is_refused_in_words(pair: tuple, tmp_path: Path, key: str) -> None:
+    path = pair[0] / "config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}))
+    refused(pair, tmp_path / "out", f"config.json lacks {key}")
+    path.unlink()
+    refused(pair, tmp_path / "out2", r"config.json is missing")
+
+
+def test_numbers_inside_text_config_are_found(pair: tuple, tmp_path: Path, base: dict) -> None:
+    path = pair[0] / "config.json"  # LLaVA's way
+    path.write_text(json.dumps({"text_config": json.loads(path.read_text())}))
+    assert_same_bits(
+        read_all(weights.merge_delta(*pair, tmp_path / "out", log=quiet)), fastchat(base, make_delta(base, 1))
+    )
+
+
+def test_a_second_download_of_a_shard_is_named(pair: tuple, tmp_path: Path) -> None:
+    meta = write_meta(tmp_path / "meta", meta_model(DIMS), DIMS, 2)
+    (meta / "consolidated.01.pth").rename(meta / "consolidated.01 (1).pth")
+    with pytest.raises(WeightFileError, match=r"consolidated\.01 \(1\)\.pth.*give it its name"):
+        weights.convert_llama(meta, tmp_path / "a", log=quiet)
+    file = max(pair[1].glob("*.bin"))
+    file.rename(file.with_stem(f"{file.stem} (1)"))
+    refused(pair, tmp_path / "b", rf"lacks {file.name}.*it holds .*\(1\)\.bin.*give them these names")
+
+
+def test_an_input_is_never_the_target(pair: tuple, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for folder in pair for path in folder.iterdir()}
+    (tmp_path / "link").symlink_to(pair[0])
+    meta = write_meta(tmp_path / "meta", meta_model(DIMS), DIMS, 1)
+    for call in (
+        lambda: weights.merge_delta(*pair, pair[0]),
+        lambda: weights.merge_delta(*pair, tmp_path / "link"),
+        lambda: weights.merge_delta(*pair, pair[1]),
+        lambda: weights.convert_llama(meta, meta),
+    ):
+        with pytest.raises(ValueError, match="is an input and cannot be written to"):
+            call()
+    assert {path: path.stat().st_mtime_ns for folder in pair for path in folder.iterdir()} == before
+
+
+def test_unknown_keys_are_left_out_only_when_allowed(tmp_path: Path, base: dict) -> None:
+    delta = make_delta(base, 1)
+    strange = delta | {"model.layers.0.extra": torch.zeros(2, 2)}
+    pair = write_hf(tmp_path / "base", base, DIMS), write_hf(tmp_path / "delta", strange, DIMS)
+    refused(pair, tmp_path / "out", "unknown model.layers.0.extra.*ALLOW_UNKNOWN = True leaves them out")
+    target = weights.merge_delta(*pair, tmp_path / "out", allow_unknown=True, log=quiet)
+    assert_same_bits(read_all(target), fastchat(base, delta))
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """A merge of 0.2 GB in a process of its own: what it takes beyond its imports is a few pieces of 4 MB."""
+    dims = {"dim": 512, "n_heads": 4, "n_kv_heads": 4, "n_layers": 4, "inner": 2048, "vocab": 32000}
+    base = hugging_face(meta_model(dims), dims)
+    pair = write_hf(tmp_path / "b", base, dims), write_hf(tmp_path / "d", make_delta(base, 1), dims)
+    code = f"""
+from helpers import weights
+def anonymous():
+    return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0])
+before, peak = anonymous(), 0
+from helpers.weights import tensors
+old = tensors._content
+def content(*args):
+    global peak
+    peak = max(peak, anonymous())
+    return old(*args)
+tensors._content = content
+weights.merge_delta({str(pair[0])!r}, {str(pair[1])!r}, {str(tmp_path / "out")!r}, log=lambda text: None)
+print((peak - before) // 1024)
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert int(run.stdout) < 80, run.stderr  # MB
+
+
 # --- what else must hold ----------------------------------------------------------------------------------------
-
-
-def test_second_run_writes_nothing_and_needs_no_inputs(pair: tuple, tmp_path: Path) -> None:
-    target = weights.merge_delta(*pair, tmp_path / "out", delete_inputs=True, log=quiet)
-    assert not [p for folder in pair for p in folder.glob("*.bin")]
-    before = {path: path.stat().st_mtime_ns for path in target.iterdir() if path.name != shard_job.LOCK}
-    said: list[str] = []
-    weights.merge_delta(*pair, target, log=said.append)
-    for folder in pair:
-        shutil.rmtree(folder)
-    weights.merge_delta(*pair, target, log=said.append)
-    assert len([line for line in said if "already complete" in line]) == 2
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-
-
-def test_delete_as_you_go_survives_a_kill(tmp_path: Path, base: dict, pair: tuple) -> None:
-    target = tmp_path / "out"
-    call = f"weights.merge_delta('{pair[0]}', '{pair[1]}', '{target}', shard_bytes=40_000, delete_inputs=True)"
-    run_killed(f"from helpers import weights\n{call}", target, at_shards=6)
-    n_left = len(list(pair[1].glob("*.bin")))
-    assert n_left < 3  # a delta file is gone already
-    weights.merge_delta(*pair, target, shard_bytes=40_000, delete_inputs=True, log=quiet)
-    assert_same_bits(read_all(target), fastchat(base, make_delta(base, 1)))
-    assert not list(pair[1].glob("*.bin"))
 
 
 def test_rotary_tables_are_dropped_on_both_sides(tmp_path: Path, base: dict) -> None:
@@ -657,26 +672,12 @@ def test_rotary_tables_are_dropped_on_both_sides(tmp_path: Path, base: dict) -> 
     assert not [name for name in read_all(target) if "inv_freq" in name]
 
 
-def test_prefix_is_added_only_when_asked(tmp_path: Path, base: dict, pair: tuple) -> None:
-    bare = write_hf(tmp_path / "bare", {k.removeprefix("model."): v for k, v in base.items()}, DIMS)
-    refused((bare, pair[1]), tmp_path / "out", "Try add_model_prefix=True")
-    target = weights.merge_delta(bare, pair[1], tmp_path / "out", add_model_prefix=True, log=quiet)
-    assert_same_bits(read_all(target), fastchat(base, make_delta(base, 1)))
-
-
 def test_shards_of_different_models_are_refused(tmp_path: Path) -> None:
     meta = write_meta(tmp_path / "meta", meta_model(DIMS), DIMS, 2)
     other = write_meta(tmp_path / "other", meta_model(DIMS, seed=3), DIMS, 2)
     os.replace(other / "consolidated.01.pth", meta / "consolidated.01.pth")
     with pytest.raises(WeightFileError, match="shards of different models"):
         weights.convert_llama(meta, tmp_path / "out", log=quiet)
-
-
-def test_torch_s_old_format_is_read_too(tmp_path: Path, base: dict, pair: tuple) -> None:
-    path = min(pair[1].glob("*.bin"))
-    torch.save(torch.load(path, weights_only=True), path, _use_new_zipfile_serialization=False)
-    target = weights.merge_delta(*pair, tmp_path / "out", log=quiet)
-    assert_same_bits(read_all(target), fastchat(base, make_delta(base, 1)))
 
 
 def test_output_is_what_transformers_and_safetensors_read(tmp_path: Path, pair: tuple) -> None:
@@ -689,10 +690,7 @@ def test_output_is_what_transformers_and_safetensors_read(tmp_path: Path, pair: 
     assert torch.equal(model.lm_head.weight.half(), read_all(target)["lm_head.weight"])  # its own, not tied
     ready = weights.read_ready(target)
     for name, entry in ready["files"].items():
-        assert storage.sha256_file(target / name) == entry["sha256"], name
-    with safe_open(min(target.glob("*.safetensors")), framework="np") as file:
-        for name in file.keys():
-            assert hashlib.sha256(file.get_tensor(name).tobytes()).hexdigest() == ready["tensors"][name]["sha256"]
+        assert files.sha256_file(target / name) == entry["sha256"], name
 
 
 def test_require_names_the_notebook(tmp_path: Path, pair: tuple) -> None:
@@ -706,57 +704,6 @@ def test_require_names_the_notebook(tmp_path: Path, pair: tuple) -> None:
         weights.require(tmp_path, "vicuna")
 
 
-# --- true size, without the files -------------------------------------------------------------------------------
-
-SIZES = {
-    "7B": ({"dim": 4096, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-6, "vocab_size": -1}, 11008, 1, 6_738_415_616),
-    "13B": ({"dim": 5120, "n_heads": 40, "n_layers": 40, "norm_eps": 1e-6, "vocab_size": -1}, 13824, 2, 13_015_864_320),
-}
-
-
-def published_shards(params: dict, inner: int, n_shards: int) -> list[dict[str, tuple[int, ...]]]:
-    """Shapes in Meta's files, from the table of the specification."""
-    dim, shard = params["dim"], {}
-    shard["tok_embeddings.weight"] = (32000, dim // n_shards)
-    shard["output.weight"] = (32000 // n_shards, dim)
-    shard["norm.weight"] = (dim,)
-    shard["rope.freqs"] = (64,)
-    for i in range(params["n_layers"]):
-        for name in ("wq", "wk", "wv"):
-            shard[f"layers.{i}.attention.{name}.weight"] = (dim // n_shards, dim)
-        shard[f"layers.{i}.attention.wo.weight"] = (dim, dim // n_shards)
-        shard[f"layers.{i}.feed_forward.w1.weight"] = (inner // n_shards, dim)
-        shard[f"layers.{i}.feed_forward.w2.weight"] = (dim, inner // n_shards)
-        shard[f"layers.{i}.feed_forward.w3.weight"] = (inner // n_shards, dim)
-        shard[f"layers.{i}.attention_norm.weight"] = shard[f"layers.{i}.ffn_norm.weight"] = (dim,)
-    return [shard] * n_shards
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("extra_rows", [0, 1])
-def test_every_published_key_maps_onto_transformers_llama(size: str, extra_rows: int) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    params, inner, n_shards, n_params = SIZES[size]
-    tensors, config = llama_layout.meta_tensors(published_shards(params, inner, n_shards), params)
-    assert len(tensors) == {"7B": 291, "13B": 363}[size]
-    assert sum(math.prod(tensor.shape) for tensor in tensors) == n_params
-    assert llama_layout.model_size(config) == size
-    config["vocab_size"] += extra_rows
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**config))
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    assert llama_layout.llama_shapes(config) == {name: expected[name] for name in llama_layout.llama_shapes(config)}
-    assert expected.keys() == llama_layout.llama_shapes(config).keys()
-    assert n_shards == 1 or [t.axis for t in tensors[:3]] == [1, 0, 0]
-
-
-def test_shape_sums_of_a_merge_at_true_size() -> None:
-    config = llama_layout.meta_tensors(published_shards(*SIZES["7B"][:3]), SIZES["7B"][0])[1]
-    n_bytes = sum(2 * np.prod(s) for s in llama_layout.llama_shapes(config | {"vocab_size": 32001}).values())
-    assert n_bytes == 13_476_831_232 + 16_384
-
-
 # --- tokenizer and self-test --------------------------------------------------------------------------------------
 
 
@@ -766,7 +713,7 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import sentencepiece
 
     folder = tmp_path_factory.mktemp("tokenizer")
-    text = [path.read_text() for path in sorted((Path(__file__).parents[1] / "helpers").glob("*.py"))[:6]]
+    text = [path.read_text() for path in sorted((Path(__file__).parents[1] / "helpers").rglob("*.py"))[:6]]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter("\n".join(text).split("\n")), model_prefix=str(folder / "tokenizer"), model_type="bpe",
         vocab_size=500, byte_fallback=True, split_digits=True, normalization_rule_name="identity",
@@ -782,8 +729,6 @@ def test_tokenizer_gives_the_ids_of_sentencepiece_whatever_lay_beside_it(
     import sentencepiece
     from transformers import AutoTokenizer
 
-    from helpers.weights import talk as language_check
-
     dims = DIMS | {"vocab": 500}
     meta = write_meta(tmp_path / "meta", meta_model(dims), dims, 2)
     (meta / "tokenizer.json").unlink()
@@ -797,7 +742,7 @@ def test_tokenizer_gives_the_ids_of_sentencepiece_whatever_lay_beside_it(
     target = weights.convert_llama(meta, tmp_path / "out", log=quiet)
     assert (target / "tokenizer.model").read_bytes() == (sentencepiece_model / "tokenizer.model").read_bytes()
     tokenizer = AutoTokenizer.from_pretrained(target)
-    language_check._check_tokenizer(target, tokenizer)
+    talk.check_tokenizer(target, tokenizer)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(target / "tokenizer.model"))
     for text in ("### Human: <Img>", "def f(x):\n    return 1503", "café ✓"):
         assert tokenizer(text).input_ids == [1, *processor.encode(text)]
@@ -807,36 +752,50 @@ def test_tokenizer_gives_the_ids_of_sentencepiece_whatever_lay_beside_it(
 def test_a_tokenizer_that_differs_from_sentencepiece_is_refused(tmp_path: Path, sentencepiece_model: Path) -> None:
     from transformers import AutoTokenizer
 
-    from helpers.weights import talk as language_check
-
     dims = DIMS | {"vocab": 500}
     meta = write_meta(tmp_path / "meta", meta_model(dims), dims, 1)
     target = weights.convert_llama(meta, tmp_path / "out", tokenizer=sentencepiece_model, log=quiet)
     config = json.loads((target / "tokenizer_config.json").read_text())
     (target / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": False}))
     with pytest.raises(WeightFileError, match="SentencePiece gives"):
-        language_check._check_tokenizer(target, AutoTokenizer.from_pretrained(target))
+        talk.check_tokenizer(target, AutoTokenizer.from_pretrained(target))
 
 
 def test_an_adopted_model_that_is_not_v0_is_marked_as_degraded(tmp_path: Path) -> None:
     dims = DIMS | {"vocab": 32000, "n_layers": 1}
     tensors = hugging_face(meta_model(dims), dims)
-    target = weights.adopt_merged(write_hf(tmp_path / "vicuna", tensors, dims), tmp_path / "out", log=quiet)
+    target = llama.adopt_merged(write_hf(tmp_path / "vicuna", tensors, dims), tmp_path / "out", log=quiet)
     assert_same_bits(read_all(target), tensors)
     assert any("degraded" in note and "not v0" in note for note in weights.read_ready(target)["notes"])
-    assert weights.merge_statistics(target).empty
 
 
 # --- true size, as sparse files -----------------------------------------------------------------------------------
 
+SIZES = {
+    "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+           "num_key_value_heads": 32, "vocab_size": 32000},
+    "13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40,
+            "num_key_value_heads": 40, "vocab_size": 32000},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "n_params"), [("7B", 6_738_415_616), ("13B", 13_015_864_320)])
+@pytest.mark.parametrize("extra_rows", [0, 1])
+def test_every_key_is_transformers_llama(size: str, n_params: int, extra_rows: int) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    assert sum(math.prod(shape) for shape in llama.shapes_of(SIZES[size]).values()) == n_params
+    config = SIZES[size] | {"vocab_size": 32000 + extra_rows}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**config))
+    assert llama.shapes_of(config) == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
 
 def write_sparse(folder: Path, size: str, *, vocab: int = 32000, eps: float = 1e-6) -> Path:
     """A Hugging Face folder of 13 or 26 GB that takes no room on disk: a true header over a hole."""
-    params, inner, n_shards, _ = SIZES[size]
-    config = llama_layout.meta_tensors(published_shards(params, inner, n_shards), params)[1]
-    config |= {"vocab_size": vocab, "rms_norm_eps": eps}
+    config = SIZES[size] | {"vocab_size": vocab, "rms_norm_eps": eps}
     header, end = {}, 0
-    for name, shape in llama_layout.llama_shapes(config).items():
+    for name, shape in llama.shapes_of(config).items():
         begin, end = end, end + 2 * math.prod(shape)
         header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
@@ -858,11 +817,11 @@ def test_true_size_mistakes_are_refused_within_a_second(tmp_path: Path) -> None:
     done = write_sparse(tmp_path / "done", "7B", vocab=32001)
     refused((done, delta), tmp_path / "c", "32001 token rows already")
     with pytest.raises(WeightFileError, match="is LLaMA 2"):
-        weights.adopt_merged(write_sparse(tmp_path / "v15", "7B", eps=1e-5), tmp_path / "d", log=quiet)
+        llama.adopt_merged(write_sparse(tmp_path / "v15", "7B", eps=1e-5), tmp_path / "d", log=quiet)
 
 
 def test_true_size_disk_is_checked_before_the_first_byte(tmp_path: Path, small_disk: Path) -> None:
     pair = write_sparse(tmp_path / "7b", "7B"), write_sparse(tmp_path / "d7", "7B", vocab=32001)
     with pytest.raises(OSError, match=r"13\.48 GB are still to be written.*15\.48 GB are missing"):
         weights.merge_delta(*pair, small_disk / "out", log=quiet)
-    assert sorted(path.name for path in (small_disk / "out").iterdir()) == [shard_job.LOCK]
+    assert sorted(path.name for path in (small_disk / "out").iterdir()) == [folders.LOCK]

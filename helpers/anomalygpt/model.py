@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from helpers import weights
 from helpers.anomalygpt import imagebind, language
 from helpers.anomalygpt.imagebind import ImageBind, ImageFeatures
 from helpers.anomalygpt.language import Language
-from helpers.weights import llama as weights
 
 MAP_SIZE = 224
 """Side of every anomaly map in pixels; the prompt learner's last convolution fits no other."""

@@ -208,7 +208,7 @@ def size_of(weights_dir: Path) -> ChainSize:
     """
     from safetensors import safe_open
 
-    from helpers.weights import llama as weights
+    from helpers import weights
 
     config = storage.read_json(weights.require(weights_dir, "vicuna") / "config.json")
     eyes = weights.require(weights_dir, "imagebind") / "model.safetensors"

@@ -1,402 +1,274 @@
-"""One long write of a model folder that may be interrupted at any moment and goes on where it stopped.
-
-A job owns its target folder through a lock. Each shard is written to ``<name>.part``, hashed on the way, forced to
-disk, renamed and then noted in ``journal.json``; what the journal does not name is written again. ``READY.json`` comes
-last, and later notebooks look at nothing else.
-"""
+"""A folder of weights written shard by shard: locked, resumed after a kill, complete when ``READY.json`` is there."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import json
+import errno
 import math
-import os
-import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
 
-from helpers import files as storage
-from helpers.weights import tensors as tensor_files
-from helpers.weights.tensors import StoredTensor, WeightFileError
-
-if TYPE_CHECKING:
-    import torch
+from helpers import files
+from helpers.weights.tensors import WeightFileError, file_sha256, row_ranges, write_safetensors
 
 READY, JOURNAL, LOCK = "READY.json", "journal.json", ".lock"
-FORMAT = 1
 SHARD_BYTES = 2_000_000_000
-RESERVE_BYTES = 2_000_000_000
-"""Disk left free after a job, unless the job itself is smaller than that."""
+COMPONENTS = ("vicuna", "imagebind", "pandagpt", "anomalygpt", "anomalyclip")
 
-_EXPONENTS = {"float16": (np.uint16, 0x7C00), "bfloat16": (np.uint16, 0x7F80), "float32": (np.uint32, 0x7F800000)}
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class OutTensor:
-    """One tensor to be written.
+class Tensor:
+    """A tensor made of files on demand: stored ones, joined ones and sums all look like this.
 
     Attributes:
-        name: key in the output.
-        dtype: torch name of its type.
-        shape: its shape.
-        chunks: gives its pieces in row order, each at most about 4 MB.
-        inputs: files that the pieces are read from.
-        measured: numbers that ``chunks`` fills in while it runs (root mean squares and the like).
+        dtype, shape: of the whole.
+        files: the files that it is read from.
+        rows: gives rows ``start`` to ``stop`` of the first axis; a scalar has one row.
+        multiple: rows that must be asked for together (one attention head).
     """
 
-    name: str
-    dtype: str
+    dtype: torch.dtype
     shape: tuple[int, ...]
-    chunks: Callable[[], Iterator[torch.Tensor]]
-    inputs: tuple[Path, ...]
-    measured: dict[str, Any] = field(default_factory=dict)
+    files: tuple[Path, ...]
+    rows: Callable[[int, int], torch.Tensor]
+    multiple: int = 1
 
     @property
     def n_bytes(self) -> int:
-        return math.prod(self.shape) * tensor_files.item_bytes(self.dtype)
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        """The whole tensor in small pieces, in its type."""
+        n_rows = self.shape[0] if self.shape else 1
+        for start, stop in row_ranges(n_rows, self.n_bytes // max(1, n_rows), self.multiple):
+            yield self.rows(start, stop).to(self.dtype)
 
 
-class Job:
-    """An open job on one target folder; made by :func:`open_job`.
+def write_folder(
+    target: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    component: str,
+    settings: Mapping[str, Any],
+    source: Mapping[str, Any],
+    write_small: Callable[[Path], None] = lambda folder: None,
+    notes: tuple[str, ...] = (),
+    shard_bytes: int = SHARD_BYTES,
+    reserve_bytes: int | None = None,
+    log: Callable[[str], None] = print,
+) -> Path:
+    """Write tensors as safetensors shards, then the small files, then ``READY.json``.
 
-    Attributes:
-        target: the folder.
-        ready: content of ``READY.json`` when the folder is complete already, else None.
-        notes: sentences for ``READY.json``; each is also printed once.
-    """
+    A second call goes on where a killed one stopped: shards that the journal names and whose hash is still right are
+    kept. Inputs are only ever read.
 
-    def __init__(self, target: Path, log: Callable[[str], None]) -> None:
-        self.target, self.log = target, log
-        self.ready = storage.read_json(target / READY) if (target / READY).exists() else None
-        journal = storage.read_json(target / JOURNAL) if (target / JOURNAL).exists() else {}
-        self._known: dict[str, Any] = journal.get("inputs", {}) or (self.ready or {}).get("inputs", {})
-        self._journal: dict[str, Any] = journal
-        self._inputs: dict[str, Any] = {}
-        self.notes: list[str] = list(journal.get("notes", []))
-
-    def note(self, sentence: str) -> None:
-        if sentence not in self.notes:
-            self.notes.append(sentence)
-            self.log(f"note: {sentence}")
-
-    def known_inputs(self, role: str) -> list[str]:
-        """File names of this role that an earlier, interrupted run has read (and may have deleted since)."""
-        return sorted(key.split("/", 1)[1] for key in self._known if key.startswith(f"{role}/"))
-
-    def index(self, role: str, path: Path) -> dict[str, StoredTensor]:
-        """Table of contents of an input; from the journal when the file was deleted after it had been used up.
-
-        Raises:
-            FileNotFoundError: the file is absent and no earlier run has read it.
-            WeightFileError: the file is not the one that the interrupted or finished run has read.
-        """
-        key = f"{role}/{path.name}"
-        known = self._known.get(key)
-        if not path.exists() and known is not None:
-            self._inputs[key] = known
-            return {
-                name: StoredTensor(path, name, dtype, tuple(shape), offset)
-                for name, (dtype, shape, offset) in known["index"].items()
-            }
-        index = tensor_files.read_index(path)
-        found = tensor_files.identity(path)
-        if known is not None and (known["bytes"], known["fingerprint"]) != (found["bytes"], found["fingerprint"]):
-            raise WeightFileError(
-                f"{self.target} was begun with another {path.name} ({known['bytes']} bytes, fingerprint "
-                f"{known['fingerprint'][:12]}; now {found['bytes']} bytes, {found['fingerprint'][:12]}). Mixing them "
-                f"would give a model that is neither. Choose a new, empty target folder, or delete this one."
-            )
-        found["index"] = {name: (item.dtype, list(item.shape), item.offset) for name, item in index.items()}
-        self._inputs[key] = found
-        return index
-
-    def run(
-        self,
-        tensors: Sequence[OutTensor],
-        *,
-        component: str,
-        settings: Mapping[str, Any],
-        write_sidecars: Callable[[Path], None],
-        source: Mapping[str, Any],
-        shard_bytes: int = SHARD_BYTES,
-        reserve_bytes: int | None = None,
-        delete_inputs: bool = False,
-        progress: bool = True,
-    ) -> dict[str, Any]:
-        """Write all tensors as safetensors shards, then the small files, then ``READY.json``.
-
-        Args:
-            tensors: what to write, in this order.
-            component: name in ``READY.json``.
-            settings: what else decides the result; part of the plan's hash.
-            write_sidecars: writes config and tokenizer files into the folder it is given.
-            source: where the inputs came from, for ``READY.json``.
-            shard_bytes: largest output file.
-            reserve_bytes: disk to leave free; None for the smaller of 2 GB and the output's size.
-            delete_inputs: delete each input file as soon as every tensor read from it is safely on disk.
-            progress: show a progress bar.
-        Returns:
-            the content of ``READY.json``.
-        Raises:
-            WeightFileError: another plan owns the folder, or a number of the result is not finite.
-            OSError: the disk is too small; says by how much and what may be deleted.
-        """
-        shards = _split(tensors, shard_bytes)
-        identities = {
-            key: {k: value[k] for k in ("bytes", "fingerprint")} for key, value in sorted(self._inputs.items())
-        }
-        plan = storage.sha256_json(
-            {
-                "format": FORMAT,
-                "settings": dict(settings),
-                "inputs": identities,
-                "shards": [[(t.name, t.dtype, list(t.shape)) for t in members] for members in shards.values()],
-            }
-        )
-        if self.ready is not None:
-            return self._finished(plan, component)
-        done, deleted = self._resume(plan, shards), self._journal.get("deleted", [])
-        self._check_disk(shards, done, reserve_bytes)
-        self._journal = {"plan": plan, "component": component, "inputs": self._inputs, "notes": self.notes}
-        self._journal["deleted"] = deleted
-        self._journal["shards"] = done
-        storage.write_json(self.target / JOURNAL, self._journal)
-        with _one_thread():
-            self._write(shards, done, delete_inputs=delete_inputs, progress=progress)
-        if len(shards) > 1:
-            storage.write_json(self.target / "model.safetensors.index.json", _weight_map(shards))
-        write_sidecars(self.target)
-        names = sorted(
-            path.name
-            for path in self.target.iterdir()
-            if path.is_file() and path.name not in (READY, JOURNAL, LOCK) and path.suffix != ".part"
-        )
-        ready = {
-            "format": FORMAT,
-            "component": component,
-            "plan": plan,
-            "source": dict(source),
-            "notes": self.notes,
-            "files": {
-                name: done[name]["file"]
-                if name in done
-                else {"bytes": (self.target / name).stat().st_size, "sha256": storage.sha256_file(self.target / name)}
-                for name in names
-            },
-            "tensors": {name: value for entry in done.values() for name, value in entry["tensors"].items()},
-            "inputs": self._inputs,
-            "settings": dict(settings),
-        }
-        storage.write_json(self.target / READY, ready)
-        (self.target / JOURNAL).unlink()
-        self.ready = ready
-        return ready
-
-    def _finished(self, plan: str, component: str) -> dict[str, Any]:
-        if self.ready["plan"] != plan:
-            raise WeightFileError(
-                f"{self.target} already holds a complete {self.ready['component']} made from other inputs or settings. "
-                f"Choose another target folder, or delete this one first."
-            )
-        check_files(self.target, self.ready)
-        self.log(f"{component}: already complete in {self.target}")
-        return self.ready
-
-    def _resume(self, plan: str, shards: Mapping[str, Sequence[OutTensor]]) -> dict[str, Any]:
-        """Entries of the journal whose files are still what it says."""
-        for part in self.target.glob("*.part"):
-            part.unlink()
-        if not self._journal:
-            return {}
-        if self._journal["plan"] != plan:
-            raise WeightFileError(
-                f"{self.target} was begun with another plan (other inputs, shard size or settings). Repeat the first "
-                f"call to finish it, choose a new folder, or delete {self.target / JOURNAL} and the shards beside it."
-            )
-        done = {}
-        for name, entry in self._journal["shards"].items():
-            path = self.target / name
-            if path.exists() and storage.sha256_file(path) == entry["file"]["sha256"]:
-                done[name] = entry
-            elif path.exists():
-                self.note(f"{name} no longer matched its hash and was written again.")
-        self.log(f"resuming at {len(done)}/{len(shards)} shards")
-        return done
-
-    def _check_disk(
-        self, shards: Mapping[str, Sequence[OutTensor]], done: Mapping[str, Any], reserve_bytes: int | None
-    ) -> None:
-        remaining = sum(t.n_bytes for name, members in shards.items() if name not in done for t in members)
-        reserve = min(RESERVE_BYTES, remaining) if reserve_bytes is None else reserve_bytes
-        n_free = storage.free_bytes(self.target)
-        if remaining + reserve > n_free:
-            raise OSError(28, self._disk_message(remaining + reserve - n_free, remaining, n_free))
-
-    def _disk_message(self, missing: int, remaining: int, n_free: int) -> str:
-        return (
-            f"the disk of {self.target} is too small: {remaining / 1e9:.2f} GB are still to be written, "
-            f"{n_free / 1e9:.2f} GB are free, {missing / 1e9:.2f} GB are missing. Finished shards are kept. May be "
-            f"deleted: the Colab sample data, pip's cache, raw files that are used up; or call again with "
-            f"delete_inputs=True"
-        )
-
-    def _write(
-        self, shards: Mapping[str, Sequence[OutTensor]], done: dict[str, Any], *, delete_inputs: bool, progress: bool
-    ) -> None:
-        from tqdm.auto import tqdm
-
-        total = sum(t.n_bytes for name, members in shards.items() if name not in done for t in members)
-        missing = sorted(
-            {str(p) for name, ms in shards.items() if name not in done for t in ms for p in t.inputs if not p.exists()}
-        )
-        if missing:
-            raise FileNotFoundError(f"still needed for the shards that remain: {', '.join(missing)}. Put them back.")
-        with tqdm(
-            total=total, unit="B", unit_scale=True, desc=self.target.name, disable=not progress or total < 100_000_000
-        ) as bar:
-            for name, members in shards.items():
-                if name in done:
-                    continue
-                by_name = {tensor.name: tensor for tensor in members}
-
-                def chunks(key: str, by_name: Mapping[str, OutTensor] = by_name) -> Iterator[torch.Tensor]:
-                    n_before = 0
-                    for chunk in by_name[key].chunks():
-                        _check_finite(chunk, key, n_before, by_name[key])
-                        n_before += chunk.numel()
-                        yield chunk
-                        bar.update(chunk.numel() * chunk.element_size())
-
-                layout = {tensor.name: (tensor.dtype, tensor.shape) for tensor in members}
-                try:
-                    written = tensor_files.write_safetensors(
-                        self.target / name, layout, chunks, metadata={"format": "pt"}
-                    )
-                except OSError as error:
-                    if error.errno != 28:
-                        raise
-                    n_free, n_bytes = storage.free_bytes(self.target), sum(t.n_bytes for t in members)
-                    message = self._disk_message(max(0, n_bytes - n_free), n_bytes, n_free)
-                    raise OSError(28, message) from error
-                hashes = written.pop("tensors")
-                entries = {key: {"sha256": hashes[key], **by_name[key].measured} for key in hashes}
-                done[name] = {"file": written, "tensors": entries}
-                storage.write_json(self.target / JOURNAL, self._journal)
-                if delete_inputs:
-                    self._delete_used(shards, done)
-
-    def _delete_used(self, shards: Mapping[str, Sequence[OutTensor]], done: Mapping[str, Any]) -> None:
-        """Delete the inputs that no unwritten shard reads; the journal on disk already names what they gave."""
-        needed = {path for name, members in shards.items() if name not in done for t in members for path in t.inputs}
-        used = {path for name, members in shards.items() if name in done for t in members for path in t.inputs}
-        gone = [path for path in sorted(used - needed) if path.exists()]
-        if gone:
-            self._journal.setdefault("deleted", []).extend(path.name for path in gone)
-            storage.write_json(self.target / JOURNAL, self._journal)
-        for path in gone:
-            path.unlink()
-            self.log(f"deleted {path} (used up; its fingerprint is in the journal)")
-
-
-@contextlib.contextmanager
-def open_job(target: Path, *, log: Callable[[str], None] = print) -> Iterator[Job]:
-    """Lock ``target`` and open it for one job; the lock goes with the process, also when it is killed.
-
+    Args:
+        target: folder to write.
+        tensors: what to write, in this order.
+        component: its name in ``READY.json``.
+        settings: what else decides the result.
+        source: where the inputs came from, for ``READY.json``.
+        write_small: writes config and tokenizer files into the folder it is given.
+        notes: sentences for ``READY.json``.
+        shard_bytes: largest file, unless one tensor is larger.
+        reserve_bytes: disk to leave free; None for the smaller of 2 GB and what is written.
+        log: receives one sentence at a time.
     Raises:
-        BlockingIOError: another process works in the folder; says which and since when.
+        WeightFileError: the folder belongs to other inputs or settings, or a number is not finite.
+        BlockingIOError: another process writes the folder.
+        OSError: the disk is too small; says by how much.
     """
     target = Path(target)
     target.mkdir(parents=True, exist_ok=True)
-    handle = os.open(target / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    shards = _split(tensors, shard_bytes)
+    inputs = {path: path.stat() for tensor in tensors.values() for path in tensor.files}
+    known_inputs = sorted((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in inputs.items())
+    layout = {name: [(key, str(t.dtype), t.shape) for key, t in group.items()] for name, group in shards.items()}
+    plan = files.sha256_json([dict(settings), known_inputs, layout])
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.read(handle, 4096).decode(errors="replace").strip() or "an unnamed process"
-            raise BlockingIOError(
-                error.errno,
-                f"{target} is being written by {holder}. Wait until it ends, or stop that run; nothing was changed",
-            ) from None
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
-        yield Job(target, log)
+        with FileLock(target / LOCK, timeout=0):
+            if (target / READY).exists():
+                _check_same(target, read_ready(target).get("plan"), plan)
+                log(f"{component}: already complete in {target}")
+                return check(target)
+            done = _write_shards(target, shards, plan, reserve_bytes, log)
+            if len(shards) > 1:
+                weight_map = {key: name for name, group in shards.items() for key in group}
+                total = {"total_size": sum(tensor.n_bytes for tensor in tensors.values())}
+                index = {"metadata": total, "weight_map": weight_map}
+                files.write_json(target / "model.safetensors.index.json", index)
+            write_small(target)
+            ours = {READY, JOURNAL, LOCK, *done}
+            for path in sorted(p for p in target.iterdir() if p.is_file() and p.name not in ours):
+                done[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+            ready = {"component": component, "plan": plan, "source": dict(source), "settings": dict(settings)}
+            files.write_json(target / READY, ready | {"notes": list(notes), "files": done, "n_tensors": len(tensors)})
+            (target / JOURNAL).unlink(missing_ok=True)
+    except Timeout:
+        raise BlockingIOError(
+            f"{target} is being written by another process. Wait until it ends, or stop it; nothing was changed"
+        ) from None
+    return target
+
+
+def _check_same(target: Path, found: str | None, plan: str) -> None:
+    if found != plan:
+        raise WeightFileError(
+            f"{target} was made, or begun, from other inputs or settings. Mixing them would give a model that is "
+            f"neither: delete this folder, or choose another."
+        )
+
+
+def _write_shards(
+    target: Path,
+    shards: Mapping[str, Mapping[str, Tensor]],
+    plan: str,
+    reserve_bytes: int | None,
+    log: Callable[[str], None],
+) -> dict[str, Any]:
+    """Write the shards that are not there yet; returns ``{file: {"bytes", "sha256"}}`` of all."""
+    journal, done = target / JOURNAL, {}
+    if journal.exists():
+        known = files.read_json(journal)
+        _check_same(target, known["plan"], plan)
+        for name, entry in known["shards"].items():
+            if (target / name).is_file() and file_sha256(target / name) == entry["sha256"]:
+                done[name] = entry
+        log(f"resuming at {len(done)}/{len(shards)} shards")
+    for part in target.glob("*.part"):
+        part.unlink()
+    left = {name: group for name, group in shards.items() if name not in done}
+    n_left = sum(tensor.n_bytes for group in left.values() for tensor in group.values())
+    _check_room(target, n_left, min(SHARD_BYTES, n_left) if reserve_bytes is None else reserve_bytes)
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # hashing and disk decide here; a second thread would only wait busily
+    files.write_json(journal, {"plan": plan, "shards": done})
+    try:
+        with tqdm(total=n_left, unit="B", unit_scale=True, desc=target.name, disable=n_left < 1e8) as bar:
+            for name, group in left.items():
+                n_shard = sum(tensor.n_bytes for tensor in group.values())
+                try:
+                    parts = {key: (t.dtype, t.shape, _counted(t, bar)) for key, t in group.items()}
+                    done[name] = write_safetensors(target / name, parts)
+                except OSError as error:
+                    if error.errno == errno.ENOSPC:
+                        _check_room(target, n_left, SHARD_BYTES)  # says how much is missing
+                    raise
+                n_left -= n_shard
+                files.write_json(journal, {"plan": plan, "shards": done})
     finally:
-        os.close(handle)
+        torch.set_num_threads(n_threads)
+    return done
 
 
-def check_files(folder: Path, ready: Mapping[str, Any], *, verify: bool = False) -> None:
-    """Compare a folder with its ``READY.json``: sizes always, hashes with ``verify``.
+def _counted(tensor: Tensor, bar: tqdm) -> Iterator[torch.Tensor]:
+    for piece in tensor.pieces():
+        yield piece
+        bar.update(piece.numel() * piece.itemsize)
 
-    Raises:
-        WeightFileError: files are missing, have another size, or (``verify``) another hash; names all of them.
+
+def _check_room(target: Path, n_left: int, n_reserve: int) -> None:
+    n_free = files.free_bytes(target)
+    if n_left + n_reserve > n_free:
+        raise OSError(
+            errno.ENOSPC,
+            f"the disk of {target} is too small: {n_left / 1e9:.2f} GB are still to be written, {n_free / 1e9:.2f} GB "
+            f"are free, {(n_left + n_reserve - n_free) / 1e9:.2f} GB are missing. Finished shards are kept. Free some "
+            f"space (Colab's sample data, pip's cache, raw files of finished parts) and run this again",
+        )
+
+
+def _split(tensors: Mapping[str, Tensor], shard_bytes: int) -> dict[str, dict[str, Tensor]]:
+    """Tensors in order, cut into files of at most ``shard_bytes`` (a larger tensor gets its own)."""
+    groups: list[dict[str, Tensor]] = [{}]
+    n_bytes = 0
+    for name, tensor in tensors.items():
+        if groups[-1] and n_bytes + tensor.n_bytes > shard_bytes:
+            groups.append({})
+            n_bytes = 0
+        groups[-1][name] = tensor
+        n_bytes += tensor.n_bytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def account(
+    what: str, found: Shapes, expected: Shapes, *, optional: Shapes | None = None, allow_unknown: bool = False
+) -> None:
+    """Every key and every shape is as expected, or one error about all that differ.
+
+    Args:
+        what: words for the checkpoint.
+        found, expected: shape by key.
+        optional: further keys that may be there.
+        allow_unknown: pass over keys that are in neither.
     """
+    known = {**expected, **(optional or {})}
+    problems = [f"lacks {name}" for name in expected if name not in found]
+    for name, shape in known.items():
+        if name in found and tuple(found[name]) != tuple(shape):
+            problems.append(f"{name} is {tuple(found[name])}, expected {tuple(shape)}")
+    unknown = [name for name in found if name not in known]
+    if not allow_unknown:
+        problems += [f"has the unknown {name}" for name in unknown]
+    if problems:
+        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
+        only = " If you know these keys to be harmless, ALLOW_UNKNOWN = True leaves them out."
+        raise WeightFileError(
+            f"not a whole {what}: {'; '.join(problems[:6])}{more}. Nothing was written."
+            f"{only if len(problems) == len(unknown) and not allow_unknown else ''}"
+        )
+
+
+def require(weights_dir: Path, component: str, *, verify: bool = False) -> Path:
+    """Folder of a prepared component.
+
+    Args:
+        weights_dir: ``profile.weights_dir``.
+        component: ``"vicuna"``, ``"imagebind"``, ``"pandagpt"``, ``"anomalygpt/<name>"`` or ``"anomalyclip/<name>"``.
+        verify: hash every file again (sizes are always compared).
+    Raises:
+        FileNotFoundError: not prepared yet; names the notebook that does it.
+        WeightFileError: prepared, but damaged since.
+    """
+    weights_dir = Path(weights_dir)
+    if component.split("/")[0] not in COMPONENTS:
+        raise ValueError(f"{component!r} is no component; known are {', '.join(COMPONENTS)}.")
+    if not (weights_dir / component / READY).exists():
+        present = sorted(str(path.parent.relative_to(weights_dir)) for path in weights_dir.glob(f"**/{READY}"))
+        raise FileNotFoundError(
+            f"{component} is not prepared in {weights_dir} (ready: {', '.join(present) or 'nothing'}). "
+            f"Run notebook 01_prepare_weights first."
+        )
+    return check(weights_dir / component, verify=verify)
+
+
+def read_ready(folder: Path) -> dict[str, Any]:
+    """Content of ``READY.json``: ``component, files, source, settings, notes, n_tensors``."""
+    return files.read_json(Path(folder) / READY)
+
+
+def check(folder: Path, *, verify: bool = False) -> Path:
+    """Compare a complete folder with its ``READY.json``: sizes always, hashes with ``verify``."""
     wrong = []
-    for name, expected in ready["files"].items():
-        path = folder / name
+    for name, entry in read_ready(folder)["files"].items():
+        path = Path(folder) / name
         if not path.is_file():
             wrong.append(f"{name} is missing")
-        elif path.stat().st_size != expected["bytes"]:
-            wrong.append(f"{name} has {path.stat().st_size} bytes, expected {expected['bytes']}")
-        elif verify and storage.sha256_file(path) != expected["sha256"]:
+        elif path.stat().st_size != entry["bytes"]:
+            wrong.append(f"{name} has {path.stat().st_size} bytes, expected {entry['bytes']}")
+        elif verify and file_sha256(path) != entry["sha256"]:
             wrong.append(f"{name} does not match its SHA-256")
     if wrong:
         raise WeightFileError(
             f"{folder} is damaged: {'; '.join(wrong)}. Delete the folder and run 01_prepare_weights again."
         )
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Torch with one thread: hashing and disk decide here, and a second thread would only wait busily."""
-    import torch
-
-    n_before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(n_before)
-
-
-def _split(tensors: Sequence[OutTensor], shard_bytes: int) -> dict[str, list[OutTensor]]:
-    """Tensors in order, cut into files of at most ``shard_bytes`` (a larger tensor gets its own)."""
-    groups: list[list[OutTensor]] = [[]]
-    n_bytes = 0
-    for tensor in tensors:
-        if groups[-1] and n_bytes + tensor.n_bytes > shard_bytes:
-            groups.append([])
-            n_bytes = 0
-        groups[-1].append(tensor)
-        n_bytes += tensor.n_bytes
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
-
-
-def _weight_map(shards: Mapping[str, Sequence[OutTensor]]) -> dict[str, Any]:
-    return {
-        "metadata": {"total_size": sum(t.n_bytes for members in shards.values() for t in members)},
-        "weight_map": {t.name: name for name, members in shards.items() for t in members},
-    }
-
-
-def _check_finite(chunk: torch.Tensor, name: str, n_before: int, tensor: OutTensor) -> None:
-    """Stop at the first NaN or infinity. A test of the exponent bits: ten times as fast as ``isfinite`` on halves."""
-    if tensor.dtype not in _EXPONENTS:
-        return
-    word, mask = _EXPONENTS[tensor.dtype]
-    words = np.frombuffer(tensor_files.tensor_bytes(chunk, tensor.dtype, name), dtype=word)
-    exponents = np.bitwise_and(words, word(mask))
-    if exponents.size and exponents.max() == mask:
-        first = n_before + int(np.argmax(exponents == mask))
-        place = [int(i) for i in np.unravel_index(first, tensor.shape)] if tensor.shape else []
-        raise WeightFileError(
-            f"{name}{place} is not a finite number in the result. The inputs do not belong together, or one of them is "
-            f"damaged; they are kept, and nothing was written for this shard. Read from: "
-            f"{', '.join(str(path) for path in tensor.inputs)}."
-        )
+    return Path(folder)

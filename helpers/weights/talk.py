@@ -6,16 +6,14 @@ All prompts have at least 16 tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from helpers.weights.tensors import WeightFileError
 
-if TYPE_CHECKING:
-    import torch
-
-MIN_TOKENS = 16
 MAX_NATS_PER_TOKEN = 2.8
 """Largest surprise per token on :data:`PASSAGE`. Measured on SmolLM2-135M: right 2.2; queries and keys both in Meta's
 order 3.3; only one of them 9.8; base without delta 12.1; guessing among 49152 tokens 10.8. Larger models are lower."""
@@ -31,114 +29,79 @@ PROMPTS = (
 _FIXED_TEXTS = ("### Human: <Img>", "</Img> ", "Is there any anomaly in the image?\n### Assistant:", "Yes, 3 cracks.")
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One question of the self-test.
-
-    Attributes:
-        prompt: what the model was given.
-        n_tokens: its length in tokens.
-        answer: what the model wrote.
-        expected: word that must be in it.
-    """
-
-    prompt: str
-    n_tokens: int
-    answer: str
-    expected: str
-
-    @property
-    def is_right(self) -> bool:
-        return self.expected in self.answer
-
-
-@dataclass(frozen=True)
-class Report:
-    """Outcome of :func:`self_test`.
-
-    Attributes:
-        answers: the fixed prompts.
-        nats_per_token: mean surprise on :data:`PASSAGE`; small is good.
-    """
-
-    answers: tuple[Answer, ...]
-    nats_per_token: float
-
-    def __str__(self) -> str:
-        lines = [f"surprise {self.nats_per_token:.2f} nats per token (at most {MAX_NATS_PER_TOKEN})"]
-        for answer in self.answers:
-            mark = "ok" if answer.is_right else "WRONG"
-            lines.append(f"[{mark}] {answer.prompt} ->{answer.answer.rstrip()!r}")
-        return "\n".join(lines)
-
-
-def self_test(folder: Path, *, device: str, n_new_tokens: int = 6) -> Report:
-    """Load a model folder strictly, compare its tokenizer, and let it continue the fixed prompts.
+def self_test(folder: Path, *, device: str, log: Callable[[str], None] = print) -> float:
+    """Load a model strictly, straight to its device in its own type, and let it recognise and finish fixed texts.
 
     Args:
         folder: a prepared ``vicuna`` folder.
-        device: torch device name; float16 on a GPU, float32 on a CPU.
-        n_new_tokens: length of each continuation.
+        device: torch device name.
+        log: receives one line with a tick for each thing that is right.
+    Returns:
+        mean surprise on :data:`PASSAGE` in nats per token; small is good.
     Raises:
-        WeightFileError: keys are missing or left over, the tokenizer differs from SentencePiece, or the model talks
-            nonsense; says which.
+        WeightFileError: says which of the three failed: keys, tokenizer, or speech.
     """
-    import torch
-
     model, tokenizer = _load(Path(folder), device)
-    _check_tokenizer(Path(folder), tokenizer)
-    answers = []
-    for prompt, expected in PROMPTS:
-        ids = tokenizer(prompt, return_tensors="pt").input_ids.to(device)
-        if ids.shape[1] < MIN_TOKENS:
-            raise WeightFileError(
-                f"{prompt!r} has {ids.shape[1]} tokens, the test needs {MIN_TOKENS}: wrong tokenizer?"
-            )
-        with torch.no_grad():
-            written = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_new_tokens, do_sample=False, pad_token_id=2
-            )
-        text = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
-        answers.append(Answer(prompt, ids.shape[1], text, expected))
-    report = Report(tuple(answers), nats_per_token(model, tokenizer, PASSAGE))
-    if not (report.nats_per_token <= MAX_NATS_PER_TOKEN and all(answer.is_right for answer in answers)):
+    log("✓ it loads: every weight of the model is in the files, and no other")
+    check_tokenizer(Path(folder), tokenizer)
+    log("✓ its tokenizer gives the ids that it was trained with")
+    surprise = nats_per_token(model, tokenizer, PASSAGE)
+    answers = {prompt: _continue(model, tokenizer, prompt) for prompt, _ in PROMPTS}
+    wrong = [
+        f"{prompt} ->{answers[prompt]!r} (expected: {word})" for prompt, word in PROMPTS if word not in answers[prompt]
+    ]
+    if surprise > MAX_NATS_PER_TOKEN or wrong:
+        heard = "; ".join(wrong) or "both sentences were finished as they should be"
         raise WeightFileError(
-            f"{folder} loads, but does not talk sensibly: wrong base, wrong delta or damaged files.\n{report}\n"
-            f"Look at the notes in its READY.json, then prepare it again from verified files."
+            f"{folder} loads, but does not talk sensibly. A passage about the Mona Lisa surprises it by "
+            f"{surprise:.1f} nats per token (at most {MAX_NATS_PER_TOKEN}; about 3 means queries and keys in the wrong "
+            f"order, 10 and more a base without its delta, or a delta of another base). {heard}. Look at the notes in "
+            f"its READY.json, then delete the folder and prepare it again from other files."
         )
-    return report
+    log(f"✓ a passage that it should know surprises it by {surprise:.2f} nats per token (at most {MAX_NATS_PER_TOKEN})")
+    for prompt, answer in answers.items():
+        log(f"✓ {prompt} ->{answer.rstrip()!r}")
+    return surprise
 
 
 def nats_per_token(model: torch.nn.Module, tokenizer: Any, text: str) -> float:
     """Mean negative log-likelihood of ``text``, in nats; nan counts as infinitely bad."""
-    import torch
-
     ids = tokenizer(text, return_tensors="pt").input_ids.to(model.device)
     with torch.no_grad():
         loss = float(model(ids, labels=ids).loss)
     return loss if loss == loss else float("inf")
 
 
+def _continue(model: torch.nn.Module, tokenizer: Any, prompt: str, n_new_tokens: int = 6) -> str:
+    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+    with torch.no_grad():
+        written = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_new_tokens, do_sample=False, pad_token_id=2
+        )
+    return tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+
+
 def _load(folder: Path, device: str) -> tuple[Any, Any]:
-    import torch
     import transformers
 
     # transformers 5 renamed the argument; without it version 4 would load 7B as float32
     name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-    dtype = torch.float16 if device.startswith("cuda") else torch.float32
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, low_cpu_mem_usage=True, **{name: dtype}
+        folder, output_loading_info=True, device_map={"": device}, **{name: "auto"}
     )
-    wrong = [
-        f"{kind}: {sorted(map(str, info[kind]))[:3]}" for kind in ("missing_keys", "unexpected_keys") if info[kind]
-    ]
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    wrong = [f"{kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:3]}" for kind in kinds if info.get(kind)]
     if wrong:
         raise WeightFileError(f"{folder} is not one whole model: {'; '.join(wrong)}. Delete it and prepare it again.")
-    return model.eval().to(device), transformers.AutoTokenizer.from_pretrained(folder)
+    return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
 
 
-def _check_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """transformers must give the very ids of SentencePiece, which the models were trained with."""
+def check_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """transformers must give the very ids of SentencePiece, which the models were trained with.
+
+    Raises:
+        WeightFileError: it does not.
+    """
     if not (folder / "tokenizer.model").exists():
         return  # a byte-level tokenizer; nothing else to compare with
     import sentencepiece
@@ -148,6 +111,6 @@ def _check_tokenizer(folder: Path, tokenizer: Any) -> None:
         expected, found = [1, *processor.encode(text)], tokenizer(text).input_ids
         if found != expected:
             raise WeightFileError(
-                f"the tokenizer of {folder} gives {found} for {text!r}, SentencePiece gives {expected}. "
-                f"Install sentencepiece and protobuf, restart, and prepare the folder again."
+                f"the tokenizer of {folder} gives {found} for {text!r}, SentencePiece gives {expected}. Install "
+                f"sentencepiece and protobuf, restart, and prepare the folder again."
             )

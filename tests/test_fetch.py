@@ -1,0 +1,181 @@
+"""Downloads from a hub on this machine that cuts, lies and refuses; folders that were cut between two files."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fake_hub import Hub, serve
+
+from helpers.weights import WeightFileError, fetch
+from helpers.weights.fetch import DownloadError
+
+CONTENT = np.random.default_rng(0).integers(0, 256, 3_000_000, dtype=np.uint8).tobytes()
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+def quiet(_: str) -> None: ...
+
+
+def torch_file(seed: int = 0) -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"a": torch.randn(3000, generator=torch.Generator().manual_seed(seed))}, buffer)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    monkeypatch.setattr(fetch, "WAIT_SECONDS", 0.0)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    parts = {f"pytorch_model-0000{i}-of-00003.bin": torch_file(i) for i in (1, 2, 3)}
+    repository = {"README.md": b"no", "config.json": b"{}", "pytorch_model.bin.index.json": b'{"a": 1}', **parts}
+    with serve(Hub({"plain": {"x.dat": CONTENT, "x.pth": torch_file()}, "some/model": repository})) as running:
+        yield running
+
+
+def test_whole_file_and_nothing_left_over(hub: Hub, tmp_path: Path) -> None:
+    assert fetch.fetch(f"{hub.url}/plain/x.dat", tmp_path / "x", sha256=SHA256, log=quiet).read_bytes() == CONTENT
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    fetch.fetch(f"{hub.url}/plain/x.dat", tmp_path / "x", sha256=SHA256, log=quiet)
+    assert len(hub.asked) == 1
+
+
+def test_a_cut_connection_goes_on_where_it_stopped(hub: Hub, tmp_path: Path) -> None:
+    hub.cut_every = 1
+    said: list[str] = []
+    found = fetch.fetch(f"{hub.url}/plain/x.dat", tmp_path / "x", sha256=SHA256, log=said.append)
+    assert found.read_bytes() == CONTENT and hub.starts()[0] == 0 and hub.starts()[-1] > 1_000_000
+    assert "trying again" in said[0]
+
+
+def test_a_killed_process_goes_on_where_it_stopped(hub: Hub, tmp_path: Path) -> None:
+    hub.seconds_per_block = 0.01
+    child = os.fork()
+    if not child:
+        fetch.fetch(f"{hub.url}/plain/x.dat", tmp_path / "x", sha256=SHA256, log=quiet)
+        os._exit(0)
+    room = tmp_path / ".x.part"
+    while not (room.exists() and any(p.stat().st_size > 1_000_000 for p in room.iterdir())):
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    hub.seconds_per_block = 0
+    assert fetch.fetch(f"{hub.url}/plain/x.dat", tmp_path / "x", sha256=SHA256, log=quiet).read_bytes() == CONTENT
+    assert hub.starts()[0] == 0 and hub.starts()[-1] > 1_000_000
+
+
+def test_a_file_that_had_all_come_is_only_checked(hub: Hub, tmp_path: Path) -> None:
+    room = tmp_path / ".x.part"
+    room.mkdir()
+    (room / "xabcd1234.part").write_bytes(CONTENT)
+    fetch.fetch(f"{hub.url}/plain/x.dat", tmp_path / "x", sha256=SHA256, n_bytes=len(CONTENT), log=quiet)
+    assert (tmp_path / "x").read_bytes() == CONTENT and not hub.asked
+
+
+def test_04_a_flipped_bit_is_fetched_anew(hub: Hub, tmp_path: Path) -> None:
+    room = tmp_path / ".x.part"
+    room.mkdir()
+    (room / "xabcd1234.part").write_bytes(bytes([CONTENT[0] ^ 1]) + CONTENT[1:2_000_000])
+    said: list[str] = []
+    found = fetch.fetch(f"{hub.url}/plain/x.dat", tmp_path / "x", sha256=SHA256, log=said.append)
+    assert found.read_bytes() == CONTENT and hub.starts()[-1] == 0 and 2_000_000 in hub.starts()
+    assert "damaged, or another version" in said[0]
+
+
+def test_04_content_that_stays_wrong_never_gets_the_name(hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(DownloadError, match="expected 0+: damaged"):
+        fetch.fetch(f"{hub.url}/plain/x.dat", tmp_path / "x", sha256="0" * 64, log=quiet)
+    with pytest.raises(DownloadError, match="3000000 bytes, expected 7"):
+        fetch.fetch(f"{hub.url}/plain/x.dat", tmp_path / "x", n_bytes=7, log=quiet)
+    assert not (tmp_path / "x").exists()
+
+
+def test_04_a_torch_file_without_a_known_hash_is_checked_by_its_own_sums(hub: Hub, tmp_path: Path) -> None:
+    content = bytearray(torch_file())
+    content[len(content) // 2] ^= 1
+    hub.repositories["plain"]["x.pth"] = bytes(content)
+    assert torch.load(io.BytesIO(content), weights_only=True)  # torch itself sees nothing wrong
+    with pytest.raises(DownloadError, match="does not match its checksum"):
+        fetch.fetch(f"{hub.url}/plain/x.pth", tmp_path / "x.pth", log=quiet)
+
+
+def test_03_a_quota_page_is_not_taken_for_weights(hub: Hub, tmp_path: Path) -> None:
+    hub.repositories["plain"]["x.pth"] = b"<!DOCTYPE html><title>Google Drive - Quota exceeded</title>"
+    with pytest.raises(DownloadError, match="is a web page"):
+        fetch.fetch(f"{hub.url}/plain/x.pth", tmp_path / "x.pth", log=quiet)
+    assert not (tmp_path / "x.pth").exists()
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 503])
+def test_refusals_say_what_to_do(hub: Hub, tmp_path: Path, status: int) -> None:
+    hub.status = status
+    with pytest.raises(DownloadError, match=r"put the file at .*x yourself") as caught:
+        fetch.fetch(f"{hub.url}/plain/x.dat", tmp_path / "x", log=quiet)
+    assert str(status) in str(caught.value)
+
+
+def test_a_folder_cut_between_any_two_files_is_completed(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from helpers.weights.catalog import WeightFile
+
+    n_files = 5  # the README is not needed
+    for n_whole in range(n_files):
+        file = WeightFile("vicuna", tmp_path / str(n_whole) / "model", "hub:some/model", 1, "MIT", True)
+        check, calls = fetch._check, []
+
+        def interrupted(*args: object, check=check, calls=calls, n_whole=n_whole) -> None:
+            calls.append(args)
+            if len(calls) > n_whole:
+                raise KeyboardInterrupt
+            check(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(fetch, "_check", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                fetch.fetch_hub("some/model", file.path, list_path=file.list_path, endpoint=hub.url, log=quiet)
+        assert not file.is_present
+        fetch.fetch_hub("some/model", file.path, list_path=file.list_path, endpoint=hub.url, log=quiet)
+        assert file.is_present and len(list(file.path.iterdir())) == n_files
+
+
+def test_files_placed_by_hand_are_used_and_wrong_ones_left(hub: Hub, tmp_path: Path) -> None:
+    for name in ("config.json", "pytorch_model-00002-of-00003.bin"):
+        (tmp_path / name).write_bytes(hub.repositories["some/model"][name])
+    fetch.fetch_hub("some/model", tmp_path, endpoint=hub.url, log=quiet)
+    assert len(hub.asked) == 3
+    (tmp_path / "config.json").write_bytes(b"{...}")
+    with pytest.raises(WeightFileError, match=r"config\.json has 5 bytes, the published file 2.*left as it is.*LLAMA"):
+        fetch.fetch_hub("some/model", tmp_path, endpoint=hub.url, log=quiet)
+    assert (tmp_path / "config.json").read_bytes() == b"{...}"
+
+
+def test_a_gated_repository_names_the_page_and_the_token_is_never_shown(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    hub.gated.add("some/model")
+    name = "pytorch_model-00001-of-00003.bin"
+    with pytest.raises(DownloadError, match=r"huggingface\.co/some/model.*HF_TOKEN"):
+        fetch.fetch_hub("some/model", tmp_path / "x.bin", name=name, endpoint=hub.url, log=quiet)
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    fetch.fetch_hub("some/model", tmp_path / "x.bin", name=name, endpoint=hub.url, log=print)
+    assert (tmp_path / "x.bin").read_bytes() == hub.repositories["some/model"][name]
+    assert [path.name for path in tmp_path.iterdir()] == ["x.bin"]
+    assert "hf_right" not in "".join(capsys.readouterr())
+
+
+def test_what_the_hub_lacks_is_named(hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(DownloadError, match="no/model is not on the hub, or private"):
+        fetch.fetch_hub("no/model", tmp_path / "x", endpoint=hub.url, log=quiet)
+    with pytest.raises(DownloadError, match=r"some/model holds no b\.bin any more; it holds README"):
+        fetch.fetch_hub("some/model", tmp_path / "x", name="b.bin", endpoint=hub.url, log=quiet)
+    with pytest.raises(DownloadError, match="cannot be asked about some/model"):
+        fetch.fetch_hub("some/model", tmp_path / "x", endpoint="http://127.0.0.1:9", log=quiet)
