@@ -66,9 +66,12 @@ class MethodResult:
         return self.manifest["dataset_hash"]
 
     def frame(self) -> pd.DataFrame:
-        """One row a test picture: ``method`` and the columns of ``predictions.csv``."""
-        rows = [{"method": self.method} | _row(one, str(one.sample.image_path)) for one in self.predictions]
-        return pd.DataFrame(rows)
+        """One row a test picture: ``method, category, kind, is_anomalous, anomaly_score, threshold,
+        is_predicted_anomalous, p_value, seconds, answer``."""
+        names = ("anomaly_score", "threshold", "is_predicted_anomalous", "p_value", "seconds", "answer")
+        known = ("category", "kind", "is_anomalous")
+        rows = [[*(getattr(p.sample, k) for k in known), *(getattr(p, n) for n in names)] for p in self.predictions]
+        return pd.DataFrame(rows, columns=[*known, *names]).assign(method=self.method)
 
     def anomaly_map(self, prediction: Prediction) -> np.ndarray | None:
         """The picture's anomaly map, float32 ``(H, W)``, raw; None when the method made none."""

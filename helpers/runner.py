@@ -207,10 +207,10 @@ def _print_comparison(profile: profiles.Profile) -> None:
     """The table and where its page lies."""
     table = profile.report_dir / "comparison.csv"
     if table.exists():
-        from helpers.judge import comparison
+        from helpers.judge import findings
 
         print(
-            f"\n{comparison.as_text(table)}\n\nReport: {profile.report_dir / 'index.html'}\nTable:  {table}", flush=True
+            f"\n{findings.as_text(table)}\n\nReport: {profile.report_dir / 'index.html'}\nTable:  {table}", flush=True
         )
 
 

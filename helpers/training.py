@@ -17,16 +17,16 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device, set_seed
+from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from helpers import files
-
-if TYPE_CHECKING:
-    import torch
-    from accelerate import Accelerator
 
 _CARD, _MODEL = "checkpoint.json", "model.safetensors"
 
@@ -98,8 +98,8 @@ def train(
         dataset: ``len`` and ``[index]``; a method ``set_epoch(epoch)`` is told the epoch (0-based) before each one.
         optimizer, scheduler: over ``module``; the scheduler is stepped once per optimiser step.
         folder: checkpoints go here; one run, one folder.
-        n_epochs, patience: when to stop: passes over the samples, tuning scores without improvement. Both may grow.
-        batch_size, n_accumulation: samples per forward pass in each process, passes per optimiser step; they may
+        n_epochs, patience: passes over the samples, tuning scores without improvement until it stops. Both may grow.
+        batch_size, n_accumulation: samples per forward pass in each process, passes per optimiser step; both may
             change between calls as long as their product does not (after running out of memory).
         evaluate: module in eval mode -> tuning score, higher is better, after each epoch. Never test pictures.
         checkpoint_every: optimiser steps between two checkpoints beside the one at each epoch's end, 0 for none.
@@ -110,8 +110,6 @@ def train(
         TrainingStopped: the loss or a parameter became nan or infinite; the last good checkpoint is kept.
         ValueError: no sample; a checkpoint of another run; a tuning score that is nan.
     """
-    from accelerate import Accelerator
-
     if len(dataset) == 0:
         raise ValueError("There is no training sample. Check the category and the split that the samples come from.")
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
@@ -129,8 +127,6 @@ def train(
 
 def load_parameters(checkpoint: Path, module: torch.nn.Module) -> None:
     """Load the parameters of a checkpoint folder into a module; RuntimeError when names or shapes differ."""
-    from safetensors.torch import load_file
-
     path = Path(checkpoint) / _MODEL
     if not path.exists():
         raise FileNotFoundError(f"No checkpoint in {checkpoint}. Run the training that makes it.")
@@ -192,8 +188,6 @@ class _Run:
 
     def resume(self, identity: dict[str, Any]) -> None:
         """Seed everything, or load the newest checkpoint of the same run."""
-        from accelerate.utils import set_seed
-
         if self.scheduler is not None:
             self.accelerator.register_for_checkpointing(self.scheduler)
         facts = {"samples_per_step": self.per_step, "max_grad_norm": self.max_grad_norm, "seed": self.seed}
@@ -283,8 +277,6 @@ class _Run:
 
         The order is a function of seed and epoch; batches are dealt out to the processes in turn.
         """
-        import torch
-
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.progress.epoch)
         order = torch.randperm(len(self.dataset), generator=generator).tolist()[self.progress.n_seen :]
         steps, size = [order[i : i + self.per_step] for i in range(0, len(order), self.per_step)], self.batch_size
@@ -302,8 +294,6 @@ class _Run:
 
     def _step(self, batches: list[tuple[float, Any]]) -> dict[str, float]:
         """One optimiser step; the mean losses over its samples in all processes."""
-        from accelerate.utils import gather_object, send_to_device
-
         self.optimizer.zero_grad()
         sums: dict[str, torch.Tensor] = {}
         for share, batch in batches:
@@ -319,7 +309,10 @@ class _Run:
                 "before this step; the last checkpoint is good. Lower the learning rate or set max_grad_norm=1.0, "
                 "then train again."
             )
-        self._reduce()
+        if self.accelerator.num_processes > 1:  # each has weighted its samples by their share
+            for parameter in [parameter for parameter in self.module.parameters() if parameter.requires_grad]:
+                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(own, reduction="sum")
         if self.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
         self.optimizer.step()
@@ -327,22 +320,8 @@ class _Run:
             self.scheduler.step()
         return means
 
-    def _reduce(self) -> None:
-        """Sum the gradients over the processes: each has weighted its samples by their share."""
-        import torch
-
-        if self.accelerator.num_processes == 1:
-            return
-        for parameter in self.module.parameters():
-            if parameter.requires_grad:
-                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = self.accelerator.reduce(own, reduction="sum")
-
     def _take_score(self) -> None:
         """Take the tuning score of the main process, the same in all, and note whether it is the best so far."""
-        import torch
-        from accelerate.utils import broadcast_object_list
-
         box: list[Any] = [None]
         if self.accelerator.is_main_process:
             self.module.eval()

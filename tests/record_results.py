@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from helpers import files as storage
-from helpers import profiles
-from helpers.judge import comparison
+from helpers import files, profiles
+from helpers.judge import comparison, findings
+from helpers.results import METHODS, category_label, method_label
 
 README = profiles.REPOSITORY / "README.md"
 RECORDED = profiles.REPOSITORY / "tests" / "golden" / "mini_comparison.csv"
@@ -32,6 +33,26 @@ def with_table(text: str, table: str) -> str:
     return f"{before}{begin}\n\n{table.strip()}\n\n{end}{after}"
 
 
+def as_markdown(path: Path) -> str:
+    """The results table of the README: one row per method, AUROC per painting, pooled rates."""
+    table = comparison.read(path)
+    look, ids = comparison.numbers(table), list(dict.fromkeys(table.method))
+    shown = findings.summary(table).drop(columns=["image AUROC", "accuracy"])
+    for place, name in enumerate(sorted(set(table.category) - {"all"})):
+        aurocs = [findings.estimate(look.get((method, name, "all", "image_auroc"))) for method in ids]
+        shown.insert(place, f"image AUROC, {category_label(name)}", aurocs)
+    lines = [["method", *shown.columns], ["---"] * (1 + len(shown.columns))]
+    lines += [[str(name), *cells] for name, cells in zip(shown.index, shown.to_numpy())]
+    absent = [method for method in METHODS if method not in ids]
+    lines += [[f"{method_label(m)} (run `{comparison.NOTEBOOKS[m]}`)", *["–"] * len(shown.columns)] for m in absent]
+    text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return (
+        f"{text}\n\nProfile `{table.profile.iloc[0]}`, {findings.n_pictures(table, 'all')}, dataset "
+        f"`{str(table.dataset_hash.iloc[0])[:12]}`. Brackets are 95 % intervals; thresholds were set on genuine "
+        "pictures before any test picture was read.\n"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Record or check; 0 when README and recorded run agree afterwards."""
     parser = argparse.ArgumentParser(prog="python tests/record_results.py", description=__doc__.splitlines()[0])
@@ -45,11 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"No {newest}. Run `bash colab_setup.sh run` first.")
             return 1
         table = comparison.read(newest)
-        storage.write_text(RECORDED, table[table["kind"] == "all"].to_csv(index=False))
+        files.write_text(RECORDED, table[table["kind"] == "all"].to_csv(index=False))
     text = README.read_text(encoding="utf-8")
-    wanted = with_table(text, comparison.as_markdown(RECORDED))
+    wanted = with_table(text, as_markdown(RECORDED))
     if options.record:
-        storage.write_text(README, wanted)
+        files.write_text(README, wanted)
     elif text != wanted:
         print("The results table of README.md is not that of tests/golden/mini_comparison.csv: run with --record.")
         return 1

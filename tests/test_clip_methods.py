@@ -13,12 +13,11 @@ import pytest
 import tiny_clip
 import torch
 
-from helpers import results
+from helpers import results, synthesis
 from helpers.clip import features, one_class, tuning
 from helpers.clip import methods as clip_methods
 from helpers.data import manifest as data
 from helpers.judge import metrics
-from helpers.synthesis import marks as synthesis
 
 QUICK = {
     "clip_cross_entropy": one_class.HeadSettings(n_hidden=16, n_components=8, max_epochs=15),

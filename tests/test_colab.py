@@ -109,7 +109,7 @@ def test_elsewhere_nothing_is_mounted_and_nothing_ends(monkeypatch: pytest.Monke
 def test_without_gpu_and_drive_the_set_up_only_prints(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     assert session.start().name == "mini"
     out = capsys.readouterr().out
-    for name in ("GPU", "bfloat16", "memory", "disk", "kept files", "weights"):
+    for name in ("GPU", "memory", "disk", "kept files", "weights"):
         assert f" {name} " in out
     assert "next: 01_prepare_weights" in out and session.checkpoint_keeper() is None
     assert not (tmp_path / "home").exists()
@@ -189,8 +189,8 @@ def test_a_gpu_that_is_short_or_old_names_the_way_out(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 1e9, total * 1e9))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: name)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    bad = [check for check in (preflight._gpu("cuda", 20), preflight._bf16("cuda")) if not check.is_ok]
-    assert len(bad) == len(fixes) and all(fix in check.fix for check, fix in zip(bad, fixes))
+    check = preflight._gpu("cuda", 20)
+    assert check.is_ok == (not fixes) and all(fix in check.fix for fix in fixes)
     assert not preflight._gpu("cpu", 20).is_ok and preflight._gpu("cpu", 0).is_ok
 
 

@@ -100,7 +100,7 @@ def test_pictures_that_are_not_there_are_named_with_the_reason(
 
 
 def test_importing_helpers_loads_no_torch() -> None:
-    code = "import sys, helpers.profiles, helpers.results, helpers.training; print('torch' in sys.modules)"
+    code = "import sys, helpers.profiles, helpers.results, helpers.caching; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=profiles.REPOSITORY, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
 

@@ -12,10 +12,11 @@ from safetensors.numpy import load_file
 from helpers.synthesis import nsa
 
 FOLDER = Path(os.environ.get("PARITY_FIXTURES") or Path(__file__).parent / "golden")
-TEXTURE = nsa.MVTEC_SETTINGS["carpet"]
+TEXTURE = nsa.NsaSettings(intensity=(1 / 3, 7.0))  # the published settings of MVTec AD's carpet, and of its bottle
+BOTTLE = nsa.NsaSettings(background=(200, 60), resize_bounds=(0.7, 1.3))
 CASES = {
     "mvtec_texture": ("tex1", "tex2", TEXTURE),
-    "mvtec_bottle": ("obj3", "obj4", nsa.MVTEC_SETTINGS["bottle"]),
+    "mvtec_bottle": ("obj3", "obj4", BOTTLE),
     "visa": ("tex1", "obj4", nsa.ART_SETTINGS),
 }
 
@@ -29,12 +30,21 @@ def picture(reference, name):
     return reference[f"in.{name}_u8"].repeat(2, axis=0).repeat(2, axis=1)
 
 
+def union_centers(patches):
+    """(row, column) of the centre of the box around all patches so far: the published code's "positions"."""
+    centers = []
+    for n in range(1, len(patches) + 1):
+        top, bottom, left, right = np.array(patches[:n]).T
+        centers.append([(top.min() + bottom.max()) / 2, (left.min() + right.max()) / 2])
+    return np.array(centers).reshape(-1, 2)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_same_seed_gives_the_published_sample(reference, case):
     destination, source, settings = CASES[case]
     random = np.random.RandomState(int(reference[f"{case}.np_seed"][0]))
     found = nsa.simulate(picture(reference, destination), picture(reference, source), random, settings=settings)
-    np.testing.assert_allclose(found.union_centers, reference[f"{case}.centers"], atol=1e-9)
+    np.testing.assert_allclose(union_centers(found.patches), reference[f"{case}.centers"], atol=1e-9)
     difference = np.abs(found.image.astype(int) - reference[f"{case}.image"])
     assert difference.max() <= 2
     # Poisson blending differs by a grey level between OpenCV versions; a few border pixels of the mask may flip.
@@ -48,22 +58,16 @@ def test_pixels_outside_the_patches_are_untouched(reference):
     outside = np.ones(destination.shape[:2], dtype=bool)
     for top, bottom, left, right in found.patches:
         outside[top:bottom, left:right] = False
-    assert outside.any() and not outside.all()
+    assert outside.any() and not outside.all() and not found.mask[outside].any()
     np.testing.assert_array_equal(found.image[outside], destination[outside])
-    assert not found.mask[outside].any()
 
 
 def test_no_sample_for_training_has_an_empty_mask(reference):
     destination, source = picture(reference, "tex1"), picture(reference, "obj4")
     plain = [nsa.simulate(destination, source, np.random.RandomState(seed)).mask.any() for seed in range(40)]
     assert not all(plain), "choose seeds among which the published procedure makes an invisible sample"
-    for seed in range(40):
-        assert nsa.simulate_visible(destination, source, np.random.RandomState(seed)).mask.any()
-
-
-def test_nothing_visible_is_said_so(reference):
-    same = picture(reference, "tex1")
-    flat = np.full_like(same, 128)
+    assert all(nsa.simulate_visible(destination, source, np.random.RandomState(s)).mask.any() for s in range(40))
+    flat = np.full_like(destination, 128)
     assert nsa.simulate_visible(flat, flat, np.random.RandomState(0), n_tries=3) is None
 
 

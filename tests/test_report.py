@@ -1,4 +1,4 @@
-"""report: self-contained, escaped, complete, and honest about what is missing."""
+"""report, figures: self-contained, escaped, complete, readable for any names, and honest about what is missing."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny_comparison as tiny
-from PIL import Image
 
-from helpers.data import manifest as data
-from helpers.judge import comparison, figures, report, report_figures
+from helpers import data
+from helpers.judge import comparison, figures, report
 
 HOSTILE_KIND = "<script>alert('kind')</script>"
 HOSTILE_CATEGORY = '"><img src=http://evil.example/x onerror=alert(1)>'
-HOSTILE_ANSWER = "Yes, <b onclick=steal()>there</b> is </blockquote><iframe src='http://evil.example'> & more"
+HOSTILE_ANSWER = "Yes, <b onclick=steal()>there</b> is </blockquote><iframe src='http://evil.example'> & more {{ c }}"
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
@@ -47,48 +47,38 @@ class Reader(HTMLParser):
         assert not self._open
 
 
-def read(path: Path) -> Reader:
+def read(page: Path | str) -> Reader:
     reader = Reader()
-    reader.feed(path.read_text(encoding="utf-8"))
+    reader.feed(page if isinstance(page, str) else page.read_text(encoding="utf-8"))
     reader.close()
     return reader
 
 
-def write(folder: Path, dataset: data.Dataset, *, with_figures: bool = True, **answers: str) -> Path:
+def compare(folder: Path, dataset: data.Dataset, *, with_maps: bool = True, answer: str = "") -> comparison.Comparison:
     for method in ("clip_lof", "anomalyclip"):
-        scores = {category: tiny.SCORES[method][name] for category, name in zip(dataset.categories, tiny.CATEGORIES)}
-        limits = {
-            category: tiny.THRESHOLDS[method][name] for category, name in zip(dataset.categories, tiny.CATEGORIES)
-        }
-        tiny.write_result(
-            folder / "results" / method,
-            dataset,
-            method,
-            scores,
-            limits,
-            with_maps=with_figures,
-            answer=answers.get(method, ""),
-        )
-    compared = comparison.compare(dataset, folder / "results", profile="mini")
-    drawn = {"auroc": report_figures.auroc(compared), "kinds": report_figures.kinds(compared)}
-    drawn = {name: figures.save_figure(fig, name, folder, close=True) for name, fig in drawn.items()}
-    if with_figures:
-        drawn = report_figures.draw_all(compared, folder / "figures", footer=report_figures.footer(compared))
-    return report.write_report(compared, folder / "index.html", drawn)
+        scores, limits = ({new: table[method][old] for new, old in zip(dataset.categories, tiny.CATEGORIES * 99)}
+                          for table in (tiny.SCORES, tiny.THRESHOLDS))  # fmt: skip
+        tiny.write_result(folder / "results" / method, dataset, method, scores, limits, with_maps=with_maps,
+                          answer=answer if method == "anomalyclip" else "")  # fmt: skip
+    return comparison.compare(dataset, folder / "results", profile="mini")
+
+
+def write(folder: Path, compared: comparison.Comparison) -> Path:
+    return report.write_report(compared, folder / "index.html", report.draw_all(compared, folder / "figures"))
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
-    return write(folder, tiny.make_dataset(folder / "data"))
+    return write(folder, compare(folder, tiny.make_dataset(folder / "data")))
 
 
 @pytest.fixture(scope="module")
-def hostile_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hostile")
     kinds = tuple(HOSTILE_KIND if kind == "stain" else kind for kind in tiny.KINDS)
     dataset = tiny.make_dataset(folder / "data", kinds=kinds, categories=(HOSTILE_CATEGORY, "zeta"))
-    return write(folder, dataset, with_figures=False, anomalyclip=HOSTILE_ANSWER)
+    return write(folder, compare(folder, dataset, with_maps=False, answer=HOSTILE_ANSWER))
 
 
 def test_the_page_loads_nothing_and_runs_nothing(page: Path) -> None:
@@ -98,87 +88,60 @@ def test_the_page_loads_nothing_and_runs_nothing(page: Path) -> None:
         assert not name.startswith("on"), (tag, name)
         if name in ("src", "srcset", "poster", "data"):
             assert value.startswith("data:image/"), (tag, name, value[:40])
-        if name in ("href", "action"):
-            assert value.startswith("#"), (tag, name, value[:40])
+        assert name not in ("href", "action"), (tag, name, value[:40])
     style = re.search(r"<style>(.*?)</style>", page.read_text(encoding="utf-8"), re.S).group(1)
     assert "url(" not in style and "@import" not in style
 
 
-def test_every_link_of_the_page_has_its_target(page: Path) -> None:
-    attributes = read(page).attributes
-    targets = {value for _, name, value in attributes if name == "id"}
-    links = {value[1:] for tag, name, value in attributes if tag == "a" and name == "href"}
-    assert links and links <= targets
-
-
-def test_hostile_names_and_answers_stay_text(hostile_page: Path) -> None:
-    reader = read(hostile_page)
+def test_hostile_names_and_answers_stay_text(hostile: Path) -> None:
+    reader = read(hostile)
     assert not {"script", "iframe"} & set(reader.tags)
     assert not any(name.startswith("on") for _, name, _ in reader.attributes)
     assert all(value.startswith("data:") for _, name, value in reader.attributes if name == "src")
-    assert "alert('kind')" in reader.text
-    assert HOSTILE_ANSWER in reader.text
+    assert "alert('kind')" in reader.text and HOSTILE_ANSWER in reader.text
     assert "onerror=alert(1)" in reader.text.lower()  # labels begin with capitals
 
 
-def test_answers_are_counted_strictly(hostile_page: Path) -> None:
-    text = " ".join(read(hostile_page).text.split())
-    assert "right on 8 of 16 pictures (50.0 %, interval 28–72 %): it says yes on 16, and 0 answers" in text
-    assert "Always answering yes would be right on 8." in text
-
-
-def test_pictures_are_inlined_with_words_for_those_who_cannot_see_them(page: Path) -> None:
-    images = [value for tag, name, value in read(page).attributes if tag == "img" and name == "alt"]
-    assert len(images) >= 7 and all(len(words) > 20 for words in images)
-
-
-def test_the_headline_and_the_table_carry_the_measured_numbers(page: Path) -> None:
+def test_the_first_screen_says_what_was_found_where_by_whom_and_how_far_to_trust_it(page: Path) -> None:
     text = " ".join(read(page).text.split())
-    assert "On 16 test pictures of 2 paintings, CLIP LOF ranks first: image AUROC 0.81 [0.50, 0.97]" in text
-    assert "12/16" in text and "Harbour8 test pictures, 4 anomalous and 4 normal" in text
-    assert "AnomalyGPT has no results yet: run 07_anomalygpt_test." in text
-    assert "say nothing about the published models" in text
+    first = text[: text.index("One click down")]
+    assert "CLIP LOF finds 5 of 8 forged or altered pictures" in first
+    assert "They can tell none of 1 pairs of detectors apart" in first
+    assert "A mark" in first and "A genuine picture" in first and "2 of 2 found it" in first
+    assert "real alteration" in first and "2 of 2" in first
+    assert "AnomalyGPT has no results yet: run 07_anomalygpt_test." in first
+    assert "say nothing about the published models" in first
+    assert "No genuine picture was set aside for thresholds." in first
+
+
+def test_pictures_have_words_and_the_gallery_filters_without_a_script(page: Path) -> None:
+    reader = read(page)
+    words = [value for tag, name, value in reader.attributes if tag == "img" and name == "alt"]
+    assert len(words) > 16 and all(len(one) > 8 for one in words)
+    ids = {value for tag, name, value in reader.attributes if tag == "input" and name == "id"}
+    assert ids == {value for tag, name, value in reader.attributes if tag == "label" and name == "for"} and len(ids) > 3
 
 
 def test_published_figures_stand_apart_with_their_denominators(page: Path) -> None:
     html = page.read_text(encoding="utf-8")
-    apart = html[html.index('<section id="published"') :]
-    apart = apart[: apart.index("</section>")]
+    apart = html[html.index('<details id="published"') :]
+    apart = apart[: apart.index("</details>")]
     for count in ("41/49", "41/45", "41/42", "64/90", "34/50", "71.0–91.5"):
         assert count in apart
-    rest = html.replace(apart, "")
-    assert "41/49" not in rest and "97.62" not in rest
+    assert "41/49" not in html.replace(apart, "")
+    for row in report._published():
+        if row["count"] != "no count fits":
+            assert round(100 * row["correct"] / row["n_images"], 2) == row["accuracy"]
 
 
-def test_refused_results_are_named(tmp_path: Path) -> None:
+def test_limits_of_few_sources_stand_beside_the_numbers(tmp_path: Path) -> None:
     dataset = tiny.make_dataset(tmp_path / "data")
-    other = tiny.make_dataset(tmp_path / "other", repeat=2)
-    twice = {category: [*values, *values] for category, values in tiny.SCORES["clip_lof"].items()}
-    tiny.write_result(tmp_path / "results" / "clip_lof", other, "clip_lof", twice, tiny.THRESHOLDS["clip_lof"])
-    compared = comparison.compare(dataset, tmp_path / "results", profile="full")
-    text = " ".join(read(report.write_report(compared, tmp_path / "index.html", {})).text.split())
-    assert f"measured on dataset {other.hash[:12]}" in text
-    assert "say nothing about the published models" not in text
-
-
-def test_warnings_count_copies_of_one_source(tmp_path: Path) -> None:
-    dataset = tiny.make_dataset(tmp_path / "data")
-    compared = comparison.compare(dataset, tmp_path / "results", profile="mini")
-    text = " ".join(read(report.write_report(compared, tmp_path / "index.html", {})).text.split())
-    assert "Harbour is tested on 4 normal pictures: even no false alarm at all allows a true rate of 49.0 %." in text
-    assert "source pictures; copies" not in text  # every picture is its own source here
-
-
-def test_large_pictures_become_jpeg_and_small_ones_stay_png(tmp_path: Path) -> None:
-    noise = np.random.default_rng(0).integers(0, 255, (400, 400, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "large.png")
-    Image.fromarray(noise[:100, :100]).save(tmp_path / "small.png")
-    assert report.data_uri(tmp_path / "large.png").startswith("data:image/jpeg;base64,")
-    assert report.data_uri(tmp_path / "small.png").startswith("data:image/png;base64,")
-
-
-def test_the_page_is_of_reasonable_size(page: Path) -> None:
-    assert 100_000 < page.stat().st_size < 6_000_000
+    words = "Harbour has one genuine picture: every number is optimistic."
+    object.__setattr__(dataset, "limits", {"harbour": words})
+    compared = compare(tmp_path, dataset)
+    html = write(tmp_path, compared).read_text(encoding="utf-8")
+    assert html.count(words) == 3  # the small table, the painting's own, the list of limits
+    assert words in report.table_html(compared)
 
 
 @pytest.mark.parametrize("kinds", [("box", "stain"), ("good", "good"), ("replica",), ("good", "box")])
@@ -187,13 +150,84 @@ def test_odd_test_sets_still_make_a_page(kinds: tuple[str, ...], tmp_path: Path)
     dataset = tiny.make_dataset(tmp_path / "data", kinds=kinds, categories=("harbour",))
     scores = {"harbour": range(len(kinds))}
     tiny.write_result(tmp_path / "results" / "anomalyclip", dataset, "anomalyclip", scores, {"harbour": 0.5})
-    compared = comparison.compare(dataset, tmp_path / "results", profile="mini")
-    drawn = {}
-    for name in ("roc", "scores", "kinds"):
-        figure = getattr(report_figures, name)(compared)
-        if figure is not None:
-            drawn[name] = figures.save_figure(figure, name, tmp_path, close=True)
-    page = report.write_report(compared, tmp_path / "index.html", drawn)
-    assert "AnomalyCLIP" in read(page).text
-    assert "nan" not in re.sub(r"[a-z]*nan[a-z]+|[a-z]+nan[a-z]*", "", read(page).text.lower())
-    assert "AnomalyCLIP" in comparison.as_text(comparison.write(compared, tmp_path))
+    text = read(write(tmp_path, comparison.compare(dataset, tmp_path / "results", profile="full"))).text
+    assert "AnomalyCLIP" in text and "say nothing about the published models" not in text
+    assert not re.search(r"\bnan\b", text.lower())
+
+
+def test_no_results_at_all_make_a_page_that_says_so(tmp_path: Path) -> None:
+    compared = comparison.compare(tiny.make_dataset(tmp_path / "data"), tmp_path / "results", profile="mini")
+    assert "No detector has verdicts on these 16 test pictures yet" in read(write(tmp_path, compared)).text
+    read(report.table_html(compared))
+
+
+def test_many_paintings_with_long_and_foreign_names_stay_readable(tmp_path: Path) -> None:
+    names = ("洛神赋图", *(f"painting_{n:02d}_{'with_a_very_long_name_' * 4}"[:98] for n in range(13)))
+    dataset = tiny.make_dataset(tmp_path / "data", kinds=("good", "good", "box", "replica"), categories=names)
+    compared = compare(tmp_path, dataset)
+    drawn = report.draw_all(compared, tmp_path / "figures")
+    assert {"auroc", "auroc_2", "auroc_3", "scores", "scores_5"} <= set(drawn)
+    text = read(report.write_report(compared, tmp_path / "index.html", drawn)).text
+    assert "洛神赋图" in text and "Figures" in text
+    assert figures.painting_name(names[0], names) in ("洛神赋图", f"painting {sorted(names).index(names[0]) + 1}")
+    assert max(map(len, figures.painting_name(names[1], names).split("\n"))) <= 26
+
+
+def test_checks_print_a_line_each_and_fail_on_a_request(
+    page: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    compared = compare(tmp_path, tiny.make_dataset(tmp_path / "data"))
+    csv = comparison.write(compared, tmp_path)
+    report.check(compared, csv, page)
+    assert capsys.readouterr().out.count("✓") == 4
+    (tmp_path / "bad.html").write_text('<img src="http://evil.example">')
+    with pytest.raises(AssertionError, match="asks nothing of the network"):
+        report.check(compared, csv, tmp_path / "bad.html")
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
+
+
+def test_a_verdict_tints_only_what_exceeds_the_limit_and_keeps_the_rest() -> None:
+    image = np.full((80, 60, 3), 120, np.uint8)
+    anomaly_map = np.zeros((8, 6), np.float32)
+    anomaly_map[1:3, 1:3] = 1
+    assert (figures.marked(image, anomaly_map, 2.0) == image).all()
+    assert (figures.marked(image, None, 0.0) == image).all()
+    marked = figures.marked(image, anomaly_map, 0.5)
+    assert (marked[20, 20] != image[20, 20]).any() and (marked[60:, 40:] == image[60:, 40:]).all()
+    mask = np.zeros((80, 60), bool)
+    mask[50:70, 30:50] = True
+    dashed = figures.marked(image, None, 0.0, mask)
+    assert (dashed[55:65, 35:45] == image[55:65, 35:45]).all()
+    edge = dashed[50, 30:50].mean(axis=1)
+    assert edge.max() > 200 and edge.min() < 60  # light and dark dashes, readable on any ground
+
+
+def test_a_scale_comes_from_genuine_maps_and_holds_its_limit_in_the_middle() -> None:
+    scale = figures.map_scale([np.linspace(0, 1, 1000).reshape(20, 50)])
+    assert scale.low == pytest.approx(0.01, abs=0.01) and scale.limit == pytest.approx(0.998, abs=0.01)
+    assert scale.high - scale.limit == pytest.approx(scale.limit - scale.low)
+    assert figures.map_scale([np.zeros((4, 4))]).limit > 0
+
+
+def test_figures_are_saved_with_words_and_hold_what_they_were_given(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"series": ["clip_lof"] * 3, "x": [1, 2, 3], "value": [0.5, 0.7, 0.6], "ring": [0, 0, 1]})
+    fig = figures.lines(frame, title="A finding", x_label="epoch", y_label="loss")
+    path = figures.save_figure(fig, "loss", tmp_path, "profile mini", close=True)
+    assert figures.alt_text(path) == "loss against epoch, 1 lines. A finding"
+    scores = pd.DataFrame({"method": "clip_lof", "category": "harbour", "anomaly_score": [1.0, 2, 3, 4],
+                           "is_anomalous": [False, True, False, True], "threshold": 2.5})  # fmt: skip
+    ax = figures.scores(scores, title="t").axes[0]
+    rings = [line for line in ax.lines if line.get_fillstyle() == "none"]
+    assert [list(line.get_xdata()) for line in rings] == [[3.0], [2.0]]  # a false alarm and a miss
+    panel = figures.Panel(np.zeros((30, 20, 3), np.uint8), anomaly_map=np.ones((3, 2)), caption="one")
+    assert figures.map_rows([panel], scale=figures.Scale(0, 0.5, 1), title="t").get_label().endswith("t")
+    for draw in (figures.picture_grid, lambda panels, title: figures.map_rows(panels, scale=None, title=title)):
+        with pytest.raises(ValueError, match="at least one"):
+            draw([], title="t")
+
+
+def test_colours_of_methods_differ() -> None:
+    assert len(set(figures.METHOD_COLORS.values())) == len(figures.METHOD_COLORS)
+    assert figures.method_color("my_detector") == figures.OTHER_COLOR

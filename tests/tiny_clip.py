@@ -8,11 +8,11 @@ import numpy as np
 import open_clip
 import torch
 
+from helpers import synthesis
 from helpers.clip import backbones
 from helpers.data import images
 from helpers.data import manifest as data
 from helpers.records import Sample
-from helpers.synthesis import marks as synthesis
 
 SHAPE = (40, 32)
 

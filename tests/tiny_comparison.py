@@ -6,6 +6,7 @@ Two paintings of 36 x 24 pixels. Test pictures of each: 4 normal, then anomalous
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def make_dataset(
                     mask_path=mask_path,
                     kind=kind,
                     group=f"{category}/test_{index}",
-                    visibility=1.0 + index if is_marked else None,
+                    visibility=16.0 + index if is_marked else None,
                     synthesis_seed=seed if is_marked else None,
                 )
             )
@@ -133,6 +134,11 @@ def write_result(
                 )
             )
     return folder
+
+
+def set_time(path: Path, seconds: float) -> None:
+    """Let a file have been written at that time."""
+    os.utime(path, (seconds, seconds))
 
 
 def write_all(results_dir: Path, dataset: data.Dataset) -> Path:

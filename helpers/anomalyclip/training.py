@@ -72,7 +72,7 @@ def auxiliary_samples(
     elif str(source) == "best_artworks":
         from helpers.data import sources
 
-        found = sources.best_artworks(Path(target) / "pictures", limit=limit)
+        found = sources.best_artworks(limit=limit)
         pictures = [s for s in found if not any(name in s.category.lower() for name in ARTISTS_UNDER_TEST)]
     elif Path(source).exists():
         return published_auxiliary(Path(source), seed=seed)
@@ -130,9 +130,8 @@ def make_auxiliary(
     Raises:
         ValueError: fewer than two pictures, an anomalous one, or an odd ``n_views``.
     """
-    from helpers import data
+    from helpers import data, synthesis
     from helpers.data import images
-    from helpers.synthesis import marks as synthesis
 
     if len(pictures) < 2 or any(sample.is_anomalous for sample in pictures):
         raise ValueError(f"{len(pictures)} pictures given; synthetic anomalies need at least two, all of them normal.")

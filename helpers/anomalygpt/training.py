@@ -420,8 +420,7 @@ class PairDataset:
             made, mask, _ = synthesis.synthesize(picture, kind, np.random.default_rng(random.randint(2**31)))
             return made, mask.astype(np.float32), (conversations.cell_of_center(mask),)  # twenty dots are one mark
         source = self.normals[random.randint(len(self.normals))]
-        settings = nsa.MVTEC_SETTINGS.get(normal.category, nsa.ART_SETTINGS)
-        made = nsa.simulate_visible(picture, self.picture(source), random, settings=settings)
+        made = nsa.simulate_visible(picture, self.picture(source), random)
         if made is None:  # for example a uniform picture: it stays normal, and is answered so
             return picture, np.zeros((MAP_SIZE, MAP_SIZE), dtype=np.float32), ()
         return made.image, made.label, _cells_of_patches(made)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from helpers import results
+from helpers import results, synthesis
 from helpers.chat import feedback
 from helpers.chat.feedback import Confirmed, FeedbackLog
 from helpers.clip import features, one_class, tuning
@@ -30,10 +30,9 @@ from helpers.clip.methods import Fitted
 from helpers.clip.one_class import CONFIRMED, Settings, Training
 from helpers.data import images
 from helpers.data import manifest as data
-from helpers.judge import comparison, metrics, statistics
+from helpers.judge import metrics, statistics
 from helpers.judge import statistics as calibration
 from helpers.records import Prediction, Sample
-from helpers.synthesis import marks as synthesis
 
 if TYPE_CHECKING:
     from helpers.anomalygpt.model import AnomalyGPT
@@ -387,7 +386,7 @@ def _before_and_after(loop: Loop, after: Mapping[str, Mapping[str, Fitted]]) -> 
         old, new = (_verdicts(loop, fitted, samples) for fitted in (paintings, after[method]))
         called = [np.array([p.is_predicted_anomalous for p in found]) for found in (old, new)]
         rates = [metrics.rates(labels, predicted) for predicted in called]
-        test = comparison.balanced_accuracy_test(called[1] == labels, called[0] == labels, labels)
+        test = statistics.balanced_accuracy_test(called[1] == labels, called[0] == labels, labels)
         rows.append(
             {
                 "method": method,

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from helpers import files as storage
-from helpers import results
+from helpers import results, synthesis
 from helpers.clip import features, one_class, report_2024, tuning
 from helpers.clip.features import Features
 from helpers.clip.one_class import Settings, Training
@@ -32,7 +32,6 @@ from helpers.judge import figures, metrics, statistics
 from helpers.judge import statistics as calibration
 from helpers.records import NORMAL_KIND, Prediction, Sample
 from helpers.results import MethodResult
-from helpers.synthesis import marks as synthesis
 
 if TYPE_CHECKING:
     from helpers.clip.backbones import Clip, Cnn

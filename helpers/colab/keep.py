@@ -25,10 +25,10 @@ from helpers import files
 MAX_UNIT_BYTES = 2_200_000_000
 """Larger units (the merged language model: 13.5 GB) are not copied: a Drive without a plan has 15 GB."""
 
+# Areas whose units are the folders that hold a mark, written last by whoever made them.
 _MARKS = {"weights": "READY.json", "data": "manifest.json", "results": "manifest.json"}
-"""Areas whose units are the folders that hold a mark, written last by whoever made them."""
-_REMADE = ("features", "executed", "weights/llama")
-"""Folders that are computed again in little time, or only a step on the way: the base that is merged."""
+_REMADE = ("features", "executed", "weights/llama")  # computed again in little time, or only a step on the way
+_TEMPORARY = re.compile(r"^\.|\.(partial|part|wrong)$")
 _MEMO = ".kept.json"
 _NAME = re.compile(r"^(?P<unit>.+)\.(?P<version>\d{19,})\.zip$")
 _CHECKPOINT = re.compile(r"^checkpoints/.*/step_\d+$")
@@ -85,7 +85,7 @@ def find_units(home: Path) -> dict[str, list[Path]]:
         unit = _unit_of(path.relative_to(home), home, outermost)
         if unit is not None:
             units.setdefault(unit, []).append(path)
-    return {unit: sorted(paths, key=_marks_last) for unit, paths in units.items()}
+    return {unit: sorted(paths, key=lambda path: (path.suffix == ".json", str(path))) for unit, paths in units.items()}
 
 
 def save(home: Path, archive: Archive) -> list[Outcome]:
@@ -96,8 +96,7 @@ def save(home: Path, archive: Archive) -> list[Outcome]:
     """
     home, memo = Path(home), _read_memo(home)
     if not memo["has_seen_archive"]:
-        problem = f"{archive.folder} was never listed. Run the set-up cell again."
-        return [Outcome("everything", "failed", problem=problem)]
+        return [Outcome("all", "failed", problem=f"{archive.folder} was never listed. Run the set-up cell again.")]
     outcomes, units = [], find_units(home)
     for unit, paths in units.items():
         stamp, known = _stamp(home, paths), memo["units"].get(unit, {"stamp": "", "name": ""})
@@ -137,8 +136,7 @@ def restore(home: Path, archive: Archive) -> list[Outcome]:
     try:
         names = archive.patiently(lambda: _newest(archive.folder))
     except OSError as error:
-        problem = f"{archive.folder} cannot be listed ({error}). Run the set-up cell again."
-        return [Outcome("everything", "failed", problem=problem)]
+        return [Outcome("all", "failed", problem=f"{archive.folder} cannot be listed: {error}")]
     memo |= {"has_seen_archive": True, "unread": []}
     here = find_units(home).keys() - {memo["arriving"]}
     for unit, name in sorted(names.items()):
@@ -160,30 +158,14 @@ def restore(home: Path, archive: Archive) -> list[Outcome]:
     return outcomes
 
 
-def keeper(home: Path, archive: Archive, *, min_seconds: float = 900, log: Callable[[str], None] = print) -> Callable:
-    """A callback for ``on_checkpoint`` of :func:`helpers.training.train`: saves, but not more often than given."""
-    last = -min_seconds
-
-    def keep(_checkpoint: Path) -> None:
-        nonlocal last
-        if time.monotonic() - last >= min_seconds:
-            for outcome in save(home, archive):
-                log(f"kept: {outcome}")
-            last = time.monotonic()
-
-    return keep
-
-
 def _finished(home: Path) -> Iterator[Path]:
     """Finished files: neither hidden nor temporary, in areas worth keeping."""
     for folder, folders, names in os.walk(home):
         place = Path(folder).relative_to(home)
-        folders[:] = [name for name in folders if not _is_temporary(name) and (place / name).as_posix() not in _REMADE]
-        yield from (Path(folder) / name for name in names if not _is_temporary(name))
-
-
-def _is_temporary(name: str) -> bool:
-    return name.startswith(".") or name.endswith((".partial", ".part", ".wrong"))
+        folders[:] = [
+            name for name in folders if (place / name).as_posix() not in _REMADE and not _TEMPORARY.search(name)
+        ]
+        yield from (Path(folder) / name for name in names if not _TEMPORARY.search(name))
 
 
 def _unit_of(path: Path, home: Path, marked: set[Path]) -> str | None:
@@ -195,10 +177,6 @@ def _unit_of(path: Path, home: Path, marked: set[Path]) -> str | None:
         folder = next((parent for parent in path.parents if home / parent in marked), None)
         return None if folder is None else folder.as_posix()
     return path.parent.as_posix() if area == "checkpoints" else area
-
-
-def _marks_last(path: Path) -> tuple[bool, str]:
-    return path.suffix == ".json", str(path)
 
 
 def _stamp(home: Path, paths: Sequence[Path]) -> str:
@@ -266,7 +244,7 @@ def _get(home: Path, unit: str, name: str, archive: Archive) -> int:
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(fresh / unit, target)  # a folder that is not there yet appears at once
             return n_bytes
-        for one in sorted(inside, key=_marks_last):
+        for one in sorted(inside, key=lambda path: (path.suffix == ".json", str(path))):
             (home / one).parent.mkdir(parents=True, exist_ok=True)
             os.replace(fresh / one, home / one)
     return n_bytes

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,8 +48,7 @@ STAGES = {
 }
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """One line of the table: what was looked at, whether work can start, what was found, what to do if not."""
 
     name: str
@@ -60,21 +58,13 @@ class Check:
 
 
 def run(profile: profiles.Profile, *, lasting: Path | None = None) -> list[Check]:
-    """Look at everything that has stopped somebody before; needs no network.
+    """Look at everything that has stopped somebody before, the folder that outlasts the session included.
 
-    Args:
-        profile: the active one.
-        lasting: where finished work is kept, see :func:`helpers.colab.session.lasting_folder`.
+    It needs no network: which repositories ask for consent depends on the route that is chosen in notebook 01.
     """
     gpu_gb, ram_gb, disk_gb = NEEDS[profile.name]
-    return [
-        _gpu(profile.device, gpu_gb),
-        _bf16(profile.device),
-        _memory(ram_gb),
-        _disk(profile.home, disk_gb),
-        _lasting(lasting),
-        _weights(profile),
-    ]
+    checks = [_gpu(profile.device, gpu_gb), _memory(ram_gb), _disk(profile.home, disk_gb)]
+    return [*checks, _lasting(lasting), _weights(profile)]
 
 
 def as_text(checks: Iterable[Check]) -> str:
@@ -104,40 +94,28 @@ def where_am_i(home: Path) -> str:
     made = [name for name, stage in STAGES.items() if stage.proof]
     done = [name for name in made if is_done(home, name)]
     left = [name for name in made if name not in done]
-    return (
-        f"done here: {', '.join(name[:2] for name in done) or 'nothing yet'}; "
-        f"next: {left[0] if left else 'everything is there, look into 08 and 09'}"
-    )
+    words = ", ".join(name[:2] for name in done) or "nothing yet"
+    return f"done here: {words}; next: {left[0] if left else 'everything is there, look into 08 and 09'}"
 
 
 def costs(profile: profiles.Profile, gpu: str = "") -> pd.DataFrame:
     """A row a notebook: whether it is done, minutes, compute units and disk; estimates in ``full``.
 
-    Args:
-        profile: the active one.
-        gpu: its name as CUDA gives it; minutes are those of an L4 whatever it is, units use its rate.
+    ``gpu`` is its name as CUDA gives it: minutes are those of an L4 whatever it is, units use its rate.
     """
-    rows = []
-    for name, stage in STAGES.items():
-        minutes = stage.mini_seconds / 60 if profile.name == "mini" else float(stage.l4_minutes)
-        rows.append(
-            {
-                "notebook": name,
-                "state": "done" if is_done(profile.home, name) else "to do" if stage.proof else "any time",
-                "minutes": round(minutes, 1),
-                "compute units": "none" if profile.name == "mini" else compute_units(60 * minutes, gpu),
-                "GB of disk": "below 1" if profile.name == "mini" else f"{stage.disk_gb:g}",
-            }
-        )
-    return pd.DataFrame(rows)
+    table, is_mini = pd.DataFrame(STAGES.values(), index=pd.Index(STAGES, name="notebook")), profile.name == "mini"
+    minutes = table.mini_seconds / 60 if is_mini else table.l4_minutes.astype(float)
+    states = [
+        "done" if is_done(profile.home, name) else "to do" if STAGES[name].proof else "any time" for name in STAGES
+    ]
+    found = pd.DataFrame({"state": states, "minutes": minutes.round(1)})
+    found["compute units"] = "none" if is_mini else [compute_units(60 * one, gpu) for one in minutes]
+    found["GB of disk"] = "below 1" if is_mini else table.disk_gb
+    return found.reset_index()
 
 
 def compute_units(seconds: float, gpu: str) -> str:
-    """Colab's price of some time on a GPU, ``"unknown"`` when its rate is.
-
-    >>> compute_units(3600, "NVIDIA L4")
-    '1.7'
-    """
+    """Colab's price of some time on a GPU, ``"unknown"`` when its rate is."""
     rate = RATES.get(rate_name(gpu))
     return "unknown" if rate is None else f"{rate * seconds / 3600:.1f}"
 
@@ -145,7 +123,7 @@ def compute_units(seconds: float, gpu: str) -> str:
 def cost_note(profile: profiles.Profile, gpu: str = "") -> str:
     """Where the numbers of :func:`costs` come from."""
     if profile.name == "mini":
-        return "Minutes were measured on 2 CPU cores. Nothing is charged but Colab's rate of a machine without GPU."
+        return "Minutes were measured on 2 CPU cores."
     rate = RATES.get(rate_name(gpu))
     priced = f"{rate:g} units an hour (users, 2026-03-10)" if rate else f"no rate is known for {gpu or 'this machine'}"
     return (
@@ -185,28 +163,20 @@ def is_reachable(folder: Path) -> bool:
 
 def _gpu(device: str, need_gb: float) -> Check:
     if not device.startswith("cuda"):
-        if not need_gb:
-            return Check("GPU", True, "none, and none is needed")
-        return Check("GPU", False, f"none; full needs {need_gb:g} GB", f"{_CHANGE_GPU}, or ART_PROFILE=mini.")
+        found = f"none; full needs {need_gb:g} GB" if need_gb else "none, and none is needed"
+        return Check("GPU", not need_gb, found, f"{_CHANGE_GPU}, or ART_PROFILE=mini.")
     import torch
 
     free, total = (n_bytes / GB for n_bytes in torch.cuda.mem_get_info())
+    has_bf16 = torch.cuda.get_device_capability(0)[0] >= 8
     fix = f"full needs {need_gb:g} GB: {_CHANGE_GPU}, or ART_PROFILE=mini."
     if total >= need_gb:
         fix = (
             "Another program holds its memory: Runtime > Manage sessions, end the others; or Runtime > Restart session."
         )
-    return Check("GPU", free >= need_gb, f"{gpu_name(device)}, {free:.1f} of {total:.1f} GB free", fix)
-
-
-def _bf16(device: str) -> Check:
-    if not device.startswith("cuda"):
-        return Check("bfloat16", True, "not needed on a CPU")
-    import torch
-
-    major, minor = torch.cuda.get_device_capability(0)
-    fix = 'This GPU lacks it: set precision = "fp16" in 06 and 07, or take an L4.'
-    return Check("bfloat16", major >= 8, f"compute capability {major}.{minor}", fix)
+    if not has_bf16:
+        fix += ' It lacks bfloat16: set precision = "fp16" in 06 and 07, or take an L4.'
+    return Check("GPU", free >= need_gb and has_bf16, f"{gpu_name(device)}, {free:.1f} of {total:.1f} GB free", fix)
 
 
 def _memory(need_gb: float) -> Check:
@@ -235,10 +205,9 @@ def _lasting(folder: Path | None) -> Check:
 
 
 def _weights(profile: profiles.Profile) -> Check:
-    """What 01 still has to fetch; which repositories ask for consent depends on the route that is chosen there."""
-    if is_done(profile.home, "01_prepare_weights"):
-        return Check("weights", True, "Vicuna is ready")
-    if profile.weights.size == "mini":
-        return Check("weights", True, "01 makes them of installed packages, nothing is downloaded")
     found = "not ready; only 06 to 08 need them all. 01 downloads about 32 GB and first asks you to accept the licences"
+    if profile.weights.size == "mini":
+        found = "01 makes them of installed packages, nothing is downloaded"
+    if is_done(profile.home, "01_prepare_weights"):
+        found = "ready"
     return Check("weights", True, found)

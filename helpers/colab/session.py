@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from helpers.colab import keep, preflight
 MOUNT_POINT = Path("/content/drive")
 FOLDER = "art-anomaly"
 """Folder in My Drive that the suite makes."""
-_PAUSE_SECONDS = 300
-"""After a failed round, so that a dead Drive does not slow down every cell."""
+_PAUSE_SECONDS = 300  # after a failed round, so that a dead Drive does not slow down every cell
+_CHECKPOINT_SECONDS = 900  # between two rounds in one long cell: a checkpoint of AnomalyGPT has 1.4 GB
 
 _current: _Keeper | None = None
 
@@ -28,20 +29,19 @@ _current: _Keeper | None = None
 def start(*, log: Callable[[str], None] = print) -> profiles.Profile:
     """Find the profile, bring back finished work, and print the preflight table.
 
-    Run again it mounts a lost Drive anew. Nothing here stops a session: a ``✗`` says what will, and what to do.
-
-    Raises:
-        ValueError, FileNotFoundError: ``ART_PROFILE`` or ``ART_DATA`` are wrong, see :func:`helpers.profiles.active`;
-            ``ART_DRIVE_LIMIT_GB`` is not a number.
+    Run again it mounts a lost Drive anew. A ``✗`` says what will stop the session, and what to do; what stops it here
+    is an ``ART_PROFILE``, ``ART_DATA`` or ``ART_DRIVE_LIMIT_GB`` that means nothing (ValueError, FileNotFoundError).
     """
     global _current
+    from IPython import get_ipython
+
     asked = os.environ.get("ART_DATA", "")
     if "drive/" in asked and "://" not in asked:
         mount_drive(log=log)  # the user's pictures lie there
     profile = profiles.active()
     log(str(profile))
     lasting = lasting_folder(profile.device, log=log)
-    shell = _shell()
+    shell = get_ipython()
     if shell is not None and _current is not None:
         shell.events.unregister("post_run_cell", _current)  # a set-up cell that runs twice must not save twice
     _current = None
@@ -76,7 +76,7 @@ def lasting_folder(device: str, *, log: Callable[[str], None] = print) -> Path |
 
 def checkpoint_keeper() -> Callable[[Path], None] | None:
     """For ``on_checkpoint`` of a training that takes hours in one cell; None where nothing is kept."""
-    return None if _current is None else keep.keeper(_current.home, _current.archive)
+    return None if _current is None else _Keeper(_current.home, _current.archive, print, _CHECKPOINT_SECONDS)
 
 
 def is_colab() -> bool:
@@ -85,11 +85,7 @@ def is_colab() -> bool:
 
 
 def mount_drive(*, log: Callable[[str], None] = print) -> Path | None:
-    """Mount Google Drive, or find it mounted. Asks for your permission in a dialog the first time.
-
-    Returns:
-        the folder of My Drive; None where there is no Drive to be had, with the reason said.
-    """
+    """The folder of My Drive, mounted after a dialog the first time; None where there is none, with the reason said."""
     root = MOUNT_POINT / "MyDrive"
     if preflight.is_reachable(root):
         return root
@@ -120,21 +116,24 @@ def disconnect(*, log: Callable[[str], None] = print) -> None:
     runtime.unassign()
 
 
+@dataclass
 class _Keeper:
-    """Called by IPython when a cell has ended."""
+    """Saves what is finished; called by IPython when a cell has ended, or by a training with each checkpoint."""
 
-    def __init__(self, home: Path, archive: keep.Archive, log: Callable[[str], None]) -> None:
-        self.home, self.archive, self._log = home, archive, log
-        self._not_before = 0.0
+    home: Path
+    archive: keep.Archive
+    log: Callable[[str], None]
+    pause_seconds: float = 0.0
+    not_before: float = 0.0
 
-    def __call__(self, _result: Any = None) -> None:
-        if time.monotonic() < self._not_before:
+    def __call__(self, _what: Any = None) -> None:
+        if time.monotonic() < self.not_before:
             return
         outcomes = keep.save(self.home, self.archive)
         for outcome in outcomes:
-            self._log(f"kept: {outcome}")
-        if any(outcome.state == "failed" for outcome in outcomes):
-            self._not_before = time.monotonic() + _PAUSE_SECONDS
+            self.log(f"kept: {outcome}")
+        has_failed = any(outcome.state == "failed" for outcome in outcomes)
+        self.not_before = time.monotonic() + max(self.pause_seconds, _PAUSE_SECONDS if has_failed else 0)
 
 
 def _limit_bytes() -> int:
@@ -144,12 +143,6 @@ def _limit_bytes() -> int:
         return int(float(asked) * 1e9) if asked else keep.MAX_UNIT_BYTES
     except ValueError:
         raise ValueError(f"ART_DRIVE_LIMIT_GB is {asked!r}; give a number of GB, or unset it for 2.2.") from None
-
-
-def _shell() -> Any:
-    from IPython import get_ipython
-
-    return get_ipython()
 
 
 def _advice(error: Exception) -> str:

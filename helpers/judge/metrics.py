@@ -186,9 +186,9 @@ def aupro(maps: Iterable[np.ndarray], masks: Iterable[np.ndarray], fpr_limit: fl
 def _area(fpr: np.ndarray, y: np.ndarray, limit: float) -> float:
     """Area under a curve from 0 to ``limit``, divided by ``limit``."""
     fpr, y = np.append(0, fpr), np.append(0, y)
-    inside = fpr < limit
-    height = np.interp(limit, fpr, y) if limit < 1 else 1.0  # at 1 interp would take the first of equal rates
-    return float(np.trapezoid(np.append(y[inside], height), np.append(fpr[inside], limit)) / limit)
+    inside = fpr <= limit
+    x, height = np.append(fpr[inside], limit), np.append(y[inside], np.interp(limit, fpr, y))
+    return float(np.trapezoid(height, x) / limit)
 
 
 def _cuts(maps: list[np.ndarray], masks: list[np.ndarray], value: bool, shares: np.ndarray) -> np.ndarray:

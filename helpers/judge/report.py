@@ -1,179 +1,37 @@
-"""The comparison as one self-contained web page: no script, no request, every text escaped, every picture inlined.
+"""The comparison as one self-contained web page: what it shows is chosen here, how it looks is in ``templates/``.
 
-Plain HTML that prints well and reads without colours. Text from folders, models and settings passes through
-:func:`html.escape`; nothing here builds markup from it in any other way.
+Jinja2 escapes every value (``autoescape``); the page has no script and asks nothing of the network. Its first screen
+answers what was found, where, by whom and how far to trust it; everything else is one click down.
 """
 
 from __future__ import annotations
 
 import base64
-import io
+import html
 import json
+import math
+import shutil
+import sys
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import cv2
+import jinja2
+import numpy as np
 import pandas as pd
-from PIL import Image
 
-from helpers import files as storage
-from helpers import results
-from helpers.anomalygpt import conversations
-from helpers.judge import _old_figures as figures
-from helpers.judge import published, statistics
-from helpers.judge.comparison import NOTEBOOKS, Comparison
-from helpers.judge.findings import (
-    ALWAYS,
-    count_of,
-    count_words,
-    decimal,
-    findings,
-    is_single_kind,
-    kind_label,
-    numbers,
-    percent,
-    seconds_text,
-)
-from helpers.records import Prediction
+from helpers import data, files, results
+from helpers.data import images
+from helpers.judge import figures, findings, statistics
+from helpers.judge.comparison import ALWAYS, GROUPS, NOTEBOOKS, Comparison, is_single_kind, numbers, read
 from helpers.results import category_label, method_label
 
-_MAX_PNG_BYTES = 200_000
-_N_ANSWERS = 12
-
-_STYLE = """
-:root { color-scheme: only light; }
-* { box-sizing: border-box; }
-html { background: #f4f2ed; -webkit-text-size-adjust: 100%; }
-body { margin: 0 auto; max-width: 1120px; padding: 0 40px 64px; background: #ffffff; color: #1f2328;
-  font: 17px/1.6 Charter, "Bitstream Charter", "Sitka Text", Cambria, Georgia, "DejaVu Serif", serif; }
-header, h2, h3, nav, table, figcaption, .legend, .card, .note, .meta, summary, footer {
-  font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, "DejaVu Sans", sans-serif; }
-header { padding: 56px 0 20px; border-bottom: 1px solid #d9d5cb; }
-.kicker { margin: 0 0 12px; font-size: 13px; letter-spacing: .08em; text-transform: uppercase; color: #8a4b12; }
-h1 { margin: 0 0 22px; font-size: 28px; line-height: 1.32; font-weight: 650; letter-spacing: -.01em; max-width: 34em;
-  text-wrap: pretty; }
-h2 { margin: 64px 0 12px; font-size: 24px; line-height: 1.25; letter-spacing: -.005em; }
-h3 { margin: 36px 0 10px; font-size: 17.5px; line-height: 1.35; }
-p, li { max-width: 44em; }
-p { margin: 0 0 14px; }
-li { margin: 0 0 8px; }
-a { color: #0b5a8f; }
-code { font: 13.5px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
-  overflow-wrap: anywhere; } pre { overflow-x: auto; margin: 0; }
-.meta { display: flex; flex-wrap: wrap; gap: 6px 26px; margin: 0; padding: 0; list-style: none; font-size: 14px;
-  color: #57606a; }
-.meta li { margin: 0; } .meta b { color: #1f2328; font-weight: 600; }
-nav { padding: 14px 0; font-size: 14px; border-bottom: 1px solid #d9d5cb; line-height: 2; }
-nav a { margin-right: 20px; text-decoration: none; white-space: nowrap; }
-.findings { padding-left: 22px; } .findings li::marker { color: #8a4b12; }
-.note { margin: 22px 0; padding: 14px 20px; border-left: 4px solid #c98a2b; background: #fdf6e9; font-size: 15px;
-  line-height: 1.55; }
-.note p, .note li { max-width: 56em; } .note p:last-child, .note ul:last-child { margin-bottom: 0; }
-.note ul { margin: 6px 0 0; padding-left: 20px; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 16px; margin: 20px 0 8px; }
-.card { padding: 16px 20px 18px; background: #f7f8f9; border: 1px solid #e3e6e9; border-radius: 8px; font-size: 14.5px;
-  line-height: 1.55; break-inside: avoid; }
-.card h3 { margin: 0 0 6px; font-size: 15px; } .card p { margin: 0; }
-.scroll { overflow-x: auto; margin: 18px 0 8px; }
-table { border-collapse: collapse; width: 100%; font-size: 14px; line-height: 1.4;
-  font-variant-numeric: tabular-nums; }
-.legend { margin: 12px 0 0; max-width: 72em; color: #57606a; font-size: 13.5px; line-height: 1.5; }
-table.even { table-layout: fixed; } table.even th:first-child { width: 170px; }
-table.even th:nth-child(2) { width: 76px; } table.even thead th { border-bottom-width: 4px; }
-th, td { padding: 8px 8px; text-align: right; vertical-align: top; border-bottom: 1px solid #e7e9eb; }
-th { font-weight: 600; } thead th { vertical-align: bottom; border-bottom: 2px solid #1f2328; font-size: 13px; }
-th:first-child, td:first-child, .left { text-align: left; }
-tbody th[scope=row] { font-weight: 600; } td:not(.left) { white-space: nowrap; }
-table.numbers tbody th[scope=row] { white-space: nowrap; }
-tr.group th { padding-top: 22px; font-size: 15px; border-bottom: 1px solid #b9bfc4; color: #1f2328; }
-tr.group span { font-weight: 400; color: #57606a; font-size: 13.5px; margin-left: 8px; }
-tr.trivial th, tr.trivial td, tr.absent td { color: #6a7178; white-space: nowrap; } tr.trivial { background: #f7f8f9; }
-td .ci { display: block; font-size: 12px; color: #6a7178; white-space: nowrap; }
-td .mark { color: #8a4b12; font-weight: 700; margin-right: 3px; }
-.swatch { display: inline-block; width: 11px; height: 11px; margin-right: 9px; border-radius: 2px;
-  print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-.rate { background-repeat: no-repeat; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-figure { margin: 26px 0 34px; break-inside: avoid; }
-figure img { display: block; max-width: 100%; height: auto; border: 1px solid #e7e9eb; background: #ffffff; }
-figcaption { margin-top: 8px; font-size: 14px; line-height: 1.5; color: #57606a; max-width: 52em; }
-details { margin: 14px 0; border: 1px solid #e3e6e9; border-radius: 8px; padding: 0 18px; background: #ffffff; }
-summary { padding: 12px 0; cursor: pointer; font-size: 15px; font-weight: 600; }
-details > :last-child { margin-bottom: 16px; }
-.tag { display: inline-block; padding: 1px 8px; border-radius: 10px; font-size: 12.5px; background: #eceff1;
-  white-space: nowrap; }
-blockquote { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
-.apart { background: #faf7f0; border: 1px solid #e4dbc6; border-radius: 10px; padding: 4px 28px 20px;
-  margin-top: 64px; }
-.apart h2 { margin-top: 26px; }
-footer { margin-top: 64px; padding-top: 18px; border-top: 1px solid #d9d5cb; font-size: 13px; color: #57606a; }
-@media (max-width: 760px) {
-  body { padding: 0 18px 40px; font-size: 16.5px; } header { padding-top: 32px; } h1 { font-size: 24px; }
-  h2 { margin-top: 48px; font-size: 21px; } .wide img { max-width: none; width: 820px; }
-  .apart { padding: 2px 16px 14px; } nav { line-height: 2.2; } .cards { grid-template-columns: 1fr; }
-  table.numbers { min-width: 940px; } table.plain { min-width: 900px; }
-}
-@media print {
-  html, body { background: #ffffff; } body { max-width: none; padding: 0; font-size: 11pt; } nav { display: none; }
-  h2 { break-after: avoid; } table { font-size: 8.5pt; } th, td { padding: 3pt 4pt; } .scroll { overflow: visible; }
-}
-"""
-
-_HOW_TO_READ: tuple[tuple[str, str], ...] = (
-    (
-        "Image AUROC",
-        "Show the detector one anomalous and one normal picture: how often does it give the anomalous one the higher "
-        "score? 1 is perfect, 0.5 is a coin. It needs no threshold.",
-    ),
-    (
-        "The brackets",
-        "Another draw of as many pictures would give another number. The bracket is the range that such luck allows "
-        "(95 %). If two brackets overlap widely, the ranking may be chance.",
-    ),
-    (
-        "Found and passed",
-        "“Found” counts anomalous pictures called anomalous (sensitivity). “Passed” counts normal pictures called "
-        "normal (specificity). The threshold was set on normal pictures before any test picture was read.",
-    ),
-    (
-        "Why accuracy misleads",
-        "When most test pictures are anomalous, calling everything anomalous already looks good. That trivial rule is "
-        "a row of the table. Balanced accuracy is the mean of found and passed; the trivial rule gets 0.5.",
-    ),
-    (
-        "Pixel AUROC and AUPRO",
-        "Does the map glow where the mark is? Pixel AUROC asks this of every pixel; AUPRO gives every marked region "
-        "the same weight, small ones too, at up to 30 % falsely glowing pixels. Pictures without a mask are left out.",
-    ),
-    (
-        "“Cannot tell”",
-        "Both methods saw the same pictures, so they are compared picture by picture. If the difference could well be "
-        "luck (p of 0.05 or more after correcting for the many pairs), the report says so instead of ranking them.",
-    ),
-)
-
-_FIGURES: Mapping[str, tuple[str, str]] = {
-    "auroc": ("ranking", "Image AUROC of each method on each painting. The dashed line is a coin."),
-    "roc": (
-        "ranking",
-        "Each point of a curve is a threshold: further left means fewer false alarms, further up more anomalies found.",
-    ),
-    "scores": (
-        "ranking",
-        "How the scores of normal and anomalous pictures lie around the threshold. Each method has its own scale, and "
-        "its own threshold for each painting.",
-    ),
-    "quality_vs_seconds": ("ranking", "Upper left is best: better and faster. Measured on the machine named below."),
-    "kinds": ("kinds", "Share of each kind that was called anomalous, with 95 % interval and number of pictures."),
-    "visibility": (
-        "kinds",
-        "Marks in quarters from least to most visible, by the colour difference and area that synthesis recorded.",
-    ),
-    "maps_compared": (
-        "maps",
-        "The same picture through every method that makes maps. Each has one fixed colour scale.",
-    ),
-}
+TEMPLATES = Path(__file__).parent / "templates"
+_N_TILES = 240
+_SHORT_GROUPS = {"whole": "copy or new version", "real": "real alteration", "plain": "plain mark",
+                 "moderate": "moderate mark", "faint": "faint mark", "mark": "mark", "genuine": "genuine"}  # fmt: skip
 
 
 def write_report(comparison: Comparison, path: Path, drawn: Mapping[str, Path]) -> Path:
@@ -181,545 +39,367 @@ def write_report(comparison: Comparison, path: Path, drawn: Mapping[str, Path]) 
 
     Args:
         comparison: from :func:`helpers.judge.comparison.compare`.
-        path: the HTML file.
-        drawn: name -> PNG, from :func:`helpers.judge.report_figures.draw_all`; they are copied into the page.
-    Returns:
-        ``path``.
+        path: the HTML file (returned).
+        drawn: name -> PNG, from :func:`draw_all`; they are copied into the page.
     """
-    sentences = findings(comparison)
-    parts = [
-        _header(comparison, sentences[0]),
-        _navigation(),
-        _section("findings", "What the numbers say", _findings(comparison, sentences[1:])),
-        _section("table", "The table", _main_table(comparison)),
-        _section("read", "How to read it", _cards()),
-        _section("ranking", "Ranking, scores and time", _figure_group(drawn, "ranking")),
-        _section("kinds", "What is found and what is not", _kind_table(comparison) + _figure_group(drawn, "kinds")),
-        _section("maps", "Where the methods look", _maps(drawn)),
-        _section("failures", "Where they fail", _failures(comparison, drawn)),
-        _answers(comparison),
-        _section("tests", "Which differences are real", _tests(comparison)),
-        _report_2024(),
-        _section("data", "The pictures", _data(comparison)),
-        _section("settings", "Settings, versions, machine", _settings(comparison)),
-        f"<footer>{escape(_footer(comparison))}</footer>",
-    ]
-    title = "Anomaly detection in artworks: comparison"
-    page = (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n</body>\n</html>\n"
-    )
-    storage.write_text(Path(path), page)
+    pictures = _Pictures(comparison)
+    shown = {
+        name: {"uri": _png_uri(picture), "alt": figures.alt_text(picture) or name} for name, picture in drawn.items()
+    }
+    page = _environment().get_template("report.html").render(
+        **_numbers(comparison),
+        verdict=findings.verdict(comparison),
+        trust=findings.trust(comparison),
+        findings=findings.findings(comparison),
+        strip=pictures.strip(),
+        tiles=pictures.tiles(),
+        seen_by_all=pictures.under_all_maps(),
+        answers=pictures.answers(),
+        figures=shown,
+        published=_published(),
+        mind=_mind(comparison),
+        settings=[(method, run.manifest, NOTEBOOKS.get(method, "another tool"))
+                  for method, run in comparison.runs.items()],
+        versions=results.versions(),
+        machine=results.machine(),
+    )  # fmt: skip
+    files.write_text(Path(path), page)
     return Path(path)
 
 
-# ------------------------------------------------------------------------------------------------------------ opening
+def table_html(comparison: Comparison) -> str:
+    """The verdict matrix and the small table as HTML, for a notebook cell."""
+    return _environment().get_template("notebook.html").render(**_numbers(comparison))
 
 
-def _header(comparison: Comparison, headline: str) -> str:
-    samples = comparison.test_samples
-    n_anomalous = sum(sample.is_anomalous for sample in samples)
-    n_methods = sum(result.method != ALWAYS for result in comparison.methods)
-    facts = (
-        ("Paintings", ", ".join(category_label(name) for name in sorted({sample.category for sample in samples}))),
-        ("Test pictures", f"{len(samples)} ({n_anomalous} anomalous, {len(samples) - n_anomalous} normal)"),
-        ("Detectors", str(n_methods)),
-        ("Profile", comparison.profile),
-        ("Dataset", comparison.dataset.hash[:12]),
-    )
-    items = "".join(f"<li>{escape(name)}: <b>{escape(value)}</b></li>" for name, value in facts)
-    return (
-        '<header><p class="kicker">Anomaly detection in artworks · comparison report</p>'
-        f'<h1>{escape(headline)}</h1><ul class="meta">{items}</ul></header>'
-    )
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    environment.filters |= {
+        "method": method_label, "category": category_label, "kind": findings.kind_label, "color": figures.method_color,
+        "short": findings.short, "count": findings.count_of, "seconds": findings.seconds_text,
+        "estimate": findings.estimate, "group": lambda name: _SHORT_GROUPS[name],
+        "json": lambda value: json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True),
+        "tied": lambda text: str(text).replace(" %", "\u00a0%").replace("k-NN", "k\u2011NN"),
+    }  # fmt: skip
+    return environment
 
 
-def _navigation() -> str:
-    names = (
-        ("findings", "Findings"),
-        ("table", "Table"),
-        ("read", "How to read it"),
-        ("ranking", "Ranking"),
-        ("kinds", "Kinds"),
-        ("maps", "Maps"),
-        ("failures", "Failures"),
-        ("tests", "Differences"),
-        ("published", "The 2024 figures"),
-        ("data", "Pictures"),
-        ("settings", "Settings"),
-    )
-    return "<nav>" + "".join(f'<a href="#{anchor}">{escape(name)}</a> ' for anchor, name in names) + "</nav>"
+# -------------------------------------------------------------------------------------------------------------- numbers
 
 
-def _section(anchor: str, title: str, content: str) -> str:
-    return f'<section id="{anchor}"><h2>{escape(title)}</h2>{content}</section>' if content else ""
-
-
-def _findings(comparison: Comparison, sentences: Sequence[str]) -> str:
-    note = ""
-    if comparison.profile == "mini":
-        note = (
-            '<div class="note"><p><b>Profile “mini”.</b> Small models of the suite’s own, trained on rendered scenes. '
-            "The numbers are real, but they are theirs and say nothing about the published models. Run the profile "
-            "“full” on a GPU for those.</p></div>"
-        )
-    found = f'<ul class="findings">{_items(sentences)}</ul>' if sentences else ""
-    return found + note
-
-
-def _cards() -> str:
-    cards = "".join(
-        f'<div class="card"><h3>{escape(title)}</h3><p>{escape(text)}</p></div>' for title, text in _HOW_TO_READ
-    )
-    return f'<div class="cards">{cards}</div>'
-
-
-# ------------------------------------------------------------------------------------------------------------- tables
-
-_COLUMNS: tuple[tuple[str, str], ...] = (
-    ("image_auroc", "Image AUROC"),
-    ("image_ap", "Average precision"),
-    ("f1_max", "F1\N{NON-BREAKING HYPHEN}max*"),
-    ("balanced_accuracy", "Balanced accuracy"),
-    ("accuracy", "Accuracy"),
-    ("sensitivity", "Found"),
-    ("specificity", "Passed"),
-    ("pixel_auroc", "Pixel AUROC"),
-    ("aupro", "AUPRO"),
-    ("seconds_per_image", "Seconds per image"),
-)
-_PIXEL = ("pixel_auroc", "aupro")
-_COUNTED = ("accuracy", "sensitivity", "specificity")
-
-
-def _main_table(comparison: Comparison) -> str:
-    look = numbers(comparison.table)
-    heads = "".join(f'<th scope="col">{escape(title)}</th>' for _, title in _COLUMNS)
-    body = []
-    paintings = sorted({sample.category for sample in comparison.test_samples})
-    categories = ["all", *paintings] if len(paintings) > 1 else paintings
-    for category in categories:
-        body.append(_group_row(comparison, category))
-        marks = _leader_marks(comparison, category)
-        for method in _order(comparison):
-            cells = "".join(
-                _cell(metric, look.get((method, category, "all", metric)), marks.get(method, ""))
-                for metric, _ in _COLUMNS
-            )
-            kind = ' class="trivial"' if method == ALWAYS else ""
-            body.append(f'<tr{kind}><th scope="row">{_swatch(method)}{escape(method_label(method))}</th>{cells}</tr>')
-        if category == categories[0]:
-            body += [
-                f'<tr class="absent"><td class="left">{_swatch(name)}{escape(method_label(name))}</td>'
-                f'<td class="left" colspan="{len(_COLUMNS)}">{escape(why)}</td></tr>'
-                for name, why in {**comparison.missing, **comparison.refused}.items()
-            ]
-    mixed = (
-        "Over all paintings, rates come from pooled verdicts, each at its own painting's threshold; AUROC, average "
-        "precision, F1-max and the pixel metrics are means over the paintings, because scores of different paintings "
-        "share no scale. "
-        if len(paintings) > 1
-        else ""
-    )
-    caption = (
-        "Small figures are 95 % intervals and counts. ● has the highest AUROC on that painting; ≈ cannot be told apart "
-        f"from it by a paired test. {mixed}* F1-max is tuned on the test labels: an upper bound, not a result."
-    )
-    return (
-        f'<div class="scroll"><table class="numbers"><thead><tr>'
-        f'<th scope="col">Method</th>{heads}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
-        f'<p class="legend">{escape(caption)}</p>'
-    )
-
-
-def _group_row(comparison: Comparison, category: str) -> str:
-    chosen = [s for s in comparison.test_samples if category in ("all", s.category)]
-    n_anomalous = sum(sample.is_anomalous for sample in chosen)
-    count = f"{len(chosen)} test pictures, {n_anomalous} anomalous and {len(chosen) - n_anomalous} normal"
-    return (
-        f'<tr class="group"><th class="left" scope="rowgroup" colspan="{len(_COLUMNS) + 1}">'
-        f"{escape(category_label(category))}<span>{escape(count)}</span></th></tr>"
-    )
-
-
-def _cell(metric: str, row: Mapping[str, Any] | None, mark: str) -> str:
-    if row is None:
-        return "<td>–</td>"
-    digits = 3 if metric in _PIXEL else 2
-    interval = f"{row['ci_low']:.{digits}f}–{row['ci_high']:.{digits}f}" if pd.notna(row["ci_low"]) else ""
-    if metric == "seconds_per_image":
-        return f"<td>{escape(seconds_text(row))}</td>"
-    if metric in _COUNTED:
-        interval = f"{100 * row['ci_low']:.0f}–{100 * row['ci_high']:.0f} %"
-        return f'<td>{escape(count_of(row))}<span class="ci">{escape(interval)}</span></td>'
-    shown = f'<span class="mark">{mark}</span>' if mark and metric == "image_auroc" else ""
-    return f'<td>{shown}{escape(decimal(row["value"], digits))}<span class="ci">{escape(interval)}</span></td>'
-
-
-def _leader_marks(comparison: Comparison, category: str) -> dict[str, str]:
-    """● for the highest AUROC of a painting, ≈ for what a paired test cannot tell from it; none over all paintings."""
-    look = numbers(comparison.table)
-    values = {
-        method: look[method, category, "all", "image_auroc"]["value"]
-        for method in _order(comparison)
-        if method != ALWAYS and (method, category, "all", "image_auroc") in look
+def _numbers(comparison: Comparison) -> dict[str, Any]:
+    """What the tables of the page and of the notebook need."""
+    kinds = dict.fromkeys(kind for kind in comparison.table.kind if is_single_kind(kind))
+    paintings = sorted({sample.category for sample in comparison.samples})
+    return {
+        "c": comparison,
+        "look": numbers(comparison.table),
+        "methods": [*comparison.methods, ALWAYS],
+        "always": ALWAYS,
+        "paintings": paintings,
+        "groups": [name for name in GROUPS if (comparison.predictions.group == name).any()],
+        "kinds": list(kinds),
+        "thresholds": _thresholds(comparison),
+        "n_pictures": {name: findings.n_pictures(comparison.table, name) for name in ("all", *paintings)},
+        "dataset_rows": [_painting(comparison, place, name) for place, name in enumerate(paintings, start=1)],
     }
-    if category == "all" or not values:
-        return {}
-    best = max(values, key=lambda method: values[method])
-    marks = {best: "●"}
-    for row in comparison.tests.to_dict("records"):
-        pair = {row["method_a"], row["method_b"]}
-        if row["category"] == category and row["measure"] == "AUROC" and best in pair and row["p_holm"] >= 0.05:
-            (other,) = pair - {best}
-            if other != ALWAYS:
-                marks[other] = "≈"
-    return marks
 
 
-def _kind_table(comparison: Comparison) -> str:
-    """Found by kind, method and painting: counts with a bar behind them."""
-    look = numbers(comparison.table)
-    rows = comparison.table[comparison.table.metric == "sensitivity"]
-    kinds = [kind for kind in dict.fromkeys(rows.kind) if kind != "all"]
-    if not kinds:
-        return ""
-    methods = [method for method in _order(comparison) if method != ALWAYS]
-    if not methods:
-        return ""
-    paintings = sorted({sample.category for sample in comparison.test_samples})
-    groups = (
-        ("Made or found", [kind for kind in kinds if kind in ("synthetic", "real")]),
-        ("Kind of anomaly", [kind for kind in kinds if is_single_kind(kind)]),
-        ("Visibility of the mark", [kind for kind in kinds if kind.startswith("visibility:")]),
-    )
-    blocks = []
-    for category in ["all", *paintings] if len(paintings) > 1 else paintings:
-        body = []
-        for title, members in groups:
-            lines = [_kind_row(look, methods, category, kind) for kind in members]
-            lines = [line for line in lines if line]
-            if lines:
-                heading = f'<tr class="group"><th class="left" colspan="{len(methods) + 2}">{escape(title)}</th></tr>'
-                body += [heading, *lines]
-        heads = "".join(
-            f'<th scope="col" style="border-bottom-color:{figures.method_color(method)}">'
-            f"{_unbroken(method_label(method))}</th>"
-            for method in methods
-        )
-        table = (
-            '<div class="scroll"><table class="numbers even"><thead><tr>'
-            f'<th scope="col">{escape(category_label(category))}</th><th scope="col">Pictures</th>{heads}</tr></thead>'
-            f"<tbody>{''.join(body)}</tbody></table></div>"
-        )
-        if blocks:
-            table = f"<details><summary>The same on {escape(category_label(category))} alone</summary>{table}</details>"
-        blocks.append(table)
-    opening = (
-        "<p>Anomalous pictures found at the fixed threshold, with the share in small print. A handful of pictures of a "
-        "kind says little: 2 of 2 still allows a true rate of 34 %.</p>"
-    )
-    return opening + "".join(blocks)
+def _painting(comparison: Comparison, place: int, category: str) -> dict[str, Any]:
+    chosen = [sample for sample in comparison.dataset.samples if sample.category == category]
+    tested = [sample.kind for sample in chosen if sample.split == "test" and sample.is_anomalous]
+    splits = [sum(sample.split == split for sample in chosen) for split in ("train", "calibration")]
+    normal = sum(sample.split == "test" and not sample.is_anomalous for sample in chosen)
+    kinds = ", ".join(f"{findings.kind_label(kind)} {tested.count(kind)}" for kind in sorted(set(tested)))
+    sources = len({sample.group for sample in chosen})
+    return {"place": place, "name": category, "cells": [sources, *splits, normal, len(tested)], "kinds": kinds}
 
 
-def _kind_row(look: Mapping[Any, Any], methods: Sequence[str], category: str, kind: str) -> str:
-    cells = [look.get((method, category, kind, "sensitivity")) for method in methods]
-    known = [row for row in cells if row is not None]
-    if not known:
-        return ""
-    shown = "".join(_kind_cell(row) for row in cells)
-    name = kind_label(kind.removeprefix("visibility:"))
-    return f'<tr><th scope="row">{escape(name)}</th><td>{known[0]["n_images"]}</td>{shown}</tr>'
+def _thresholds(comparison: Comparison) -> str:
+    """On how many genuine pictures, of how many sources, the thresholds rest."""
+    counts = {}
+    for category in sorted({sample.category for sample in comparison.samples}):
+        stated = [run.manifest.get("calibration", {}).get(category, {}) for run in comparison.runs.values()]
+        known = [(one["n"], one["n_sources"]) for one in stated if "n_sources" in one]
+        samples = comparison.dataset.select(split="calibration", category=category)
+        known = known or [(len(samples), len({sample.group for sample in samples}))]
+        counts[category] = min(known, key=lambda pair: pair[1])
+    n, n_sources = min(counts.values(), key=lambda pair: pair[1]) if counts else (0, 0)
+    if not n:
+        return "No genuine picture was set aside for thresholds."
+    where = "each painting" if len(set(counts.values())) == 1 else "the painting with the fewest"
+    return f"Thresholds rest on {n} genuine pictures of {n_sources} sources ({where})."
 
 
-def _kind_cell(row: Mapping[str, Any] | None) -> str:
-    if row is None:
-        return "<td>–</td>"
-    share = round(100 * row["value"])
-    style = f"background-image:linear-gradient(#dbe7ee,#dbe7ee);background-size:{share}% 100%"
-    return (
-        f'<td class="rate" style="{style}">{escape(count_of(row))}<span class="ci">{share} % '
-        f"({100 * row['ci_low']:.0f}–{100 * row['ci_high']:.0f})</span></td>"
-    )
-
-
-def _tests(comparison: Comparison) -> str:
-    """Counts first, then the differences that hold; the many "cannot tell" are folded."""
-    if not len(comparison.tests):
-        return "<p>Fewer than two methods have results, so there is nothing to compare.</p>"
-    parts = [
-        "<p>Every pair of methods on the same pictures: DeLong's paired test for AUROC, the exact McNemar test for "
-        "verdicts, p-values corrected for the number of pairs (Holm).</p>"
-    ]
-    for (category, measure), rows in comparison.tests.groupby(["category", "measure"], sort=True):
-        real = rows[rows.p_holm < 0.05].sort_values("p_holm")
-        rest = rows[~rows.index.isin(real.index)]
-        parts.append(
-            f"<h3>{escape(category_label(category))}, {escape(measure)}: {len(real)} of {len(rows)} pairs can be told "
-            "apart</h3>"
-        )
-        if len(real):
-            parts.append(
-                f"<details{' open' if len(real) <= 6 else ''}><summary>The {len(real)} that can</summary>"
-                f"<ul>{_items(real.sentence)}</ul></details>"
-            )
-        if len(rest):
-            parts.append(
-                f"<details><summary>The {len(rest)} that cannot</summary><ul>{_items(rest.sentence)}</ul></details>"
-            )
-    return "".join(parts)
-
-
-def _report_2024() -> str:
-    """The published figures, apart from everything measured here."""
-    lines = []
-    for row in (*published.REPORT_2024, published.ALWAYS_2024):
-        if row.correct is None or row.n_images is None:
-            count, interval = "no count fits", "–"
-        else:
-            low, high = statistics.wilson(row.correct, row.n_images)
-            count, interval = f"{row.correct}/{row.n_images}", f"{100 * low:.1f}–{100 * high:.1f} %"
-        kind = ' class="trivial"' if row is published.ALWAYS_2024 else ""
-        lines.append(
-            f'<tr{kind}><th scope="row">{escape(row.model)}</th><td class="left">{escape(row.algorithm)}</td>'
-            f"<td>{row.accuracy:g} %</td><td>{escape(count)}</td><td>{escape(interval)}</td>"
-            f'<td class="left">{_text(row.remark)}</td></tr>'
-        )
-    heads = "".join(
-        f'<th scope="col"{side}>{escape(title)}</th>'
-        for title, side in (
-            ("Model", ""),
-            ("Algorithm", ' class="left"'),
-            ("Accuracy as printed", ""),
-            ("Count behind it", ""),
-            ("95 % interval", ""),
-            ("What it rests on", ' class="left"'),
-        )
-    )
-    return (
-        '<section id="published" class="apart"><h2>Apart: the figures published in 2024</h2>'
-        f"<p>{escape(published.SUMMARY)}</p>"
-        f'<div class="scroll"><table class="plain"><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody>'
-        "</table></div></section>"
-    )
-
-
-# ----------------------------------------------------------------------------------------------------------- pictures
-
-
-def _figure_group(drawn: Mapping[str, Path], group: str) -> str:
-    return "".join(
-        _figure(drawn[name], caption)
-        for name, (member_of, caption) in _FIGURES.items()
-        if member_of == group and name in drawn
-    )
-
-
-def _maps(drawn: Mapping[str, Path]) -> str:
-    panels = [name for name in drawn if name.startswith("maps_") and name != "maps_compared"]
-    caption = (
-        "The cyan line is the outline of the true mask. All maps of a method share one colour scale; in its middle is "
-        "what pixels of normal pictures reach (99.8 % of them stay below)."
-    )
-    compared = _figure_group(drawn, "maps")
-    return compared + "".join(_figure(drawn[name], caption) for name in panels)
-
-
-def _failures(comparison: Comparison, drawn: Mapping[str, Path]) -> str:
-    look = numbers(comparison.table)
-    galleries = [name for name in drawn if name.startswith("failures_")]
-    if not galleries:
-        return ""
-    caption = (
-        "Misses first, those the method found most normal; then false alarms. p is the share of calibration normals "
-        "that score at least as high."
-    )
-    parts = []
-    for place, name in enumerate(galleries):
-        method = name.removeprefix("failures_")
-        missed, alarms = (_n_wrong(look.get((method, "all", "all", key))) for key in ("sensitivity", "specificity"))
-        label = (
-            f"{_swatch(method)}{escape(method_label(method))}: {missed} missed, {count_words(alarms, 'false alarm')}"
-        )
-        opened = " open" if place == 0 else ""
-        parts.append(f"<details{opened}><summary>{label}</summary>{_figure(drawn[name], caption)}</details>")
-    return "<p>The worst errors of each method. Look at them before believing any number above.</p>" + "".join(parts)
-
-
-def _n_wrong(row: Mapping[str, Any] | None) -> int:
-    """Pictures on the wrong side, from a rate of right ones."""
-    return 0 if row is None else row["n_images"] - round(row["value"] * row["n_images"])
-
-
-def _figure(path: Path, caption: str) -> str:
-    alternative = figures.alt_text(path) or path.stem
-    return (
-        f'<figure><div class="scroll wide"><img alt="{escape(alternative)}" src="{data_uri(path)}"></div>'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
-
-
-def data_uri(path: Path) -> str:
-    """The picture as a ``data:`` address: PNG as it is, or JPEG when the PNG is large (photographs)."""
-    content, kind = Path(path).read_bytes(), "png"
-    if len(content) > _MAX_PNG_BYTES:
-        with Image.open(io.BytesIO(content)) as image:
-            buffer = io.BytesIO()
-            image.convert("RGB").save(buffer, "JPEG", quality=86, subsampling=0)
-        if buffer.tell() < len(content):
-            content, kind = buffer.getvalue(), "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
-
-
-def _answers(comparison: Comparison) -> str:
-    """What the chat models said about the first test pictures."""
-    blocks = []
-    for result in comparison.methods:
-        spoken = [prediction for prediction in result.predictions if prediction.answer]
-        if not spoken:
-            continue
-        step = max(1, len(spoken) // _N_ANSWERS)
-        lines = "".join(
-            f'<tr><td class="left">{escape(category_label(p.sample.category))}</td>'
-            f'<td class="left">{escape(kind_label(p.sample.kind))}</td>'
-            f'<td class="left"><blockquote>{escape(p.answer)}</blockquote></td></tr>'
-            for p in spoken[::step][:_N_ANSWERS]
-        )
-        blocks.append(
-            f"<h3>{escape(method_label(result.method))}</h3><p>{_text(_words_against_truth(spoken))}</p>"
-            '<div class="scroll"><table class="plain"><thead><tr><th scope="col">Painting</th>'
-            '<th scope="col" class="left">Truth</th><th scope="col" class="left">Answer</th></tr></thead>'
-            f"<tbody>{lines}</tbody></table></div>"
-        )
-    if not blocks:
-        return ""
-    return _section("answers", "What the chat model says", "".join(blocks))
-
-
-def _words_against_truth(spoken: Sequence[Prediction]) -> str:
-    """How often the words alone are right; an answer without a clear yes or no is wrong."""
-    labels = [prediction.sample.is_anomalous for prediction in spoken]
-    scores = conversations.score_answers([prediction.answer for prediction in spoken], labels)
-    low, high = statistics.wilson(scores.n_correct, scores.n)
-    return (
-        f"Taken by its words alone it is right on {scores.n_correct} of {scores.n} pictures "
-        f"({percent(scores.n_correct / scores.n)}, interval {100 * low:.0f}–{100 * high:.0f} %): it says yes on "
-        f"{scores.n_yes}, and {scores.n_unparseable} answers have no clear yes or no and count as wrong. Always "
-        f"answering yes would be right on {sum(labels)}. Below, every few pictures, its answers as they came."
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------- the ground
-
-
-def _data(comparison: Comparison) -> str:
-    lines = []
-    for category in sorted({sample.category for sample in comparison.dataset.samples}):
-        chosen = [sample for sample in comparison.dataset.samples if sample.category == category]
-        tested = [sample.kind for sample in chosen if sample.split == "test" and sample.is_anomalous]
-        kinds = ", ".join(f"{kind_label(kind)} {tested.count(kind)}" for kind in sorted(set(tested)))
-        n_normal = sum(sample.split == "test" and not sample.is_anomalous for sample in chosen)
-        cells = (
-            len({sample.group for sample in chosen}),
-            sum(sample.split == "train" for sample in chosen),
-            sum(sample.split == "calibration" for sample in chosen),
-            n_normal,
-            len(tested),
-        )
-        numbers_of = "".join(f"<td>{value or '–'}</td>" for value in cells)
-        lines.append(
-            f'<tr><th scope="row">{escape(category_label(category))}</th>{numbers_of}'
-            f'<td class="left">{escape(kinds) or "–"}</td></tr>'
-        )
-    heads = "".join(
-        f'<th scope="col">{escape(title)}</th>'
-        for title in ("Painting", "Source pictures", "Learnt from", "Threshold set on", "Normal, tested", "Anomalous")
-    )
-    table = (
-        f'<div class="scroll"><table class="plain"><thead><tr>{heads}<th scope="col" class="left">of these</th></tr>'
-        f"</thead><tbody>{''.join(lines)}</tbody></table></div>"
-    )
-    identity = (
-        f"<p>Dataset <code>{escape(comparison.dataset.hash)}</code>. All rows of the table were measured on exactly "
-        "these pictures; results on any other dataset are refused.</p>"
-    )
-    notes = [*_dataset_warnings(comparison), *comparison.notes]
-    box = f'<div class="note"><p><b>Mind</b></p><ul>{_items(notes)}</ul></div>' if notes else ""
-    return identity + table + box
-
-
-def _dataset_warnings(comparison: Comparison) -> list[str]:
-    """What limits every number of the report, from the counts alone."""
+def _mind(comparison: Comparison) -> list[str]:
+    """What limits every number of the page."""
     found = []
-    for category in sorted({sample.category for sample in comparison.test_samples}):
-        chosen = [sample for sample in comparison.test_samples if sample.category == category]
-        normals = [sample for sample in chosen if not sample.is_anomalous]
+    for category in sorted({sample.category for sample in comparison.samples}):
+        name = category_label(category)
+        normals = [s for s in comparison.dataset.select(split="test", category=category) if not s.is_anomalous]
+        n_sources = len({sample.group for sample in normals})
         if not normals:
-            found.append(f"{category_label(category)} has no normal test picture: no AUROC and no false-alarm rate.")
+            found.append(f"{name} has no genuine test picture: no AUROC and no false-alarm rate.")
             continue
-        _, high = statistics.wilson(0, len(normals))
-        found.append(
-            f"{category_label(category)} is tested on {len(normals)} normal pictures: even no false alarm at "
-            f"all allows a true rate of {percent(high)}."
-        )
-        sources = {sample.group for sample in normals}
-        if len(sources) < len(normals):
-            found.append(
-                f"The {len(normals)} normal test pictures of {category_label(category)} come from {len(sources)} "
-                "source pictures; copies of one picture are not independent, so real intervals are wider."
-            )
-    return found
+        high = findings.percent(statistics.wilson(0, len(normals)).high)
+        found.append(f"{name} is tested on {len(normals)} genuine pictures: no false alarm still allows {high}.")
+        if n_sources < len(normals):
+            found.append(f"They come from {n_sources} source pictures: real intervals are somewhat wider.")
+    return [*dict.fromkeys(found), *comparison.notes]
 
 
-def _settings(comparison: Comparison) -> str:
-    parts = []
-    for result in comparison.methods:
-        manifest = result.manifest
-        settings = json.dumps(manifest.get("settings", {}), indent=1, ensure_ascii=False, sort_keys=True)
-        facts = [("made by", NOTEBOOKS.get(result.method, "another tool")), ("machine", manifest.get("machine", ""))]
-        facts += [("weights", manifest["checkpoint_hash"][:12])] if manifest.get("checkpoint_hash") else []
-        shown = " · ".join(f"{name}: {value}" for name, value in facts if value)
-        parts.append(
-            f"<details><summary>{_swatch(result.method)}{escape(method_label(result.method))}</summary>"
-            f"<p>{escape(shown)}</p><pre><code>{escape(settings)}</code></pre></details>"
-        )
-    versions = " · ".join(f"{name} {version}" for name, version in results.versions().items())
-    machine = f"<p>Report made on {escape(results.machine())}. {escape(versions)}.</p>"
-    return "".join(parts) + machine
+def _published() -> list[dict[str, Any]]:
+    """The figures that the source report printed in 2024, kept apart from everything measured here.
+
+    Source: "Sandia Laboratories Project-AnomalyGPT", team SAM, Georgia Institute of Technology, 2024; the fractions
+    are the only ones of plausible size that round to the printed values.
+    """
+    rows = pd.read_csv(TEMPLATES / "published_2024.csv").to_dict("records")
+    for row in rows:
+        known = not math.isnan(row["correct"])
+        low, high = statistics.wilson(row["correct"], row["n_images"]) if known else (math.nan, math.nan)
+        row["count"] = f"{row['correct']:.0f}/{row['n_images']:.0f}" if known else "no count fits"
+        row["interval"] = f"{100 * low:.1f}–{100 * high:.1f} %" if known else "–"
+    return rows
 
 
-def _footer(comparison: Comparison) -> str:
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+class _Pictures:
+    """Chooses pictures by fixed rules (never the best ones) and shows them as every method saw them."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        self.c = comparison
+        verdicts = comparison.predictions[comparison.predictions.method != ALWAYS]
+        verdicts = verdicts[verdicts.threshold.notna()]
+        self.verdicts = verdicts.pivot(index="place", columns="method", values="is_predicted_anomalous")
+        self.verdicts = self.verdicts.reindex(columns=[m for m in comparison.methods if m in self.verdicts])
+        self.facts = comparison.predictions[comparison.predictions.method == ALWAYS].set_index("place")
+        self.n_calls = self.verdicts.reindex(self.facts.index).fillna(False).astype(int).sum(axis=1)
+
+    @cached_property
+    def scales(self) -> dict[tuple[str, str], figures.Scale]:
+        """Scale of each method's maps on each painting, for the methods that have maps."""
+        found = {}
+        for method, run in self.c.runs.items():
+            for category, rows in self.facts.groupby("category"):
+                places = rows.index[~rows.is_anomalous] if not rows.is_anomalous.all() else rows.index
+                maps = [run.anomaly_map(run.predictions[place]) for place in places]
+                if maps and all(one is not None for one in maps):
+                    found[method, category] = figures.map_scale(maps)
+        return found
+
+    @cached_property
+    def best_map(self) -> str:
+        """The method whose maps find the most marked pixels; empty without maps."""
+        rows = self.c.table[(self.c.table.metric == "pixel_auroc") & (self.c.table.category == "all")]
+        return str(rows.method.loc[rows.value.idxmax()]) if len(rows) else ""
+
+    def strip(self) -> list[dict[str, Any]]:
+        """A mark, a copy and a genuine picture: of each the one that a middling number of detectors call anomalous."""
+        wanted = {"mark": ("moderate", "plain", "mark", "faint"), "copy": ("whole", "real"), "genuine": ("genuine",)}
+        found = []
+        for role, groups in wanted.items():
+            group = next((name for name in groups if (self.facts.group == name).any()), None)
+            if group is not None:
+                place = self._middle(self.facts.index[self.facts.group == group])
+                found.append({"role": role, **self._picture(place, 520, self.best_map)})
+        return found
+
+    def tiles(self) -> dict[str, Any]:
+        """Thumbnails of the test pictures with the filters they pass; evenly thinned when there are very many."""
+        places = self.facts.index[:: max(1, math.ceil(len(self.facts) / _N_TILES))]
+        filters = {"all": "all"} | {
+            name: _SHORT_GROUPS[name] for name in (*GROUPS, "genuine") if (self.facts.group == name).any()
+        }
+        filters |= {"missed": "missed by all", "alarm": "false alarm"}
+        shown = []
+        for place in places:
+            row, n_calls = self.facts.loc[place], int(self.n_calls[place])
+            names = ["all", row.group]
+            names += ["missed"] if row.is_anomalous and not n_calls else []
+            names += ["alarm"] if not row.is_anomalous and n_calls else []
+            shown.append({"filters": names, **self._picture(place, 190, "", quality=72)})
+        filters = {key: words for key, words in filters.items() if any(key in one["filters"] for one in shown)}
+        for one in shown:
+            one["numbers"] = [number for number, key in enumerate(filters, start=1) if key in one["filters"]]
+        return {"filters": filters, "shown": shown, "n_all": len(self.facts)}
+
+    def under_all_maps(self) -> list[dict[str, Any]]:
+        """One picture of each group, and one missed by all, as every method with maps marks it."""
+        methods = list(dict.fromkeys(method for method, _ in self.scales))
+        places = [self._middle(rows.index) for name in (*GROUPS, "genuine")
+                  if len(rows := self.facts[self.facts.group == name])]  # fmt: skip
+        missed = self.facts.index[self.facts.is_anomalous & (self.n_calls == 0)]
+        places += [place for place in missed[len(missed) // 2 : len(missed) // 2 + 1] if place not in places]
+        return [
+            self._picture(place, 330, "") | {"maps": [(m, self._picture(place, 330, m)["uri"]) for m in methods]}
+            for place in (places if methods else [])
+        ]
+
+    def answers(self) -> list[dict[str, Any]]:
+        """Answers of each chat model: how often its words are right, and six of them, one a group in turn."""
+        found = []
+        for method in self.c.methods:
+            spoken = self.c.predictions[(self.c.predictions.method == method) & (self.c.predictions.answer != "")]
+            if not len(spoken):
+                continue
+            ordered = spoken.assign(turn=spoken.groupby("group").cumcount()).sort_values(["turn", "place"])
+            cards = [
+                self._picture(row.place, 300, method)
+                | {"answer": row.answer, "is_right": None if row.says is None else row.says == row.is_anomalous}
+                for row in ordered.head(6).itertuples()
+            ]
+            n_yes, n_unclear = int((spoken.says == True).sum()), int(spoken.says.isna().sum())  # noqa: E712
+            found.append({"method": method, "cards": cards, "n": len(spoken), "n_yes": n_yes, "n_unclear": n_unclear})
+        return found
+
+    def _middle(self, places: Sequence[int]) -> int:
+        """The picture with the middle number of calls; of equal ones the one in the middle of the list."""
+        ordered = sorted(places, key=lambda place: self.n_calls[place])
+        middle = self.n_calls[ordered[len(ordered) // 2]]
+        same = [place for place in places if self.n_calls[place] == middle]
+        return same[len(same) // 2]
+
+    def _picture(self, place: int, side: int, method: str, *, quality: int = 82) -> dict[str, Any]:
+        """A picture as ``data:`` address, marked by one method, with the truth and every detector's verdict."""
+        sample, row = self.c.samples[place], self.facts.loc[place]
+        image = images.load_image(sample.image_path, max_side=side)
+        scale = 2 if max(image.shape) < side // 2 + 1 else 1
+        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC) if scale > 1 else image
+        mask = data.mask_of(sample, image.shape[:2])
+        anomaly_map, limit = None, math.inf
+        if (method, sample.category) in self.scales:
+            run = self.c.runs[method]
+            anomaly_map, limit = run.anomaly_map(run.predictions[place]), self.scales[method, sample.category].limit
+        calls = [] if place not in self.verdicts.index else [
+            {"method": name, "is_anomalous": bool(said), "is_right": bool(said) == sample.is_anomalous}
+            for name, said in self.verdicts.loc[place].items()
+        ]  # fmt: skip
+        return {
+            "uri": _jpeg_uri(figures.marked(image, anomaly_map, limit, mask), quality),
+            "category": sample.category, "kind": sample.kind, "group": row.group, "is_anomalous": sample.is_anomalous,
+            "calls": calls, "n_calls": sum(call["is_anomalous"] for call in calls), "marked_by": method,
+        }  # fmt: skip
+
+
+def _jpeg_uri(image: np.ndarray, quality: int) -> str:
+    content = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+    return f"data:image/jpeg;base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def _png_uri(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(Path(path).read_bytes()).decode('ascii')}"
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
+
+
+def draw_all(comparison: Comparison, folder: Path) -> dict[str, Path]:
+    """Draw and save every figure of the comparison that its results allow.
+
+    Returns:
+        name -> PNG; with more paintings than fit on a figure, pages ``auroc_2``, ``scores_2`` ...
+    """
+    table = comparison.table[(comparison.table.kind == "all") & (comparison.table.method != ALWAYS)]
+    scored = comparison.predictions[comparison.predictions.method != ALWAYS]
+    paintings = sorted(set(scored.category))
+    found: dict[str, Any] = {}
+    for page, names in enumerate(_pages(paintings), start=1):
+        end = "" if page == 1 else f"_{page}"
+        rows = table[(table.metric == "image_auroc") & table.category.isin(names)]
+        panels = [figures.painting_name(name, paintings, 34) for name in rows.category]
+        frame = rows.assign(panel=panels, low=rows.ci_low, high=rows.ci_high)
+        if len(rows):
+            title, label = _auroc_title(comparison), "image AUROC, 95 % interval"
+            found[f"auroc{end}"] = figures.intervals(frame, title=title, x_label=label, chance=0.5)
+    for page, names in enumerate(_pages(paintings, 3), start=1):
+        if len(scored):
+            chosen = scored[scored.category.isin(names)]
+            found["scores" + ("" if page == 1 else f"_{page}")] = figures.scores(chosen, title=_scores_title(chosen))
+    times = table[(table.metric == "seconds_per_image") & (table.category == "all") & (table.value > 0)]
+    quality = table[(table.metric == "image_auroc") & (table.category == "all")]
+    both = times.merge(quality, on="method", suffixes=("_x", ""))
+    if len(both):
+        frame = both.assign(series=both.method, x=both.value_x, low=both.ci_low, high=both.ci_high)
+        title = f"A picture takes {both.value_x.min():.2g} to {both.value_x.max():.2g} seconds on this machine"
+        names = {"x_label": "seconds per image", "y_label": "image AUROC, mean over paintings"}
+        found["time"] = figures.lines(frame, title=title, log_x=True, **names)
+    return {name: figures.save_figure(fig, name, folder, footer(comparison), close=True) for name, fig in found.items()}
+
+
+def draw_robustness(path: Path, folder: Path) -> dict[str, Path]:
+    """Draw ``robustness.csv`` (``method, strength, auroc, false_alarms``) when there is one: name -> PNG."""
+    if not Path(path).exists():
+        return {}
+    table = pd.read_csv(path)
+    panels = {"image AUROC": "auroc", "share of genuine pictures called anomalous": "false_alarms"}
+    frame = pd.concat([table.assign(panel=panel, value=table[name]) for panel, name in panels.items()])
+    frame = frame.assign(series=frame.method, x=frame.strength)
+    title = "The same pictures photographed worse and worse"
+    fig = figures.lines(frame, title=title, x_label="strength of the change", y_limits=(0, 1.02))
+    return {"robustness": figures.save_figure(fig, "robustness", folder)}
+
+
+def footer(comparison: Comparison) -> str:
+    """The line below each figure: where its numbers come from."""
+    words = findings.n_pictures(comparison.table, "all")
+    return f"profile {comparison.profile} · dataset {comparison.dataset.hash[:12]} · {words} · intervals 95 %"
+
+
+def _pages(paintings: Sequence[str], size: int = figures.PAINTINGS_PER_PAGE) -> Iterable[Sequence[str]]:
+    return [paintings[start : start + size] for start in range(0, len(paintings), size)]
+
+
+def _auroc_title(comparison: Comparison) -> str:
+    tests = comparison.tests[(comparison.tests.measure == "AUROC") & (comparison.tests.category == "all")]
+    if not len(tests):
+        return "How well each detector ranks the pictures"
+    n_sure = int((tests.p_holm < 0.05).sum())
+    return f"By AUROC {n_sure or 'none'} of {len(tests)} pairs of detectors can be told apart"
+
+
+def _scores_title(scored: pd.DataFrame) -> str:
+    right = scored.is_predicted_anomalous == scored.is_anomalous
+    by_method = pd.DataFrame({"method": scored.method, "missed": ~right & scored.is_anomalous,
+                              "alarm": ~right & ~scored.is_anomalous}).groupby("method").sum()  # fmt: skip
+    one = scored[scored.method == scored.method.iloc[0]]
     return (
-        f"Profile {comparison.profile} · dataset {comparison.dataset.hash[:12]} · {results.machine()} · written by "
-        "notebook 09_compare. This page holds everything it shows and loads nothing."
+        f"Of {one.is_anomalous.sum()} anomalous pictures each misses {by_method.missed.mean():.0f} on average, of "
+        f"{(~one.is_anomalous).sum()} genuine ones at most {by_method.alarm.max()} are called anomalous"
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- details
+# -------------------------------------------------------------------------------------------------------- the notebook
 
 
-def _order(comparison: Comparison) -> list[str]:
-    """Methods as in the table, the trivial rule last."""
-    names = [result.method for result in comparison.methods]
-    return [name for name in names if name != ALWAYS] + [name for name in names if name == ALWAYS]
+def show(page: Path) -> None:
+    """Say where the page lies; on Colab, where no file can be opened by a click, show it and offer ``results.zip``."""
+    print(f"{Path(page).resolve().as_uri()}  ({Path(page).stat().st_size / 1e6:.1f} MB, opens in any browser)")
+    if "google.colab" in sys.modules:
+        from google.colab import files as colab_files
+        from IPython.display import HTML, display
+
+        display(HTML(f'<iframe srcdoc="{html.escape(page.read_text("utf-8"))}" width="100%" height="900"></iframe>'))
+        archive = shutil.make_archive(str(page.parent.parent / "results"), "zip", page.parent)
+        colab_files.download(archive)
 
 
-def _swatch(method: str) -> str:
-    return f'<span class="swatch" style="background-color:{figures.method_color(method)}"></span>'
+def check(comparison: Comparison, csv: Path, page: Path) -> None:
+    """Print a line for each thing that must hold of what notebook 09 wrote.
 
-
-def _unbroken(label: str) -> str:
-    """The label escaped, with hyphens that do not break a line (k-NN)."""
-    return escape(label).replace("k-NN", "k\N{NON-BREAKING HYPHEN}NN")
-
-
-def _items(sentences: Iterable[str]) -> str:
-    return "".join(f"<li>{_text(str(sentence))}</li>" for sentence in sentences)
-
-
-def _text(words: str) -> str:
-    """Escaped, with per cent signs that stay on their number's line."""
-    return escape(words).replace(" %", "\N{NO-BREAK SPACE}%")
+    Raises:
+        AssertionError: one does not hold.
+    """
+    table, text = read(csv), page.read_text(encoding="utf-8")
+    requests = ("<script", 'src="http', 'href="http', "@import", "url(")
+    results.confirm({
+        "the trivial rule is a row": ALWAYS in set(table.method),
+        "all rows share one dataset": set(table.dataset_hash) == {comparison.dataset.hash},
+        "every number has its count": bool((table.n_images > 0).all() and table.value.notna().all()),
+        "the page runs no script and asks nothing of the network": not any(word in text for word in requests),
+    })  # fmt: skip

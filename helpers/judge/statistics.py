@@ -276,12 +276,13 @@ def delong_paired(
     parts = [_delong([scores_a[rows], scores_b[rows]], labels[rows]) for rows in chosen]
     value_a, value_b = np.mean([aurocs for aurocs, _ in parts], axis=0)
     difference = float(value_a - value_b)
-    variance = sum(cov[0, 0] + cov[1, 1] - 2 * cov[0, 1] for _, cov in parts) / len(parts) ** 2
+    variances = [cov[0, 0] + cov[1, 1] - 2 * cov[0, 1] for _, cov in parts]
     # Equal rankings leave rounding dust of some 1e-17 in the variance: not a standard error to divide by.
-    if variance > 1e-14:
-        p_value = math.erfc(abs(difference) / math.sqrt(variance) / math.sqrt(2))
-    elif abs(difference) < 1e-12:
+    known = [variance > 1e-14 or abs(a - b) < 1e-12 for variance, ((a, b), _) in zip(variances, parts)]
+    if abs(difference) < 1e-12:
         p_value = 1.0
+    elif all(known):
+        p_value = math.erfc(abs(difference) * len(parts) / math.sqrt(2 * np.nansum(variances)))
     else:
         p_value = _permutation(scores_a, scores_b, labels, chosen)
     return PairedTest(float(value_a), float(value_b), difference, p_value, int(sum(rows.sum() for rows in chosen)))

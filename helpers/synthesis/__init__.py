@@ -1,9 +1,10 @@
 """Genuine picture -> photographed again, or damaged, with a mask that is true to the pixel."""
 
+from helpers.synthesis.kinds import REPORT_KINDS
 from helpers.synthesis.marks import (
+    HELD_OUT_KINDS,
     LOCAL_KINDS,
     VISIBILITY_BINS,
-    place_of,
     rng_for,
     seed_for,
     synthesize,
@@ -13,26 +14,27 @@ from helpers.synthesis.marks import (
 from helpers.synthesis.photographs import (
     ANOMALOUS_VARIATIONS,
     NORMAL_VARIATIONS,
+    REPORT_VARIATIONS,
     VARIATIONS,
     damaged_view,
     rephotograph,
-    variations_table,
     vary,
 )
 
 __all__ = [
     "ANOMALOUS_VARIATIONS",
+    "HELD_OUT_KINDS",
     "LOCAL_KINDS",
     "NORMAL_VARIATIONS",
+    "REPORT_KINDS",
+    "REPORT_VARIATIONS",
     "VARIATIONS",
     "VISIBILITY_BINS",
     "damaged_view",
-    "place_of",
     "rephotograph",
     "rng_for",
     "seed_for",
     "synthesize",
-    "variations_table",
     "vary",
     "visibility",
     "visibility_bin",

@@ -10,12 +10,17 @@ Source: Schlueter et al., Natural Synthetic Anomalies, ECCV 2022; settings of Gu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 VISIBLE_LABEL = 0.3
 """A pixel is anomalous where the label exceeds this."""
+
+Box = tuple[int, int, int, int]  # top, bottom, left, right in pixels, ends exclusive
+Bounds = Sequence[np.ndarray]  # smallest and largest half-width in pixels, for rows and columns
+Objects = tuple[np.ndarray, np.ndarray] | None  # where source and destination are no background, uint8 (H, W)
 
 _MAX_TRIES = 200
 _MIN_PATCH_PIXELS = 50
@@ -44,33 +49,8 @@ class NsaSettings:
     max_patches: int = 2
 
 
-def _mvtec(
-    rows: float, columns: float, k: float, x0: float, background: tuple[float, float] | None, *, texture: bool = False
-) -> NsaSettings:
-    bounds = ((0.03, rows), (0.03, columns))
-    return NsaSettings(bounds, (k, x0), background, (0.5, 2.0) if texture else (0.7, 1.3))
-
-
 ART_SETTINGS = NsaSettings()
 """For paintings, as for all of VisA: no background rule."""
-
-MVTEC_SETTINGS = {
-    "bottle": _mvtec(0.40, 0.40, 1 / 12, 24, (200, 60)),
-    "cable": NsaSettings(((0.05, 0.40), (0.05, 0.40)), (1 / 12, 24.0), None, (0.7, 1.3)),
-    "capsule": _mvtec(0.15, 0.40, 1 / 2, 4, (200, 60)),
-    "hazelnut": _mvtec(0.35, 0.35, 1 / 12, 24, (20, 20)),
-    "metal_nut": _mvtec(0.40, 0.40, 1 / 3, 7, (20, 20)),
-    "pill": _mvtec(0.20, 0.40, 1 / 3, 7, (20, 20)),
-    "screw": _mvtec(0.12, 0.12, 1, 3, (200, 60)),
-    "toothbrush": _mvtec(0.40, 0.20, 1 / 6, 15, (20, 20)),
-    "transistor": _mvtec(0.40, 0.40, 1 / 6, 15, None),
-    "zipper": _mvtec(0.40, 0.20, 1 / 6, 15, (200, 60)),
-    "carpet": _mvtec(0.40, 0.40, 1 / 3, 7, None, texture=True),
-    "grid": _mvtec(0.40, 0.40, 1 / 3, 7, None, texture=True),
-    "leather": _mvtec(0.40, 0.40, 1 / 3, 7, None, texture=True),
-    "tile": _mvtec(0.40, 0.40, 1 / 3, 7, None, texture=True),
-    "wood": _mvtec(0.40, 0.40, 1 / 6, 15, None, texture=True),
-}
 
 
 @dataclass(frozen=True)
@@ -85,24 +65,12 @@ class Simulation:
 
     image: np.ndarray
     label: np.ndarray
-    patches: tuple[tuple[int, int, int, int], ...]
+    patches: tuple[Box, ...]
 
     @property
     def mask(self) -> np.ndarray:
         """bool ``(H, W)``, True where the change is visible; all False means that nothing is to be seen."""
         return self.label > VISIBLE_LABEL
-
-    @property
-    def union_centers(self) -> np.ndarray:
-        """float64 ``(n, 2)`` (row, column): centre of the box around all patches so far, as the published code
-        recorded "positions"; the suite names places from the mask instead."""
-        centers = []
-        for n in range(1, len(self.patches) + 1):
-            boxes = np.array(self.patches[:n])
-            top, left = boxes[:, 0].min(), boxes[:, 2].min()
-            bottom, right = boxes[:, 1].max(), boxes[:, 3].max()
-            centers.append((top + (bottom - top) / 2, left + (right - left) / 2))
-        return np.array(centers, dtype=np.float64).reshape(-1, 2)
 
 
 def simulate_visible(
@@ -184,40 +152,29 @@ def _object_mask(picture: np.ndarray, background: tuple[float, float]) -> np.nda
 
 
 def _paste(
-    image: np.ndarray,
-    source: np.ndarray,
-    objects: tuple[np.ndarray, np.ndarray] | None,
-    random: np.random.RandomState,
-    settings: NsaSettings,
-) -> tuple[np.ndarray, tuple[int, int, int, int], np.ndarray] | None:
+    image: np.ndarray, source: np.ndarray, objects: Objects, random: np.random.RandomState, settings: NsaSettings
+) -> tuple[np.ndarray, Box, np.ndarray] | None:
     """One patch: (blended picture, its box, its mask uint8), or None when no place was found."""
     import cv2
 
     sides = image.shape[:2]
-    bounds = [
-        (int(np.round(low * side)), int(np.round(high * side)))
-        for (low, high), side in zip(settings.width_bounds, sides, strict=True)
-    ]
+    bounds = [np.round(np.multiply(shares, side)) for shares, side in zip(settings.width_bounds, sides)]
     shape, scale, offset = _GAMMA
-    half_widths = [
-        int(np.clip((offset + random.gamma(shape, scale)) * side, *bound)) for side, bound in zip(sides, bounds)
-    ]
-    cut = _cut(sides, bounds, half_widths, None if objects is None else objects[0], random)
-    if cut is None:
+    half_widths = [int(np.clip((offset + random.gamma(shape, scale)) * side, *b)) for side, b in zip(sides, bounds)]
+    box = _cut(sides, bounds, half_widths, objects, random)
+    if box is None:
         return None
-    top, bottom, left, right = cut
-    patch = source[top:bottom, left:right]
+    patch = source[box[0] : box[1], box[2] : box[3]]
     height, width = _scaled_size(patch.shape[:2], bounds, random, settings.resize_bounds)
     patch = cv2.resize(patch, (width, height))
     covered = np.ones((height, width), dtype=np.uint8)
-    patch_object = None
     if objects is not None:
-        patch_object = cv2.resize(objects[0][top:bottom, left:right], (width, height))
-    box = _place(sides, (height, width), patch_object, None if objects is None else objects[1], random)
+        covered = cv2.resize(objects[0][box[0] : box[1], box[2] : box[3]], (width, height))
+    box = _place(sides, (height, width), covered, objects, random)
     if box is None:
         return None
     top, bottom, left, right = box
-    blend = covered * 255
+    blend = np.full((height, width), 255, np.uint8)
     blend[[0, -1], :] = 0
     blend[:, [0, -1]] = 0
     if (blend > 0).sum() < _MIN_PATCH_PIXELS:
@@ -225,61 +182,46 @@ def _paste(
     center = (right - (right - left) // 2, top + (bottom - top) // 2)
     blended = cv2.seamlessClone(patch, image, blend, center, cv2.NORMAL_CLONE)
     if objects is not None:  # background pasted over background is blended in, too, but is no anomaly
-        covered = patch_object | objects[1][top:bottom, left:right]
+        covered = covered | objects[1][top:bottom, left:right]
     return blended, box, covered
 
 
 def _cut(
-    sides: tuple[int, int],
-    bounds: list[tuple[int, int]],
-    half_widths: list[int],
-    source_object: np.ndarray | None,
-    random: np.random.RandomState,
-) -> tuple[int, int, int, int] | None:
-    """Box of the patch in the source (top, bottom, left, right), clipped to the picture and holding some object."""
+    sides: Sequence[int], bounds: Bounds, half_widths: Sequence[int], objects: Objects, random: np.random.RandomState
+) -> Box | None:
+    """Box of the patch in the source, clipped to the picture and holding some object."""
     for _ in range(_MAX_TRIES):
         limits = []
-        for side, (low, _), half in zip(sides, bounds, half_widths, strict=True):
-            center = random.randint(low, side - low)
+        for side, (low, _), half in zip(sides, bounds, half_widths):
+            center = random.randint(int(low), side - int(low))
             limits += [max(center - half, 0), min(center + half, side)]
         top, bottom, left, right = limits
-        if source_object is None or source_object[top:bottom, left:right].any():
+        if objects is None or objects[0][top:bottom, left:right].any():
             return top, bottom, left, right
     return None
 
 
 def _scaled_size(
-    size: tuple[int, int],
-    bounds: list[tuple[int, int]],
-    random: np.random.RandomState,
-    resize_bounds: tuple[float, float],
+    size: tuple[int, int], bounds: Bounds, random: np.random.RandomState, resize_bounds: tuple[float, float]
 ) -> tuple[int, int]:
     """Height and width of the patch after scaling; the aspect ratio is kept within the bounds."""
     height, width = size
-    scale = np.clip(random.normal(1, 0.5), *resize_bounds)
-    new_height = np.clip(scale * height, *bounds[0])
+    new_height = np.clip(np.clip(random.normal(1, 0.5), *resize_bounds) * height, *bounds[0])
     new_width = np.clip(int(new_height / height * width), *bounds[1])
     new_height = np.clip(int(new_width / width * height), *bounds[0])  # the width may have been clipped
     return int(new_height), int(new_width)
 
 
 def _place(
-    sides: tuple[int, int],
-    size: tuple[int, int],
-    patch_object: np.ndarray | None,
-    destination_object: np.ndarray | None,
-    random: np.random.RandomState,
-) -> tuple[int, int, int, int] | None:
+    sides: Sequence[int], size: Sequence[int], patch: np.ndarray, objects: Objects, random: np.random.RandomState
+) -> Box | None:
     """Box of the patch in the destination, fully inside; more than a quarter of its object lies over the object."""
     for _ in range(_MAX_TRIES):
         limits = []
-        for side, length in zip(sides, size, strict=True):
+        for side, length in zip(sides, size):
             center = random.randint(length // 2 + 1, side - length // 2 - 1)
             limits += [center - length // 2, center + (length + 1) // 2]
         top, bottom, left, right = limits
-        if patch_object is None:
-            return top, bottom, left, right
-        overlap = (patch_object & destination_object[top:bottom, left:right]).sum()
-        if overlap > _MIN_OVERLAP * patch_object.sum():
+        if objects is None or (patch & objects[1][top:bottom, left:right]).sum() > _MIN_OVERLAP * patch.sum():
             return top, bottom, left, right
     return None

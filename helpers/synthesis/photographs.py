@@ -1,41 +1,36 @@
 """Changes of a whole picture: which are other photographs of the same artwork, and which are anomalies.
 
 The source report treats blur, inversion, tilt and saturation as training variations in one place and as anomalies in
-another. Here :data:`VARIATIONS` decides once, with a reason for each; notebook 02 prints it.
+another. Here :data:`VARIATIONS` decides once, with a reason for each; notebook 02 shows it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 
-if TYPE_CHECKING:
-    import pandas as pd
+from helpers.synthesis import marks
 
 _GREY = np.array([0.299, 0.587, 0.114], np.float32)
 
 
-@dataclass(frozen=True)
-class Variation:
+class Variation(NamedTuple):
     """One change of a whole picture.
 
     Attributes:
-        name: what :func:`vary` is called with.
+        apply: (uint8 RGB ``(H, W, 3)``, rng) -> RGB in grey levels; may change the size.
         is_anomalous: False when the result still counts as the genuine artwork.
         what: what is done, with its range.
         reason: why it counts as normal or not.
-        apply: (uint8 RGB ``(H, W, 3)``, rng) -> uint8 RGB; may change the size.
     """
 
-    name: str
+    apply: Callable[[np.ndarray, np.random.Generator], np.ndarray]
     is_anomalous: bool
     what: str
     reason: str
-    apply: Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
 def vary(image: np.ndarray, variation: str, rng: np.random.Generator) -> np.ndarray:
@@ -50,29 +45,34 @@ def vary(image: np.ndarray, variation: str, rng: np.random.Generator) -> np.ndar
     Raises:
         ValueError: unknown name, or not such a picture.
     """
-    if variation not in _BY_NAME:
-        raise ValueError(f"Unknown variation {variation!r}; allowed are {', '.join(_BY_NAME)}.")
+    if variation not in VARIATIONS:
+        raise ValueError(f"Unknown variation {variation!r}; allowed are {', '.join(VARIATIONS)}.")
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
         raise ValueError(f"A picture is uint8 RGB (H, W, 3); this is {image.dtype} {image.shape}.")
-    return np.ascontiguousarray(_BY_NAME[variation].apply(image, rng))
+    changed = np.clip(np.rint(VARIATIONS[variation].apply(image, rng)), 0, 255)
+    return np.ascontiguousarray(changed, np.uint8)
 
 
-def rephotograph(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, list[str]]:
-    """Another photograph of the same artwork: two to four different normal variations, one after the other.
+def rephotograph(
+    image: np.ndarray, rng: np.random.Generator, *, changes: Sequence[str] | None = None
+) -> tuple[np.ndarray, list[str]]:
+    """Another photograph of the same artwork: two to four normal variations, one after the other.
 
     Args:
         image: uint8 RGB ``(H, W, 3)``.
         rng: source of all randomness.
+        changes: the variations, instead of drawn ones.
     Returns:
         uint8 RGB and the names of the variations, in order.
     """
-    n = int(rng.integers(2, 5))
-    chosen = sorted(rng.choice(len(NORMAL_VARIATIONS), n, replace=False).tolist())  # the table's order: JPEG last
-    names = [NORMAL_VARIATIONS[index] for index in chosen]
-    for name in names:
+    if changes is None:
+        n = int(rng.integers(2, 5))
+        chosen = sorted(rng.choice(len(NORMAL_VARIATIONS), n, replace=False).tolist())  # the table's order: JPEG last
+        changes = [NORMAL_VARIATIONS[index] for index in chosen]
+    for name in changes:
         image = vary(image, name, rng)
-    return image, names
+    return image, list(changes)
 
 
 def damaged_view(
@@ -82,7 +82,7 @@ def damaged_view(
 
     Args:
         image: uint8 RGB ``(H, W, 3)`` of the genuine artwork.
-        seed: of everything drawn, see :func:`helpers.synthesis.seed_for`; the same seed gives the same bytes.
+        seed: of everything drawn, see :func:`helpers.synthesis.seed_for`; the same seed gives the same picture.
         kind: None, a local kind of :data:`helpers.synthesis.LOCAL_KINDS`, or an anomalous change of the whole picture.
         max_side: longer side of the photograph in pixels; larger ones are shrunk before they are damaged.
     Returns:
@@ -91,28 +91,18 @@ def damaged_view(
     Raises:
         ValueError: unknown kind, or not such a picture.
     """
-    from helpers.synthesis import marks
-
     rng = np.random.default_rng(seed)
     view, names = rephotograph(image, rng)
     longer = max(view.shape[:2])
     if max_side is not None and longer > max_side:
-        size = tuple(max(1, round(side * max_side / longer)) for side in view.shape[1::-1])
+        size = [max(1, round(side * max_side / longer)) for side in view.shape[1::-1]]
         view = cv2.resize(view, size, interpolation=cv2.INTER_AREA)
     if kind is None:
         return view, None, {"variations": names}
-    if kind in _BY_NAME:
+    if kind in ANOMALOUS_VARIATIONS:
         return vary(view, kind, rng), None, {"variations": names, "kind": kind}
     damaged, mask, record = marks.synthesize(view, kind, rng)
     return damaged, mask, {"variations": names, **record}
-
-
-def variations_table() -> pd.DataFrame:
-    """:data:`VARIATIONS` as a table: variation, counts as, what, reason."""
-    import pandas as pd
-
-    rows = [(v.name, "anomalous" if v.is_anomalous else "normal", v.what, v.reason) for v in VARIATIONS]
-    return pd.DataFrame(rows, columns=["variation", "counts as", "what", "reason"]).set_index("variation")
 
 
 # -------------------------------------------------------------------------------------------------------- geometry
@@ -134,54 +124,37 @@ def _perspective(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return cv2.warpPerspective(image, matrix, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
-def _turned(image: np.ndarray, degrees: float, *, cut: bool) -> np.ndarray:
-    """Turn around the centre; ``cut`` enlarges so that no border shows, else the border is mirrored."""
+def _turned(image: np.ndarray, rng: np.random.Generator, low: float, high: float) -> np.ndarray:
+    """Turn around the centre; up to 5 degrees enlarged so that no border shows, else with a mirrored border."""
     height, width = image.shape[:2]
-    radians = abs(np.radians(degrees))
-    ratio = max(height / width, width / height)
-    zoom = np.cos(radians) + min(ratio, 4.0) * np.sin(radians) if cut else 1.0
+    degrees = rng.uniform(low, high) * rng.choice([-1, 1])
+    ratio = min(max(height / width, width / height), 4.0)
+    zoom = np.cos(np.radians(degrees)) + ratio * np.sin(np.radians(abs(degrees))) if high <= 5 else 1.0
     matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), degrees, zoom)
     return cv2.warpAffine(image, matrix, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
-
-
-def _tilt(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return _turned(image, float(rng.uniform(0.5, 2.5) * rng.choice([-1, 1])), cut=True)
-
-
-def _strong_tilt(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return _turned(image, float(rng.uniform(12, 35) * rng.choice([-1, 1])), cut=False)
 
 
 def _flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return image[:, ::-1] if rng.random() < 0.7 else image[::-1]
 
 
-# ---------------------------------------------------------------------------------------------------- light, colour
-
-
-def _to_bytes(values: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+# --------------------------------------------------------------------------------------- light, colour, sharpness
 
 
 def _saturated(image: np.ndarray, factor: float) -> np.ndarray:
     grey = (image @ _GREY)[..., None]
-    return _to_bytes(grey + (image - grey) * np.float32(factor))
-
-
-def _saturation(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return _saturated(image, float(rng.uniform(0.8, 1.2)))
+    return grey + (image - grey) * np.float32(factor)
 
 
 def _strong_saturation(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return _saturated(image, float(rng.uniform(0.0, 0.2) if rng.random() < 0.5 else rng.uniform(2.2, 3.5)))
+    return _saturated(image, rng.uniform(0.0, 0.2) if rng.random() < 0.5 else rng.uniform(2.2, 3.5))
 
 
 def _colour_jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """White balance, brightness and contrast of another camera."""
     gain = rng.uniform(0.94, 1.06, 3).astype(np.float32) * np.float32(rng.uniform(0.9, 1.1))
-    contrast = np.float32(rng.uniform(0.9, 1.1))
     mean = np.float32(image.mean())
-    return _to_bytes(((image - mean) * contrast + mean) * gain)
+    return ((image - mean) * np.float32(rng.uniform(0.9, 1.1)) + mean) * gain
 
 
 def _different_colour(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -198,26 +171,11 @@ def _lighting(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     angle = rng.uniform(0, 2 * np.pi)
     y, x = np.linspace(-1, 1, height, dtype=np.float32)[:, None], np.linspace(-1, 1, width, dtype=np.float32)[None]
     slope = (x * np.float32(np.cos(angle)) + y * np.float32(np.sin(angle))) / np.float32(2**0.5)
-    return _to_bytes(image * (1 + np.float32(rng.uniform(0.05, 0.2)) * slope)[..., None])
-
-
-def _invert(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return 255 - image
-
-
-# --------------------------------------------------------------------------------------------------------- sharpness
+    return image * (1 + np.float32(rng.uniform(0.05, 0.2)) * slope)[..., None]
 
 
 def _blurred(image: np.ndarray, share: float) -> np.ndarray:
     return cv2.GaussianBlur(image, (0, 0), max(0.3, share * min(image.shape[:2])))
-
-
-def _blur(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return _blurred(image, float(rng.uniform(0.001, 0.003)))
-
-
-def _strong_blur(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return _blurred(image, float(rng.uniform(0.015, 0.04)))
 
 
 def _jpeg(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -226,50 +184,50 @@ def _jpeg(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return cv2.imdecode(encoded, cv2.IMREAD_COLOR)[..., ::-1]
 
 
-VARIATIONS: tuple[Variation, ...] = (
-    Variation("crop", False, "cut off up to 5 % of each side", "photographs rarely show the exact edge", _crop),
-    Variation(
-        "perspective", False, "corners shifted by up to 4 %", "the camera did not stand straight in front", _perspective
+VARIATIONS: dict[str, Variation] = {
+    "crop": Variation(_crop, False, "cut off up to 5 % of each side", "photographs rarely show the exact edge"),
+    "perspective": Variation(
+        _perspective, False, "corners shifted by up to 4 %", "the camera did not stand straight in front"
     ),
-    Variation("tilt", False, "turned by 0.5 to 2.5 degrees", "the camera was held slightly askew", _tilt),
-    Variation("lighting", False, "5 to 20 % darker towards one side", "gallery light comes from one side", _lighting),
-    Variation(
-        "colour_jitter",
-        False,
-        "brightness and contrast within 10 %, white balance within 6 %",
-        "cameras differ",
-        _colour_jitter,
+    "tilt": Variation(
+        lambda image, rng: _turned(image, rng, 0.5, 2.5),
+        *(False, "turned by 0.5 to 2.5 degrees", "the camera was held slightly askew"),
     ),
-    Variation("saturation", False, "colour strength x 0.8 to 1.2", "cameras and screens differ", _saturation),
-    Variation("blur", False, "Gaussian blur, 0.1 to 0.3 % of the shorter side", "focus and rescaling differ", _blur),
-    Variation("jpeg", False, "JPEG at quality 45 to 89", "pictures on the web are compressed", _jpeg),
-    Variation("invert", True, "negative", "no photograph of the genuine artwork looks so", _invert),
-    Variation("flip", True, "mirrored or upside down", "the genuine artwork has one handedness", _flip),
-    Variation("strong_tilt", True, "turned by 12 to 35 degrees", "the composition is no longer upright", _strong_tilt),
-    Variation(
-        "strong_saturation",
-        True,
-        "colour strength below 0.2 or above 2.2",
-        "colours that the artist did not paint",
-        _strong_saturation,
+    "lighting": Variation(_lighting, False, "5 to 20 % darker towards one side", "gallery light comes from one side"),
+    "colour_jitter": Variation(
+        _colour_jitter, False, "brightness, contrast within 10 %, white balance within 6 %", "cameras differ"
     ),
-    Variation(
-        "different_colour",
-        True,
-        "hues turned by 80 to 280 degrees",
-        "the report names another colour an anomaly",
-        _different_colour,
+    "saturation": Variation(
+        lambda image, rng: _saturated(image, rng.uniform(0.8, 1.2)),
+        *(False, "colour strength x 0.8 to 1.2", "cameras and screens differ"),
     ),
-    Variation(
-        "strong_blur",
-        True,
-        "Gaussian blur, 1.5 to 4 % of the shorter side",
-        "the report names fuzziness an anomaly; brushwork is lost",
-        _strong_blur,
+    "blur": Variation(
+        lambda image, rng: _blurred(image, rng.uniform(0.001, 0.003)),
+        *(False, "Gaussian blur, 0.1 to 0.3 % of the shorter side", "focus and rescaling differ"),
     ),
-)
-"""Every change of a whole picture, normal ones first; the one place that says which counts as what."""
+    "jpeg": Variation(_jpeg, False, "JPEG at quality 45 to 89", "pictures on the web are compressed"),
+    "different_colour": Variation(
+        _different_colour, True, "hues turned by 80 to 280 degrees", "the report names another colour an anomaly"
+    ),
+    "fuzziness": Variation(
+        lambda image, rng: _blurred(image, rng.uniform(0.015, 0.04)),
+        *(True, "Gaussian blur, 1.5 to 4 % of the shorter side", "the report names fuzziness an anomaly"),
+    ),
+    "invert": Variation(
+        lambda image, rng: 255 - image, True, "negative", "no photograph of the genuine artwork looks so"
+    ),
+    "flip": Variation(_flip, True, "mirrored or upside down", "the genuine artwork has one handedness"),
+    "strong_tilt": Variation(
+        lambda image, rng: _turned(image, rng, 12, 35),
+        *(True, "turned by 12 to 35 degrees", "the composition is no longer upright"),
+    ),
+    "strong_saturation": Variation(
+        _strong_saturation, True, "colour strength below 0.2 or above 2.2", "colours that the artist did not paint"
+    ),
+}
+"""Every change of a whole picture by name, normal ones first; the one place that says which counts as what."""
 
-NORMAL_VARIATIONS = tuple(v.name for v in VARIATIONS if not v.is_anomalous)
-ANOMALOUS_VARIATIONS = tuple(v.name for v in VARIATIONS if v.is_anomalous)
-_BY_NAME = {variation.name: variation for variation in VARIATIONS}
+NORMAL_VARIATIONS = tuple(name for name, variation in VARIATIONS.items() if not variation.is_anomalous)
+ANOMALOUS_VARIATIONS = tuple(name for name, variation in VARIATIONS.items() if variation.is_anomalous)
+REPORT_VARIATIONS = ("different_colour", "fuzziness")
+"""What the source report names among its anomalies and changes the whole picture; part of the default test set."""

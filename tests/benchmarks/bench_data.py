@@ -16,7 +16,7 @@ from helpers.data import images, sources
 def main(folder: str | None) -> None:
     with tempfile.TemporaryDirectory() as name:
         start = time.perf_counter(), time.process_time()
-        samples = sources.embedded_artworks(Path(name) / "art")
+        samples = sources.embedded_artworks(Path(name) / "art", max_side=288, seed=2024)
         wall, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
         print(f"embedded_artworks: {len(samples)} pictures of 2 paintings in {wall:.1f} s ({cpu:.1f} s of CPU)")
         source = Path(folder or f"{name}/art")

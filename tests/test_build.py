@@ -1,0 +1,399 @@
+"""Source trees of tiny real pictures -> datasets: splits, counts, bytes, what is kept and what is made again."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers import data, synthesis
+from helpers.data import DatasetError, build, images, overview, splits
+from helpers.data.manifest import counts
+from helpers.profiles import DataSettings
+from helpers.records import NORMAL_KIND, SPLITS, Sample
+
+SIZES = DataSettings(max_image_side=96, n_train=6, n_calibration=4, n_test_normal=4, n_test_anomalous=5)
+
+
+def picture(number: int, size: tuple[int, int] = (120, 100)) -> np.ndarray:
+    """A smooth picture of (H, W), different for every number."""
+    rough = np.random.default_rng(number).integers(0, 256, (5, 4, 3), np.uint8)
+    return cv2.resize(rough, size[::-1], interpolation=cv2.INTER_CUBIC)
+
+
+def write(path: Path, array: np.ndarray) -> Path:
+    images.save_png(path, array)
+    return path
+
+
+def source_tree(folder: Path, *, train: int, good: int = 0, real: int = 0, name: str = "saint") -> list[Sample]:
+    """One artwork with genuine pictures and ``real`` anomalies, every second with a mask."""
+    first = 1000 * len(name)
+    for i in range(train):
+        write(folder / name / "train/good" / f"photo {i}.png", picture(first + i))
+    for i in range(good):
+        write(folder / name / "test/good" / f"later_{i}.png", picture(first + 100 + i))
+    for i in range(real):
+        write(folder / name / "test/overpainted" / f"fake_{i}.png", picture(first + 200 + i))
+        if i % 2 == 0:
+            mask = np.zeros((120, 100), bool)
+            mask[20:60, 10:50] = True
+            write(folder / name / "ground_truth/overpainted" / f"fake_{i}_mask.png", mask)
+    return list(data.read_folder(folder).samples)
+
+
+def make(samples: list[Sample], target: Path, *, sizes: DataSettings = SIZES, seed: int = 7, **more: object):
+    source = build.Source(tuple(samples), count_real=bool(more.pop("count_real", False)))
+    return data.open_dataset(build.build_dataset(source, target, sizes, seed=seed, **more).parent, verify_files=True)
+
+
+def information(dataset: data.Dataset) -> dict:
+    return json.loads((dataset.folder / "manifest.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Sample], data.Dataset]:
+    """A dataset of 5 genuine training pictures, 3 for testing and 4 real anomalies."""
+    folder = tmp_path_factory.mktemp("build")
+    samples = source_tree(folder / "source", train=5, good=3, real=4)
+    return samples, make(samples, folder / "dataset")
+
+
+# --- what is made ----------------------------------------------------------------------------------------------------
+
+
+def test_counts_splits_and_layout(built: tuple[list[Sample], data.Dataset]) -> None:
+    _, dataset = built
+    found = counts(dataset.samples)["saint"]
+    assert found["train"] == {NORMAL_KIND: 6} and found["calibration"] == {NORMAL_KIND: 4}
+    assert found["test"] == {NORMAL_KIND: 4, "overpainted": 4} | dict.fromkeys(synthesis.REPORT_KINDS, 1)
+    for sample in dataset.samples:
+        folder = "test" if sample.split == "test" else "train"
+        assert sample.image_path.parent == dataset.folder / "saint" / folder / sample.kind
+        assert 80 <= max(images.load_image(sample.image_path).shape) <= 96, "crops take a few percent"
+    assert dataset.kinds_held_out == synthesis.HELD_OUT_KINDS
+    assert not set(information(dataset)["training_kinds"]) & set(dataset.kinds_held_out)
+
+
+def test_synthetic_anomalies_are_test_normals_with_known_damage(built: tuple[list[Sample], data.Dataset]) -> None:
+    _, dataset = built
+    records = overview.read_records(dataset)
+    by_path = {sample.image_path: sample for sample in dataset.samples}
+    made = [s for s in dataset.samples if records[s.image_path]["origin"] == "synthetic anomaly"]
+    assert set(records) == set(by_path) and len(made) == 5
+    for sample in made:
+        model = by_path[dataset.folder / records[sample.image_path]["source_path"]]
+        assert model.split == "test" and not model.is_anomalous and model.group == sample.group
+        before, after = images.load_image(model.image_path), images.load_image(sample.image_path)
+        mask = data.mask_of(sample)
+        assert mask.any() and (before[~mask] == after[~mask]).all() and (before[mask] != after[mask]).any()
+        again, _, _ = synthesis.synthesize(before, sample.kind, np.random.default_rng(sample.synthesis_seed))
+        assert (again == after).all() and sample.visibility == records[sample.image_path]["visibility"] > 0
+
+
+def test_rephotographs_can_be_made_again_and_spread_over_groups(built: tuple[list[Sample], data.Dataset]) -> None:
+    samples, dataset = built
+    records = overview.read_records(dataset)
+    for split in SPLITS:
+        rows = [records[s.image_path] for s in dataset.select(split=split, is_anomalous=False)]
+        per_group = Counter(row["group"] for row in rows)
+        assert max(per_group.values()) - min(per_group.values()) <= 1
+        for row in (row for row in rows if row["origin"] == "rephotographed"):
+            model = images.load_image(dataset.folder / row["source_path"])
+            again, names = synthesis.rephotograph(model, np.random.default_rng(row["synthesis_seed"]))
+            assert names == row["variations"]
+            assert (again == images.load_image(dataset.folder / row["image_path"])).all()
+    genuine = [row["source_path"] for row in records.values() if row["origin"] == "genuine"]
+    assert sorted(genuine) == sorted(s.image_path.as_posix() for s in samples if not s.is_anomalous)
+
+
+def test_real_anomalies_and_their_masks_are_kept_for_testing(built: tuple[list[Sample], data.Dataset]) -> None:
+    samples, dataset = built
+    kept = dataset.select(kind="overpainted")
+    assert len(kept) == 4 and {s.split for s in kept} == {"test"}
+    for sample in kept:
+        source = next(s for s in samples if s.image_path.stem == sample.image_path.stem)
+        assert (images.load_image(sample.image_path) == images.load_image(source.image_path, max_side=96)).all()
+        assert (sample.mask_path is None) == (source.mask_path is None)
+        if sample.mask_path is not None:
+            np.testing.assert_array_equal(data.mask_of(sample), images.load_mask(source.mask_path, (96, 80)))
+
+
+def test_the_report_s_changes_of_the_whole_picture_are_tested_without_masks(tmp_path: Path) -> None:
+    samples = source_tree(tmp_path / "source", train=3)
+    dataset = make(samples, tmp_path / "dataset", sizes=replace(SIZES, n_test_anomalous=16))
+    whole = [s for s in dataset.select(is_anomalous=True) if s.kind in synthesis.REPORT_VARIATIONS]
+    assert {s.kind for s in whole} == {"different_colour", "fuzziness"}
+    assert all(s.mask_path is None and s.visibility is None for s in whole)
+    table = overview.summary(dataset)
+    assert table.loc[("saint", "test")].tolist() == [1, 3, 0, 16, 1]
+    examples = overview.kind_examples(dataset, category="saint")
+    assert [example[0] for example in examples] == list(build.TEST_KINDS)
+    assert overview.check_dataset(dataset)
+    for kind, original, anomalous, mask in examples:
+        assert original.shape == anomalous.shape and (mask is None) == (kind in synthesis.REPORT_VARIATIONS)
+        assert mask is None or (original[~mask] == anomalous[~mask]).all()
+
+
+def test_real_anomalies_may_count_towards_the_number(tmp_path: Path) -> None:
+    samples = source_tree(tmp_path / "source", train=4, real=3)
+    wrong = [replace(s, split="train") if s.is_anomalous else s for s in samples]  # they are tested on all the same
+    dataset = make(wrong, tmp_path / "a", count_real=True)
+    assert len(dataset.select(split="test", is_anomalous=True)) == 5
+    assert not any(s.is_anomalous for s in dataset.samples if s.split != "test")
+
+
+@pytest.mark.parametrize("n", [1, 5, 8, 26, 34])
+def test_report_kinds_have_the_largest_share(n: int) -> None:
+    share = Counter(splits._kind_turns(build.TEST_KINDS, n))
+    report = [share[kind] for kind in synthesis.REPORT_KINDS]
+    others = [share[kind] for kind in build.TEST_KINDS if kind not in synthesis.REPORT_KINDS]
+    assert sum(report) + sum(others) == n and max(report) - min(report) <= 1 and max(others) - min(others) <= 1
+    assert min(report) >= max(others) and (n < 26 or (min(others) > 0 and min(report) > max(others)))
+
+
+def test_a_scroll_keeps_its_proportions_down_to_a_limit(tmp_path: Path) -> None:
+    samples = source_tree(tmp_path / "source", train=3)
+    write(samples[0].image_path, picture(1, (80, 700)))
+    write(samples[1].image_path, picture(2, (10, 700)))
+    dataset = make(samples, tmp_path / "dataset")
+    shapes = {images.load_image(s.image_path).shape for s in dataset.samples if s.image_path.stem == "photo_0"}
+    assert shapes == {(44, 384, 3)}  # 96 px long it would be 11 px high; at most four times as long as the others
+    left_out = information(dataset)["left_out"]
+    assert len(left_out) == 1 and "photo 1" in left_out[0]["path"] and "cut a long scroll" in left_out[0]["reason"]
+
+
+# --- splits ----------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def source_samples(draw: st.DrawFn) -> list[Sample]:
+    """Any mixture of splits, groups and labels; no files, for plans only."""
+    rows = draw(st.lists(st.tuples(st.sampled_from(SPLITS), st.booleans(), st.integers(0, 9)), min_size=1, max_size=24))
+    return [
+        Sample(Path(f"/p/{i:02d}.png"), "saint", bad, None, split, "fake" if bad else NORMAL_KIND, f"saint/{group}")
+        for i, (split, bad, group) in enumerate(rows)
+    ]
+
+
+def planned(samples: list[Sample], seed: int, n: tuple[int, int, int, int]):
+    names = ("n_train", "n_calibration", "n_test_normal", "n_test_anomalous")
+    options = dict(zip(names, n, strict=True)) | {"seed": seed, "kinds": build.TEST_KINDS, "count_real": False}
+    return splits.plan([splits.Picture(s, Path(f"/staged/{s.image_path.name}")) for s in samples], options)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    samples=source_samples(),
+    seed=st.integers(0, 99),
+    n=st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6), st.integers(0, 20)),
+)
+def test_no_group_crosses_splits_unless_a_limit_says_so(samples, seed, n) -> None:
+    jobs, notes, limits = planned(samples, seed, n)
+    if all(sample.is_anomalous for sample in samples):
+        assert not jobs and "saint is left out" in notes[0]
+        return
+    groups = [{job.group for job in jobs if job.split == split} for split in SPLITS]
+    assert all(groups) and {job.group for job in jobs} <= {sample.group for sample in samples}  # no invented ones
+    if groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2]:
+        assert "optimistic" in limits["saint"]
+    assert all(job.split == "test" for job in jobs if job.kind != NORMAL_KIND)
+    assert len({job.path for job in jobs}) == len(jobs)
+    assert sum(job.origin == "real anomaly" for job in jobs) == sum(sample.is_anomalous for sample in samples)
+    assert sum(job.origin == "synthetic anomaly" for job in jobs) == n[3]
+    genuine = [job.source for job in jobs if job.origin == "genuine"]
+    assert len(set(genuine)) == len(genuine)
+    for split, asked in zip(SPLITS, n, strict=False):
+        assert asked <= sum(job.split == split and job.kind == NORMAL_KIND for job in jobs) <= splits.MOST_TIMES * asked
+    assert planned(samples, seed, n)[0] == jobs
+
+
+@pytest.mark.parametrize(
+    ("train", "good", "expected", "words"),
+    [
+        (1, 0, (1, 1, 1), "Only 1 genuine picture: thresholds and test pictures come from re-photographs"),
+        (2, 0, (1, 1, 1), "Only 2 genuine pictures"),
+        (1, 1, (1, 1, 1), "Only 2 genuine pictures"),
+        (3, 0, (1, 1, 1), "thresholds rest on 1 and false-alarm rates on 1"),
+        (5, 0, (2, 1, 2), "thresholds rest on 1 and false-alarm rates on 2"),
+        (9, 0, (4, 2, 3), "thresholds rest on 2"),
+        (1, 4, (1, 1, 3), "thresholds rest on 1"),
+        (10, 4, (7, 3, 4), ""),
+        (30, 0, (15, 6, 9), ""),
+    ],
+)
+def test_few_pictures_make_a_dataset_with_its_limits_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], train: int, good: int, expected: tuple[int, ...], words: str
+) -> None:
+    source_tree(tmp_path / "source", train=12, name="rich")
+    dataset = make(source_tree(tmp_path / "source", train=train, good=good), tmp_path / "dataset")
+    assert tuple(dataset.n_sources("saint", split) for split in SPLITS) == expected
+    assert len(dataset.select(category="rich")) == len(dataset.select(category="rich", split="train")) + 13
+    limit = dataset.limits.get("saint", "")
+    assert words in limit and ("optimistic" in limit) == (train + good <= 2)
+    assert bool(words) == (f"Limit of saint: {limit}" in capsys.readouterr().out)
+
+
+def test_a_test_pictures_twin_is_not_learnt_from(tmp_path: Path) -> None:
+    samples = source_tree(tmp_path / "source", train=5, good=2)
+    tested = next(s for s in samples if s.split == "test")
+    samples = [replace(s, group=tested.group) if s.image_path.stem == "photo 3" else s for s in samples]
+    dataset = make(samples, tmp_path / "dataset")
+    assert next(s for s in dataset.samples if s.image_path.stem == "photo_3").split == "test"
+    assert any("became test pictures" in note for note in information(dataset)["notes"])
+
+
+def test_equal_pixels_in_two_files_are_one_source_picture(tmp_path: Path) -> None:
+    samples = source_tree(tmp_path / "source", train=6, real=1)
+    copy = tmp_path / "source/saint/train/good/copy.bmp"  # other bytes, same pixels
+    cv2.imwrite(str(copy), cv2.imread(str(samples[0].image_path)))
+    twin = replace(samples[0], image_path=copy, group="", sha256="")
+    dataset = make([*samples, twin], tmp_path / "dataset")
+    twins = [s for s in dataset.samples if s.image_path.stem in (samples[0].image_path.stem.replace(" ", "_"), "copy")]
+    assert len(twins) == 2 and twins[0].group == twins[1].group and twins[0].split == twins[1].split
+    write(samples[-1].image_path, images.load_image(samples[0].image_path))
+    with pytest.raises(DatasetError, match=r"photo 0.*fake_0.*same picture"):
+        make(samples, tmp_path / "other")
+
+
+def test_many_genuine_pictures_are_used_up_to_a_limit(tmp_path: Path) -> None:
+    samples = source_tree(tmp_path / "source", train=16, good=9)
+    dataset = make(samples, tmp_path / "dataset", sizes=replace(SIZES, n_train=3, n_calibration=2))
+    found = counts(dataset.samples)["saint"]
+    assert [found[split][NORMAL_KIND] for split in SPLITS] == [9, 5, 9]  # 11 of them, at most 3 x 3; 5; 9
+    assert "9 of 11 genuine pictures for train are used" in " ".join(information(dataset)["notes"])
+
+
+# --- what is kept, and what is made again ----------------------------------------------------------------------------
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    found = [file for file in folder.rglob("*") if file.suffix in (".png", ".csv")]
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in found}
+
+
+def test_same_seed_same_bytes_wherever_the_source_lies(built, tmp_path: Path) -> None:
+    _, dataset = built
+    samples = source_tree(tmp_path / "elsewhere", train=5, good=3, real=4)
+    again = make(samples, tmp_path / "dataset")
+    assert again.hash == dataset.hash and bytes_of(again.folder) == bytes_of(dataset.folder)
+    assert make(samples, tmp_path / "other", seed=8).hash != dataset.hash
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_frozen_dataset_wins_over_another_library_machine_and_wording(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = source_tree(tmp_path / "source", train=4)
+    dataset = make(samples, tmp_path / "dataset")
+    stamp = (dataset.folder / "manifest.csv").stat().st_mtime_ns
+    mark = dataset.folder / "manifest.json"
+    recorded = information(dataset)
+    recorded["machine"] |= {"cv2": "4.12.0", "cpu": "a Xeon of Colab"}
+    recorded["notes"] = ["worded otherwise"]
+    mark.write_text(json.dumps(recorded))
+    monkeypatch.setattr(synthesis, "synthesize", None)  # and whatever the generators would draw today
+    renamed = [replace(s, group=f"{s.group} by another rule") for s in reversed(samples)]
+    capsys.readouterr()
+    assert make(renamed, tmp_path / "dataset").hash == dataset.hash
+    assert (dataset.folder / "manifest.csv").stat().st_mtime_ns == stamp
+    printed = capsys.readouterr().out
+    assert "nothing to do" in printed and "cv2 4.12.0, here" in printed and "kept as it is" in printed
+
+
+def test_what_changed_is_said_when_it_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    samples = source_tree(tmp_path / "source", train=4)
+    target = tmp_path / "dataset"
+    hashes = [make(samples, target).hash]
+
+    def again(words: str, pictures: list[Sample] = samples, **more: object) -> str:
+        capsys.readouterr()
+        found = make(pictures, target, **more).hash
+        assert f"is made again: {words}" in capsys.readouterr().out.replace("\n", " ")
+        return found
+
+    larger = replace(SIZES, n_train=7)
+    hashes.append(again("other settings (n_train was 6, is 7)", sizes=larger))
+    next(target.rglob("*.png")).unlink()
+    assert again("", sizes=larger) == hashes[-1]  # a lost file: the reader's words
+    assert again("asked for", sizes=larger, remake=True) == hashes[-1]
+    grouped = [replace(s, group="saint/one") if s.image_path.stem != "photo 3" else s for s in samples]
+    hashes.append(again("the source pictures", grouped, sizes=larger))  # another table
+    write(samples[0].image_path, picture(999))  # another picture under the same name
+    hashes.append(again("the source pictures", samples, sizes=larger))
+    assert len(set(hashes)) == 4
+
+
+def test_nothing_of_the_users_is_replaced(tmp_path: Path) -> None:
+    samples = source_tree(tmp_path / "source", train=3)
+    with pytest.raises(DatasetError, match="lies in the folder of the dataset"):
+        make(samples, tmp_path / "source")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/thesis.txt").write_text("three years of work")
+    with pytest.raises(DatasetError, match="holds other files"):
+        make(samples, tmp_path / "thesis")
+    assert len(list((tmp_path / "source").rglob("*.png"))) == 3 and (tmp_path / "thesis/thesis.txt").exists()
+
+
+def test_bad_files_are_left_out_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    samples = source_tree(tmp_path / "source", train=6, real=3)
+    samples[0].image_path.write_bytes(samples[0].image_path.read_bytes()[:200])
+    samples[1].image_path.unlink()
+    masked = next(s for s in samples if s.mask_path is not None)
+    write(masked.mask_path, np.zeros((120, 100), bool))
+    dataset = make(samples, tmp_path / "dataset")
+    listed = {Path(file["path"]).name for file in information(dataset)["left_out"]}
+    assert listed == {samples[0].image_path.name, samples[1].image_path.name, masked.mask_path.name}
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in listed)
+    kept = {s.image_path.stem: s for s in dataset.select(kind="overpainted")}
+    assert len(kept) == 3 and kept[masked.image_path.stem].mask_path is None
+
+
+def test_no_normal_picture_at_all_is_refused(tmp_path: Path) -> None:
+    samples = source_tree(tmp_path / "source", train=1, real=1)
+    samples[0].image_path.write_bytes(b"no picture")
+    with pytest.raises(DatasetError, match=r"nothing to learn from(.|\n)*photo 0"):
+        make(samples, tmp_path / "dataset")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kinds", "words"),
+    [
+        (replace(SIZES, n_train=0), ("box",), "n_train is 0"),
+        (replace(SIZES, n_test_anomalous=-1), ("box",), "n_test_anomalous is -1"),
+        (SIZES, ("box", "burn"), "burn"),
+        (SIZES, (), "are none"),
+        (SIZES, synthesis.NORMAL_VARIATIONS[:1], synthesis.NORMAL_VARIATIONS[0]),
+    ],
+)
+def test_impossible_settings_are_refused(tmp_path: Path, sizes: DataSettings, kinds: tuple, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        build.build_dataset(build.Source(()), tmp_path / "dataset", sizes, seed=1, kinds=kinds)
+
+
+def test_two_artworks_with_names_alike_stay_apart(tmp_path: Path) -> None:
+    samples = [replace(s, category="Saint?", group="") for s in source_tree(tmp_path / "source", train=3)]
+    twins = [
+        replace(s, category="saint?", image_path=write(tmp_path / "twins" / s.image_path.name, picture(i)), sha256="")
+        for i, s in enumerate(samples)
+    ]
+    dataset = make([*samples, *twins], tmp_path / "dataset")
+    assert dataset.categories == ("Saint?", "saint?")
+    assert {s.image_path.relative_to(dataset.folder).parts[0] for s in dataset.samples} == {"Saint", "saint_2"}
+
+
+def test_source_for_a_folder_describes_it(tmp_path: Path) -> None:
+    samples = source_tree(tmp_path / "mine", train=3, real=1)
+    source = build.source_for(tmp_path / "mine", builtin="embedded", target=tmp_path / "s", max_side=64, seed=1)
+    assert list(source.samples) == samples and not source.count_real and not (tmp_path / "s").exists()
+    with pytest.raises(ValueError, match="'embedded' and 'wikimedia'"):
+        build.source_for(None, builtin="louvre", target=tmp_path, max_side=64, seed=1)
