@@ -43,6 +43,9 @@ UNDERSTOOD = {
         "s/train/good 3, s/test/crack 4", 2),
     "train_maps": ("train/good 3, test/crack 2, test_maps/crack m2", "s/train/good 3, s/test/crack 2", 2),
     "anomalib hazelnut": ("good 4, crack 3, mask/crack m3", "s/train/good 4, s/test/crack 3", 3),
+    "masks beside their kind": ("good 4, crack 3, crack_mask m3", "s/train/good 4, s/test/crack 3", 3),
+    "in words": ("M/genuine scans 3, M/known forgeries 2, M/the not damaged 1",
+        "M/train/good 4, M/test/forgeries 2", 0),
     "anomalib folder": ("normal 4, normal_test 2, abnormal 1, mask m1",
         "s/train/good 4, s/test/good 2, s/test/anomaly 1", 1),
     "anomalib _dir": ("normal_dir 4, abnormal_dir 2, mask_dir m2", "s/train/good 4, s/test/anomaly 2", 2),
@@ -95,6 +98,8 @@ def test_the_folder_given_may_be_the_inside_of_an_artwork(tmp_path: Path, name: 
 # Folders and pictures -> a word of the refusal. What may be read two ways is never guessed.
 REFUSED = {
     "0 and 1": (["0 2", "1 2"], "0/ and 1/"),
+    "classes": (["mona/class_0 2", "mona/class_1 2"], "class_0/ and class_1/"),
+    "pictures and masks": (["images 2", "masks m2"], "masks .*no folder says"),
     "only anomalies": (["test/lesion 2", "ground_truth/lesion m2"], "all 2 readable pictures are anomalous"),
     "defects to learn from": (["train/defect 2", "test/defect 1"], "none|no picture|anomalous"),
     "fake beside a painting": (["mona 3", "fake 2"], "mona/"),

@@ -47,7 +47,13 @@ _MASK_STEM = re.compile(
     r"([_\- ]?\d+)?$|^(mask|gt|label|seg)[_\-. ]+",
     re.IGNORECASE,
 )
+_MASK_FOLDER = re.compile(r"_(masks?|gt|ground_truth)$|^(masks?|gt|ground_truth)_")
+_UNCLEAR = frozenset("0 1 class_0 class_1 class0 class1 true false yes no positive negative pos neg".split())
 _NOT_LEARNT = "anomalous, so not used: detectors learn from normal pictures only"
+
+
+_Steps = list[tuple[str, str | None]]  # folder names with their roles, from the top; one with two roles stands twice
+_Names = tuple[str, ...]
 
 
 @dataclass
@@ -80,13 +86,20 @@ def read_tree(root: Path) -> Layout:
         archives = [path.name for path in others if path.suffix.lower() in (".zip", ".tar", ".gz", ".7z", ".rar")]
         raise refusal(root, "There is no picture in it." + (f" Unpack {archives[0]} first." if archives else ""))
     parts = {path: [repaired(name) for name in path.relative_to(root).parts[:-1]] for path in pictures}
-    steps = {path: [(name, role) for name in names for role in roles_of(name)] for path, names in parts.items()}
-    digits = {name for names in steps.values() for name, _ in names if name.isdigit()}
-    if digits and digits <= {"0", "1"}:
-        if not any(role in SPLITS for names in steps.values() for _, role in names):
-            raise refusal(root, "0/ and 1/ may be labels or paintings: call them good/ and anomaly/, or by titles.")
-        labels = {"0": NORMAL_KIND, "1": ANOMALY_KIND}
-        steps = {path: [(name, labels.get(name, role)) for name, role in names] for path, names in steps.items()}
+    names = {name for found in parts.values() for name in found}
+    meanings = {name: _steps_of(name, set(map(plain, names))) for name in names}
+    has_splits = any(role in SPLITS for steps in meanings.values() for _, role in steps)
+    if has_splits and {name for name in names if name.isdigit()} <= {"0", "1"}:
+        meanings |= {"0": [("0", NORMAL_KIND)], "1": [("1", ANOMALY_KIND)]}
+    siblings: dict[_Names, set[str]] = defaultdict(set)
+    for found in parts.values():
+        for i, name in enumerate(found):
+            siblings[tuple(found[:i])].add(name)
+    for children in siblings.values():
+        if len(children) == 2 and {plain(name) for name in children} <= _UNCLEAR and not has_splits:
+            where = "/ and ".join(sorted(children))
+            raise refusal(root, f"{where}/ may be labels or paintings: call them good/ and anomaly/, or by titles.")
+    steps = {path: [step for name in found for step in meanings[name]] for path, found in parts.items()}
     layout = _Tree(root, steps).read()
     layout.problems += [(p, "no picture of a format that is read") for p in others if p.suffix.lower() not in _TEXTS]
     texts = [path.relative_to(root).as_posix() for path in others if path.suffix.lower() in _TEXTS]
@@ -95,6 +108,14 @@ def read_tree(root: Path) -> Layout:
     if n_hidden:
         layout.notes.append(f"Hidden files, thumbnails and the like were ignored: {n_hidden}.")
     return layout
+
+
+def _steps_of(name: str, names: set[str]) -> _Steps:
+    """A folder's name with each of its roles; ``crack_mask`` means masks where there is a folder ``crack``."""
+    bare = _MASK_FOLDER.sub("", plain(name))
+    if bare != plain(name) and bare in names:
+        return [(name, "mask"), (bare, None)]
+    return [(name, role) for role in roles_of(name)]
 
 
 def has_roles(root: Path) -> bool:
@@ -111,7 +132,8 @@ def apart(names: dict[Hashable, str], layout: Layout) -> dict[Hashable, str]:
         tries = [clean(name), *(f"{clean(name)}_{number}" for number in range(2, len(names) + 2))]
         categories[key] = next(candidate for candidate in tries if candidate.casefold() not in taken)
         if categories[key] != tries[0]:
-            layout.notes.append(f"{name} is called {categories[key]}: {tries[0]} is the name of another artwork.")
+            where = "/".join(key) if isinstance(key, tuple) else key
+            layout.notes.append(f"{where} is called {categories[key]}: {tries[0]} is the name of another artwork.")
     return categories
 
 
@@ -128,9 +150,6 @@ def refusal(root: Path, reason: str) -> DatasetError:
 
 
 # --- the pictures of a tree ------------------------------------------------------------------------------------------
-
-_Steps = list[tuple[str, str | None]]  # folder names with their roles, from the top; two roles stand twice
-_Names = tuple[str, ...]
 
 
 class _Unclear(Exception):
@@ -176,6 +195,11 @@ class _Tree:
 
     def read(self) -> Layout:
         roles = {role for steps in self._pictures.values() for _, role in steps}
+        if self._masks and not roles - {None}:
+            first = next(iter(self._masks)).relative_to(self._root)
+            raise refusal(
+                self._root, f"There are masks ({first}), but no folder says which pictures are genuine (good/)."
+            )
         name = FLAT if not roles else PER_PAINTING if roles == {None} else LABELLED
         layout = Layout((REPORT if self._artworks else MVTEC) if roles & set(SPLITS) else name, self._root)
         keys: dict[Path, _Names] = {}

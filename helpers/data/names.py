@@ -33,6 +33,7 @@ FORGERY_WORDS = frozenset(
 """Anomalous, and the name is the kind."""
 MASK_WORDS = frozenset("mask ground_truth groundtruth gt annotation segmentation seg label map".split())
 _NOTHING = frozenset("data dataset set dir folder image img imgs picture pic photo photograph file sample".split())
+_ADDED = _NOTHING | frozenset("scan view shot version example painting artwork work item known all the my".split())
 _NOT = ("no", "non", "not", "without")
 _TELLTALE = (FORGERY_WORDS | ANOMALY_WORDS) - frozenset("bad ng ko broken modified edited reproduction".split())
 _HIDDEN = re.compile(
@@ -147,9 +148,9 @@ def spoken_of(stem: str, artworks: Sequence[str]) -> str | None:
 def _words(name: str) -> list[str]:
     """The words of a name, without those that say nothing at either end."""
     words = plain(name).split("_")
-    while words and _is_in(words[-1], _NOTHING):
+    while words and _is_in(words[-1], _ADDED if words[1:] else _NOTHING):
         words.pop()
-    while words and _is_in(words[0], _NOTHING):
+    while words and _is_in(words[0], _ADDED if words[1:] else _NOTHING):
         words.pop(0)
     return words
 
