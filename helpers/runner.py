@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import nbformat
@@ -25,10 +25,8 @@ _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the notebooks and print the comparison.
+    """Run the notebooks (all, or those with these numbers or names) and print the comparison.
 
-    Args:
-        arguments: notebook numbers or names to run (``03``, ``03_clip``); all when empty.
     Returns:
         0 when every notebook succeeded or was up to date, 1 when a cell failed, 2 for an unknown notebook.
     """
@@ -41,23 +39,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         print(f"No notebook is called {', '.join(unknown)}. There are: {', '.join(path.stem for path in paths)}.")
         return 2
-    profile = profiles.active()
+    profile, started = profiles.active(), time.monotonic()
     print(profile, flush=True)
     _pass_on(profile)
-    started = time.monotonic()
-    key = files.sha256_json([_source_hash(), profile.name, pictures_fingerprint(profile.data_source)])
+    sources = [path for path in sorted((profiles.REPOSITORY / "helpers").rglob("*")) if path.is_file()]
+    code = [(str(path), files.sha256_file(path)) for path in sources if path.suffix != ".pyc"]
+    key = files.sha256_json([code, profile.name, pictures_fingerprint(profile.data_source)])
     for number, path in enumerate(paths, start=1):
         key = files.sha256_json([key, files.sha256_file(path)])
         wanted = not options.notebook or any(path.stem.startswith(name) for name in options.notebook)
         if wanted and not _run_or_skip(path, f"[{number}/{len(paths)}] {path.stem}", profile, key, again=options.again):
             return 1
     print(f"all notebooks: {time.monotonic() - started:.0f} s")
-    _print_comparison(profile)
+    table = profile.report_dir / "comparison.csv"
+    if table.exists():
+        from helpers.judge import findings
+
+        print(f"\n{findings.as_text(table)}\n\nReport: {table.with_name('index.html')}\nTable:  {table}", flush=True)
     return 0
 
 
 def _run_or_skip(path: Path, title: str, profile: profiles.Profile, key: str, *, again: bool) -> bool:
     """Run one notebook unless its last success has this key; False when a cell failed."""
+    from helpers.colab.preflight import STAGES
+
     executed = profile.home / "executed" / path.name
     mark, failed = executed.with_suffix(".json"), executed.with_suffix(".failed.ipynb")
     last = files.read_json(mark) if mark.exists() else {}
@@ -65,8 +70,10 @@ def _run_or_skip(path: Path, title: str, profile: profiles.Profile, key: str, *,
         print(f"{title}: up to date", flush=True)
         return True
     mark.unlink(missing_ok=True)
-    line = _LiveLine(title, last.get("seconds") or _usual_seconds(path.stem, profile.name))
-    notebook, error = execute(path, line)
+    usual = STAGES.get(path.stem)
+    usual_seconds = 0.0 if usual is None else usual.mini_seconds if profile.name == "mini" else 60 * usual.l4_minutes
+    line = _LiveLine(title, last.get("seconds", usual_seconds))
+    notebook, error = execute(path, line.show)
     if error:
         files.write_text(failed, nbformat.writes(notebook))
         line.end(f"failed after {line.seconds:.0f} s\n\n{error}\n\nThe notebook up to there: {failed}")
@@ -78,8 +85,8 @@ def _run_or_skip(path: Path, title: str, profile: profiles.Profile, key: str, *,
     return True
 
 
-def execute(path: Path, line: _LiveLine) -> tuple[nbformat.NotebookNode, str]:
-    """Execute a notebook in its folder, in a fresh kernel of this Python.
+def execute(path: Path, show: Callable[[str], None]) -> tuple[nbformat.NotebookNode, str]:
+    """Execute a notebook in its folder, in a fresh kernel of this Python, and show which cell runs.
 
     Returns:
         the notebook with outputs, and the failing cell with its error as plain text, empty when none failed.
@@ -92,10 +99,9 @@ def execute(path: Path, line: _LiveLine) -> tuple[nbformat.NotebookNode, str]:
         nonlocal started, section
         if cell.cell_type == "code":
             started += 1
-            line.show(f"cell {started} of {n_cells}" + (f", {section}" if section else ""))
-        else:
-            headings = re.findall(r"^##+ +(.+)$", cell.source, flags=re.MULTILINE)
-            section = headings[-1].strip() if headings else section
+            show(f"cell {started} of {n_cells}" + (f", {section}" if section else ""))
+        elif headings := re.findall(r"^##+ +(.+)$", cell.source, flags=re.MULTILINE):
+            section = headings[-1].strip()
 
     client = NotebookClient(
         notebook,
@@ -110,8 +116,8 @@ def execute(path: Path, line: _LiveLine) -> tuple[nbformat.NotebookNode, str]:
     except CellExecutionError as error:
         return notebook, _ANSI.sub("", str(error)).strip()
     except DeadKernelError as error:
-        cell = f"code cell {started} of {n_cells}"
-        return notebook, f"The kernel died in {cell} ({error}). The usual cause is too little memory."
+        where = f"code cell {started} of {n_cells}"
+        return notebook, f"The kernel died in {where} ({error}). The usual cause is too little memory."
     return notebook, ""
 
 
@@ -138,19 +144,9 @@ class _LiveLine:
 
     def _left(self) -> str:
         left = self._usual - self.seconds
-        if left <= 0:
-            return ""
-        return f", about {left / 60:.0f} min left" if left >= 90 else f", about {max(10, round(left, -1)):.0f} s left"
-
-
-def _usual_seconds(notebook: str, profile: str) -> float:
-    """How long a notebook takes by the table of costs, 0 when it is not there."""
-    from helpers.colab import preflight
-
-    stage = preflight.STAGES.get(notebook)
-    if stage is None:
-        return 0.0
-    return float(stage.mini_seconds if profile == "mini" else 60 * stage.l4_minutes)
+        if left >= 90:
+            return f", about {left / 60:.0f} min left"
+        return f", about {max(10, round(left, -1)):.0f} s left" if left > 0 else ""
 
 
 def _pass_on(profile: profiles.Profile) -> None:
@@ -164,54 +160,26 @@ def _pass_on(profile: profiles.Profile) -> None:
         os.environ["ART_DRIVE"] = str(Path(lasting).expanduser().absolute())
 
 
-def _source_hash() -> str:
-    """Hash of the helpers, so that changed code runs again."""
-    sources = [path for path in sorted((profiles.REPOSITORY / "helpers").rglob("*")) if path.is_file()]
-    return files.sha256_json([(str(path), files.sha256_file(path)) for path in sources if path.suffix != ".pyc"])
-
-
 def pictures_fingerprint(source: Path | None) -> dict[str, tuple[int, int]]:
     """Size and time of every file that a folder or a table leads to: tells a replaced picture without reading it.
 
     Linked folders are followed; in tables every cell that names a file counts, wherever the file lies.
     """
-    found: dict[str, tuple[int, int]] = {}
-    for path in _files_below(source) if source is not None else ():
-        for file in (path, *(_named_in(path) if path.suffix.lower() in (".csv", ".tsv") else ())):
-            state = file.stat()
-            found[str(file)] = (state.st_size, state.st_mtime_ns)
-    return dict(sorted(found.items()))
-
-
-def _files_below(source: Path) -> Iterator[Path]:
-    if source.is_file():
-        yield source
+    found = {source} if source is not None and source.is_file() else set()
     seen: set[str] = set()
-    for folder, folders, names in os.walk(source, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link to a folder above
+    for folder, folders, names in os.walk(source, followlinks=True) if source is not None else ():
+        if os.path.realpath(folder) in seen:  # a link to a folder above
             folders.clear()
             continue
-        seen.add(real)
-        yield from (path for name in names if (path := Path(folder, name)).is_file())
-
-
-def _named_in(table: Path) -> Iterator[Path]:
-    content = table.read_bytes()
-    text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", errors="replace")
-    cells = {cell.strip() for cell in re.split(r'[,;\t\r\n"]+', text)} - {""}
-    yield from (table.parent / cell for cell in cells if os.path.isfile(table.parent / cell))
-
-
-def _print_comparison(profile: profiles.Profile) -> None:
-    """The table and where its page lies."""
-    table = profile.report_dir / "comparison.csv"
-    if table.exists():
-        from helpers.judge import findings
-
-        print(
-            f"\n{findings.as_text(table)}\n\nReport: {profile.report_dir / 'index.html'}\nTable:  {table}", flush=True
-        )
+        seen.add(os.path.realpath(folder))
+        found |= {Path(folder, name) for name in names}
+    for table in [path for path in found if path.suffix.lower() in (".csv", ".tsv")]:
+        content = table.read_bytes()
+        encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        cells = re.split(r'[,;\t\r\n"]+', content.decode(encoding, errors="replace"))
+        found |= {table.parent / cell.strip() for cell in cells if cell.strip()}
+    states = {str(path): path.stat() for path in sorted(found) if os.path.isfile(path)}
+    return {path: (state.st_size, state.st_mtime_ns) for path, state in states.items()}
 
 
 if __name__ == "__main__":

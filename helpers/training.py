@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -112,16 +113,9 @@ def train(
     """
     if len(dataset) == 0:
         raise ValueError("There is no training sample. Check the category and the split that the samples come from.")
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
-    run = _Run(
-        # Not wrapped for distributed training: loss_of may call any method of it, _step sums the gradients.
-        accelerator.prepare_model(module, evaluation_mode=True), accelerator.prepare_optimizer(optimizer), scheduler,
-        accelerator, Path(folder), loss_of, dataset, collate, evaluate, n_epochs, patience, batch_size,
-        batch_size * n_accumulation * accelerator.num_processes, max_grad_norm, checkpoint_every, seed, on_history,
-        on_checkpoint,
-    )  # fmt: skip
-    run.resume(dict(identity or {}))
-    run.loop(title)
+    run = _Run(**locals())
+    run.resume()
+    run.loop()
     return run.result()
 
 
@@ -162,42 +156,28 @@ def curves(history: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return pd.concat([tidy[is_score], tidy[~is_score]]).rename(columns={"epoch": "x"})
 
 
-@dataclass
-class _Run:
-    """One call of :func:`train`."""
+class _Run(SimpleNamespace):
+    """One call of :func:`train`: its arguments, where it is, and what it does."""
 
-    module: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: Any
-    accelerator: Accelerator
-    folder: Path
-    loss_of: Callable[[torch.nn.Module, Any], Mapping[str, torch.Tensor]]
-    dataset: Any
-    collate: Callable[[list[Any]], Any] | None
-    evaluate: Callable[[torch.nn.Module], float] | None
-    n_epochs: int
-    patience: int | None
-    batch_size: int
-    per_step: int  # samples of an optimiser step, over all processes
-    max_grad_norm: float | None
-    checkpoint_every: int
-    seed: int
-    on_history: Callable[[list[dict[str, Any]]], None] | None
-    on_checkpoint: Callable[[Path], None] | None
-    progress: _Progress = field(default_factory=_Progress)
-
-    def resume(self, identity: dict[str, Any]) -> None:
-        """Seed everything, or load the newest checkpoint of the same run."""
+    def resume(self) -> None:
+        """Prepare and seed everything, or load the newest checkpoint of the same run."""
+        self.folder, self.progress = Path(self.folder), _Progress()
+        self.accelerator = accelerator = Accelerator(cpu=self.device == "cpu", mixed_precision="no")
+        # Not wrapped for distributed training: loss_of may call any method of it, _step sums the gradients.
+        self.module = accelerator.prepare_model(self.module, evaluation_mode=True)
+        self.optimizer = accelerator.prepare_optimizer(self.optimizer)
         if self.scheduler is not None:
-            self.accelerator.register_for_checkpointing(self.scheduler)
+            accelerator.register_for_checkpointing(self.scheduler)
+        self.per_step = self.batch_size * self.n_accumulation * accelerator.num_processes
         facts = {"samples_per_step": self.per_step, "max_grad_norm": self.max_grad_norm, "seed": self.seed}
-        self._identity = json.loads(json.dumps(identity | facts | {"n_samples": len(self.dataset)}))
+        facts |= {"n_samples": len(self.dataset), **(self.identity or {})}
+        self.identity = json.loads(json.dumps(facts))
         set_seed(self.seed, device_specific=True)
         found = checkpoints(self.folder)
         if not found:
             return
         saved = files.read_json(found[-1] / _CARD)
-        before, now = saved.get("identity", {}), self._identity
+        before, now = saved.get("identity", {}), self.identity
         names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
         if names:
             changes = "; ".join(f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in names)
@@ -205,14 +185,14 @@ class _Run:
                 f"{found[-1]} was trained with other settings ({changes}). Give this run its own folder, or delete "
                 f"{self.folder} to train anew."
             )
-        self.accelerator.load_state(str(found[-1]))
+        accelerator.load_state(str(found[-1]))
         self.progress = _Progress(**saved["progress"])
 
-    def loop(self, title: str) -> None:
+    def loop(self) -> None:
         """Train until the last epoch, or until the tuning score has stopped rising."""
         progress, n_steps = self.progress, self.n_epochs * math.ceil(len(self.dataset) / self.per_step)
         is_hidden = not self.accelerator.is_main_process
-        with tqdm(total=n_steps, initial=progress.step, desc=title, unit="step", disable=is_hidden) as bar:
+        with tqdm(total=n_steps, initial=progress.step, desc=self.title, unit="step", disable=is_hidden) as bar:
             while progress.epoch < self.n_epochs and not self._is_stale():
                 if hasattr(self.dataset, "set_epoch"):
                     self.dataset.set_epoch(progress.epoch)
@@ -259,7 +239,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
             return
-        files.write_json(temporary / _CARD, {"identity": self._identity, "progress": asdict(self.progress)})
+        files.write_json(temporary / _CARD, {"identity": self.identity, "progress": asdict(self.progress)})
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
         best = None if self.progress.best_step is None else _name(self.progress.best_step)

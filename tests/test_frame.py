@@ -16,6 +16,7 @@ import pytest
 
 from helpers import files, profiles, results, runner
 from helpers.caching import cached_arrays
+from helpers.colab import preflight
 from helpers.records import Prediction, Sample, Scored
 
 
@@ -357,7 +358,7 @@ def test_notebooks_run_in_order_and_stop_at_the_failing_cell(home: Path, capsys,
     assert (executed / "02_second.failed.ipynb").exists() and not (executed / "02_second.json").exists()
     notebook(home, "02_second", "1 + 1")
     monkeypatch.setattr(runner.sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(runner, "_usual_seconds", lambda notebook, profile: 180.0)
+    monkeypatch.setitem(preflight.STAGES, "02_second", preflight.Stage(180, 0, 0, ""))
     assert runner.main(["02"]) == 0
     out = capsys.readouterr().out
     assert "[2/3] 02_second: cell 1 of 1, Five detectors, about 3 min left" in out
