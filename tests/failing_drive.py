@@ -28,14 +28,7 @@ _ERRORS = {
 
 
 class FailingDrive:
-    """
-    Args:
-        folder: where Drive is mounted.
-        seed: of the failures.
-        rate: chance that a call fails.
-        kill_at: end the process at this call; None never.
-        is_full: whether every new file is refused with *No space left*.
-    """
+    """A disk mounted at ``folder``, of whose calls the share ``rate`` fails."""
 
     def __init__(
         self, folder: Path, *, seed: int = 0, rate: float = 0.0, kill_at: int | None = None, is_full: bool = False

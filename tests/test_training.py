@@ -95,17 +95,14 @@ def interrupt_at(step: int):
     return interrupt
 
 
-def weight_spread(module: Head) -> float:
-    return float(module.trained.weight.std())
-
-
 @pytest.mark.parametrize("stop_after", [1, 2, 3, 4, 7])
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path, stop_after: int) -> None:
-    uninterrupted, whole = run(tmp_path / "whole", evaluate=weight_spread)
+    options = {"evaluate": lambda module: float(module.trained.weight.std())}
+    uninterrupted, whole = run(tmp_path / "whole", **options)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut", evaluate=weight_spread, on_checkpoint=interrupt_at(stop_after))
+        run(tmp_path / "cut", on_checkpoint=interrupt_at(stop_after), **options)
     random.seed(99), np.random.seed(99), torch.manual_seed(99)
-    resumed, rest = run(tmp_path / "cut", evaluate=weight_spread)
+    resumed, rest = run(tmp_path / "cut", **options)
     assert_same_state(resumed, uninterrupted)
     assert without_seconds(rest.history) == without_seconds(whole.history)
     assert (rest.best_score, rest.best_epoch) == (whole.best_score, whole.best_epoch)
@@ -150,9 +147,6 @@ def test_best_parameters_are_restored_and_training_stops_early(tmp_path: Path) -
     assert result.best_score == 0.9 and result.best_epoch == 2
     assert torch.equal(module.trained.weight, seen[1])
     assert [path.name for path in checkpoints(tmp_path)] == ["step_00000006", "step_00000009", "step_00000012"]
-    copy = Head()
-    load_parameters(result.checkpoint, copy)
-    assert_same_state(copy, module)
 
 
 def test_finished_run_returns_at_once_and_more_epochs_go_on(tmp_path: Path) -> None:
@@ -197,22 +191,16 @@ def test_nan_loss_stops_and_the_last_good_checkpoint_stays(tmp_path: Path) -> No
         ({"batch_size": 8}, "samples_per_step 8 -> 16"),
         ({"identity": {"data": 2}}, "data 1 -> 2"),
         ({"dataset": Points(20)}, "n_samples 22 -> 20"),
+        ({"dataset": Points(0)}, "no training sample"),
+        ({"n_epochs": 2, "evaluate": lambda module: math.nan}, "tuning score is nan"),
     ],
 )
 def test_another_run_is_not_resumed(tmp_path: Path, changes: dict, named: str) -> None:
     run(tmp_path, identity={"data": 1}, n_epochs=1)
     with pytest.raises(ValueError, match=named):
         run(tmp_path, **{"identity": {"data": 1}} | changes)
-
-
-def test_checkpoint_of_another_module_is_refused(tmp_path: Path) -> None:
-    _, result = run(tmp_path, n_epochs=1)
-    other = Head()
-    other.trained = nn.Linear(6, 2)
-    with pytest.raises(RuntimeError, match="size mismatch for trained.weight"):
-        load_parameters(result.checkpoint, other)
     with pytest.raises(FileNotFoundError, match="No checkpoint"):
-        load_parameters(tmp_path / "nowhere", other)
+        load_parameters(tmp_path / "nowhere", Head())
 
 
 def test_accumulation_equals_a_larger_batch_and_epochs_see_all_samples(tmp_path: Path) -> None:
@@ -239,13 +227,6 @@ def test_history_is_told_live_and_a_failing_copy_does_not_stop(tmp_path: Path) -
         _, result = run(tmp_path, on_history=lambda history: lengths.append(len(history)), on_checkpoint=full_drive)
     assert lengths == list(range(1, 10)) and len(result.history) == 9
     assert set(result.history[0]) == {"epoch", "step", "loss", "bias", "learning_rate", "seconds"}
-
-
-def test_no_samples_and_a_nan_score(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no training sample"):
-        run(tmp_path, dataset=Points(0))
-    with pytest.raises(ValueError, match="tuning score is nan"):
-        run(tmp_path, evaluate=lambda module: math.nan)
 
 
 def two_process_run(folder: str, n_processes: int) -> None:
