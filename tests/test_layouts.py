@@ -134,7 +134,7 @@ LEFT_OUT = {
     "good and bad at once": (["good 2", "bad/good 1"], {"bad/good/000.png": "two things"}),
     "loose": (["mona 2", "x.png"], {"x.png": "beside the folders"}),
     "beside good": (["mona/good 2", "mona/x.png"], {"mona/x.png": "beside good"}),
-    "no place": (["a/train/good 2", "extras 1"], {"extras/000.png": "neither below"}),
+    "no place": (["train 2", "test/good 1", "extras 1"], {"extras/000.png": "neither below"}),
     "which painting": (
         ["train/mona 2", "train/pearl 2", "test/fake/IMG_1.png"],
         {"test/fake/IMG_1.png": "which painting"},

@@ -300,7 +300,7 @@ def _stage_mask(sample: Sample, staged: Path, shape: tuple[int, int]) -> str:
     if not sample.is_anomalous or sample.mask_path is None:
         return ""
     try:
-        mask = images.load_mask(sample.mask_path, shape)
+        mask = images.load_mask(sample.mask_path, shape, picture=sample.image_path)
     except (images.ImageError, OSError) as error:
         return f"{error} (the picture is kept without a mask)"
     if not mask.any():

@@ -43,18 +43,17 @@ class ImageError(ValueError):
 def load_image(path: Path | str, *, max_side: int | None = None, notes: list[str] | None = None) -> np.ndarray:
     """Read a picture, upright, opaque on white and in sRGB.
 
-    The content decides about the format, not the suffix. EXIF rotation and colour profile are applied; values of more
-    than 8 bits are scaled; of several pages the largest is read, of an animation the first frame that shows something.
+    EXIF rotation and colour profile are applied; values of more than 8 bits are scaled; of several pages the largest
+    is read, of an animation the first frame that shows something.
 
     Args:
-        path: the file; links are followed.
+        path: the file; its content decides about the format, not its suffix.
         max_side: longer side in pixels of the result; smaller pictures stay as they are.
         notes: gets a sentence for every choice that was made, without the file's name.
     Returns:
         uint8 RGB ``(H, W, 3)``, contiguous.
     Raises:
-        ImageError: there is no such file, it is empty, truncated, no picture, or larger than :data:`MAX_PIXELS`
-            (except baseline JPEGs, which can be decoded at reduced size).
+        ImageError: no such file, empty, truncated, no picture, or too large (but for baseline JPEGs, which shrink).
     """
     path, notes = Path(path), [] if notes is None else notes
     image = _decoded(path, max_side, notes)
@@ -68,8 +67,8 @@ def load_image(path: Path | str, *, max_side: int | None = None, notes: list[str
             else:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         array = np.array(_in_srgb(image, profile, notes) if profile else image.convert("RGB"))
-    except Exception as error:  # decoders raise a dozen types on broken data
-        raise ImageError(f"{path} is damaged ({_first_line(error)}). Copy or download it again.") from error
+    except Exception as error:
+        raise _damaged(path, error) from error
     return array if max_side is None else resize(array, max_side)
 
 
@@ -80,7 +79,7 @@ def load_mask(
     picture: Path | str | None = None,
     notes: list[str] | None = None,
 ) -> np.ndarray:
-    """Read a mask: True where the picture is anomalous.
+    """Read a mask, bool ``(H, W)``: True where the picture is anomalous.
 
     Whatever is not background (0) is anomalous, in label images of any depth and in palettes by their index. Only
     grey-scale masks (JPEG noise, soft edges) count from half of their range on.
@@ -90,18 +89,14 @@ def load_mask(
         shape: ``(H, W)`` of the result, to match a resized picture. Masks shrink by area, so that hairlines stay.
         picture: the file of the picture. A mask that was drawn before the picture's EXIF rotation is turned with it.
         notes: gets a sentence for every choice that was made, without the file's name.
-    Returns:
-        bool ``(H, W)``.
     Raises:
-        ImageError: the file cannot be read, the folder holds no mask, or a mask has another aspect ratio than
-            ``shape`` (or than the other masks in its folder).
+        ImageError: the file cannot be read, the folder holds no mask, or masks and picture differ in proportions.
     """
     path, notes = Path(path), [] if notes is None else notes
     masks = [_mask_of_file(file, notes) for file in mask_files(path)]
-    if not masks:
-        raise ImageError(f"{path} is a folder without masks. Put PNG masks there or remove the folder.")
-    if len({mask.shape for mask in masks}) > 1:
-        raise ImageError(f"The masks in {path} differ in size: {sorted({mask.shape for mask in masks})}.")
+    if len({mask.shape for mask in masks}) != 1:
+        what = f"masks that differ in size: {sorted({mask.shape for mask in masks})}" if masks else "no mask"
+        raise ImageError(f"{path} is a folder with {what}. Put PNG masks of one size there or remove the folder.")
     mask = np.logical_or.reduce(masks)
     if mask.mean() > 0.5:
         notes.append("more than half of the picture is marked; look whether it is inverted")
@@ -114,10 +109,8 @@ def load_mask(
     elif turn > 1:
         notes.append("its picture is turned by EXIF and the mask is not; look whether it lies right")
     if not _fits(mask.shape, shape):
-        raise ImageError(
-            f"Mask {path} is {mask.shape}, its picture is {tuple(shape)} (rows, columns): the proportions differ. "
-            "Save the mask in the size of its picture."
-        )
+        sizes = f"{mask.shape}, its picture is {tuple(shape)} (rows, columns)"
+        raise ImageError(f"Mask {path} is {sizes}: the proportions differ. Save the mask in its picture's size.")
     return _resized_mask(np.ascontiguousarray(mask), shape)
 
 
@@ -140,10 +133,8 @@ def save_png(path: Path | str, array: np.ndarray) -> None:
     array = np.asarray(array)
     array = array.astype(np.uint8) * 255 if array.dtype == bool else array
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)) or array.size == 0:
-        raise ValueError(
-            f"Cannot save {array.dtype} {array.shape} as {Path(path).name}: a picture is uint8 (H, W, 3) or (H, W), "
-            "a mask bool (H, W)."
-        )
+        allowed = "a picture is uint8 (H, W, 3) or (H, W), a mask bool (H, W)"
+        raise ValueError(f"Cannot save {array.dtype} {array.shape} as {Path(path).name}: {allowed}.")
     # Level 1 and one filter: 12 ms instead of 30 for a 512 x 512 photograph of a painting, and 2 % larger.
     options = [cv2.IMWRITE_PNG_COMPRESSION, 1]
     if hasattr(cv2, "IMWRITE_PNG_FILTER"):  # OpenCV 4.12 and later
@@ -185,9 +176,9 @@ def pixel_hash(image: np.ndarray) -> str:
 
 def _opened(path: Path) -> Image.Image:
     """The file's header, read; pixels are not decoded yet."""
+    if path.is_symlink() and not path.exists():
+        raise ImageError(f"{path} is a link to {os.readlink(path)}, which is not there. Repair or remove the link.")
     if not path.is_file():  # also keeps away from pipes, which would block
-        if path.is_symlink():
-            raise ImageError(f"{path} is a link to {os.readlink(path)}, which is not there. Repair or remove the link.")
         what = "is a folder" if path.is_dir() else "is not an ordinary file" if path.exists() else "does not exist"
         raise ImageError(f"{path} {what}.")
     with open(path, "rb") as file:
@@ -196,9 +187,7 @@ def _opened(path: Path) -> Image.Image:
         raise ImageError(f"{path} is empty (0 bytes). Copy or download it again.")
     if head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS:
         if find_spec("pillow_heif") is None:
-            raise ImageError(
-                f"{path} is a HEIC picture, as iPhones take them. Save it as JPEG, or pip install pillow-heif."
-            )
+            raise ImageError(f"{path} is a HEIC picture of an iPhone. Save it as JPEG, or pip install pillow-heif.")
         import pillow_heif
 
         pillow_heif.register_heif_opener()
@@ -208,15 +197,11 @@ def _opened(path: Path) -> Image.Image:
             return JpegImagePlugin.JpegImageFile(path)
         return Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN])
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(
-            f"{path} is too large to decode: {error} Save it at most {MAX_PIXELS:,} pixels big."
-        ) from error
+        raise ImageError(f"{path} is too large to decode: {error} At most {MAX_PIXELS:,} pixels are read.") from error
     except Exception as error:  # decoders raise a dozen types on broken headers
-        why = "a TIFF of an unusual kind: camera raw, colours as floats" if head[:2] in (b"II", b"MM") else ""
-        raise ImageError(
-            f"{path} is no picture that can be read ({why or _first_line(error)}). Readable are JPEG, PNG, WebP, TIFF, "
-            "BMP and GIF; save it again as one of them, 8 bits a channel, or remove it."
-        ) from error
+        why = "a TIFF of camera raw or of colours as floats" if head[:2] in (b"II", b"MM") else _first_line(error)
+        way = "Save it as JPEG, PNG, TIFF or WebP of 8 bits a channel, or remove it"
+        raise ImageError(f"{path} is no picture that can be read ({why}). {way}.") from error
 
 
 def _decoded(path: Path, max_side: int | None, notes: list[str]) -> Image.Image:
@@ -224,19 +209,20 @@ def _decoded(path: Path, max_side: int | None, notes: list[str]) -> Image.Image:
     with _opened(path) as image:
         try:
             _choose_page(image, notes)
-        except Exception as error:
-            raise ImageError(f"{path} is damaged or cut off ({_first_line(error)}). Copy it again.") from error
-        _limit_size(image, path, max_side)
-        try:
+            _limit_size(image, path, max_side)
             image.load()
             try:
                 return ImageOps.exif_transpose(image)
             except Exception:  # a broken EXIF block does not lose the picture
                 return image.copy()
+        except ImageError:
+            raise
         except Exception as error:  # decoders raise a dozen types on broken data
-            raise ImageError(
-                f"{path} is damaged or cut off ({_first_line(error)}). Copy or download it again."
-            ) from error
+            raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ImageError:
+    return ImageError(f"{path} is damaged or cut off ({_first_line(error)}). Copy or download it again.")
 
 
 def _choose_page(image: Image.Image, notes: list[str]) -> None:
@@ -268,12 +254,10 @@ def _limit_size(image: Image.Image, path: Path, max_side: int | None) -> None:
         scale = min(scale, (MAX_PIXELS / (width * height)) ** 0.5 / 2)
     if image.format == "JPEG" and scale <= 0.5:
         image.draft(None, (max(1, round(width * scale)), max(1, round(height * scale))))
-    decoded = image.size if is_baseline else (width, height)
-    if decoded[0] * decoded[1] > MAX_PIXELS:
-        raise ImageError(
-            f"{path} has {width} x {height} pixels; at most {MAX_PIXELS:,} are decoded. Save a smaller copy "
-            "(a baseline JPEG of any size is read at reduced scale)."
-        )
+    n_pixels = image.size[0] * image.size[1] if is_baseline else width * height
+    if n_pixels > MAX_PIXELS:
+        way = "Save a smaller copy, or a baseline JPEG, which is read at reduced size"
+        raise ImageError(f"{path} has {width} x {height} pixels; at most {MAX_PIXELS:,} are decoded. {way}.")
 
 
 def _eight_bits(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
@@ -292,10 +276,8 @@ def _eight_bits(image: Image.Image, path: Path, notes: list[str]) -> Image.Image
     if values.dtype.kind == "f" and low >= 0 and high <= 255:  # False for nan
         return Image.fromarray(np.rint(values * (255 if high <= 1 else 1)).astype(np.uint8))
     if values.dtype.kind == "f" or low < 0 or high > 65535:
-        raise ImageError(
-            f"{path} holds {values.dtype} values from {low:g} to {high:g}; allowed are 8 or 16 bits, or floats in "
-            "[0, 1] or [0, 255]. Save it as an 8-bit PNG."
-        )
+        holds = f"{path} holds {values.dtype} values from {low:g} to {high:g}"
+        raise ImageError(f"{holds}; allowed are 16 bits, or floats in [0, 1] or [0, 255]. Save it as an 8-bit PNG.")
     bits = next(bits for bits in (8, 10, 12, 14, 16) if high < 2**bits)
     if bits < 16:
         notes.append(f"its values fill {bits} of 16 bits; they were scaled to the full range")

@@ -170,6 +170,7 @@ class _Tree:
             bare = _bare(path.stem)
             is_mask = any(role == "mask" for _, role in names) or (bare != path.stem and bare in stems[path.parent])
             (self._masks if is_mask else self._pictures)[path] = names
+        self._roles = {role for names in self._pictures.values() for _, role in names}
         self._parents: dict[str, set[_Names]] = {NORMAL_KIND: set(), ANOMALY_KIND: set()}  # of folders with this label
         self._artworks: dict[_Names, list[str]] = {}  # by the folders above the split or label that they stand below
         self._odd: dict[str, list[str]] = defaultdict(list)
@@ -194,14 +195,11 @@ class _Tree:
                 self._artworks[above] = sorted((learnt or found[NORMAL_KIND]) - {""})
 
     def read(self) -> Layout:
-        roles = {role for steps in self._pictures.values() for _, role in steps}
-        if self._masks and not roles - {None}:
+        if self._masks and not self._roles - {None}:
             first = next(iter(self._masks)).relative_to(self._root)
-            raise refusal(
-                self._root, f"There are masks ({first}), but no folder says which pictures are genuine (good/)."
-            )
-        name = FLAT if not roles else PER_PAINTING if roles == {None} else LABELLED
-        layout = Layout((REPORT if self._artworks else MVTEC) if roles & set(SPLITS) else name, self._root)
+            raise refusal(self._root, f"There are masks ({first}), but no folder says what is genuine (good/).")
+        name = FLAT if not self._roles else PER_PAINTING if self._roles == {None} else LABELLED
+        layout = Layout((REPORT if self._artworks else MVTEC) if self._roles & set(SPLITS) else name, self._root)
         keys: dict[Path, _Names] = {}
         for path, steps in self._pictures.items():
             try:
@@ -212,11 +210,8 @@ class _Tree:
         names = {key: key[-1] if key else own_name(self._root) for key in keys.values()}
         for key, name in names.items():
             if key and says_forged(name):
-                raise refusal(
-                    self._root,
-                    f"{name}/ would be learnt as a genuine artwork, but its name says otherwise. Put genuine pictures "
-                    "into <artwork>/good and others into <artwork>/<kind>.",
-                )
+                way = "Put genuine pictures into <artwork>/good and others into <artwork>/<kind>."
+                raise refusal(self._root, f"{name}/ would be learnt as genuine, but its name says otherwise. {way}")
         categories = apart(names, layout)
         layout.found = [replace(sample, category=categories[keys[sample.image_path]]) for sample in layout.found]
         self._match_masks(layout)
@@ -262,15 +257,13 @@ class _Tree:
                 return above, self._sample(path, kind_of(beside[0]), None, beside)
             if above in self._parents[ANOMALY_KIND]:
                 if beside:
-                    raise refusal(
-                        self._root,
-                        f"Beside {beside[0]}/ there is a folder of anomalous pictures but none of normal ones (good/).",
-                    )
+                    reason = "there is a folder of anomalous pictures but none of normal ones (good/)."
+                    raise refusal(self._root, f"Beside {beside[0]}/ {reason}")
                 self._odd["lie beside a folder of anomalous pictures and count as genuine"].append(path.name)
                 return above, self._sample(path, NORMAL_KIND, None, ())
-        if self._parents[NORMAL_KIND] or self._parents[ANOMALY_KIND] or any(map(_first, self._pictures.values())):
+        if self._roles - {None}:
             raise _Unclear("is neither below train/ or test/ nor below good/: move it there")
-        if not names and any(self._pictures.values()):
+        if not names and self._roles:
             raise _Unclear("lies beside the folders of the paintings: move it into one of them")
         return names[:1], self._sample(path, NORMAL_KIND, None, names[1:])
 
@@ -330,9 +323,7 @@ class _Tree:
                     layout.notes.append(f"{name}/ counts as one artwork, with {', '.join(sorted(children)[:6])} in it.")
         kinds = ", ".join(dict.fromkeys(s.kind for s in layout.found if s.is_anomalous and label_of(s.kind) is None))
         if kinds:
-            layout.notes.append(
-                f"Anomalous by the names of their folders: {kinds}. Call a folder of genuine ones good."
-            )
+            layout.notes.append(f"Anomalous by the names of their folders: {kinds}. Genuine ones belong into good/.")
         for words, names in self._odd.items():
             layout.notes.append(f"{len(names)} pictures {words}, first {names[0]}.")
 

@@ -65,10 +65,9 @@ class Dataset:
         Raises:
             ValueError: the dataset has no such split, category or kind at all (a misspelt name selects nothing).
         """
-        kinds = tuple(sorted({sample.kind for sample in self.samples}))
-        known = {"split": SPLITS, "category": self.categories, "kind": kinds}
-        wanted = {"split": split, "category": category, "kind": kind, "is_anomalous": is_anomalous}
-        wanted = {name: value for name, value in wanted.items() if value is not None}
+        asked = {"split": split, "category": category, "kind": kind, "is_anomalous": is_anomalous}
+        wanted = {name: value for name, value in asked.items() if value is not None}
+        known = {"split": SPLITS, "category": self.categories, "kind": sorted({s.kind for s in self.samples})}
         for name, value in wanted.items():
             if value not in known.get(name, (value,)):
                 raise ValueError(f"No {name} {value!r} in {self.folder}; there are {', '.join(known[name])}.")
@@ -125,7 +124,7 @@ def load_manifest(path: Path | str) -> list[Sample]:
     path = Path(os.path.abspath(path))
     path = path / MANIFEST_CSV if path.is_dir() else path
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist. Make the dataset with notebook 02 (02_synthesize_anomalies).")
+        raise FileNotFoundError(f"{path} does not exist. Run notebook 02 to make the dataset.")
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
@@ -152,10 +151,7 @@ def open_dataset(dataset_dir: Path | str, *, verify_files: bool = False) -> Data
     """
     folder = Path(os.path.abspath(dataset_dir))
     if not (folder / MANIFEST_JSON).exists():
-        raise FileNotFoundError(
-            f"No complete dataset in {folder} ({MANIFEST_JSON} is missing). Run notebook 02 "
-            "(02_synthesize_anomalies), which makes it."
-        )
+        raise FileNotFoundError(f"No complete dataset in {folder} (no {MANIFEST_JSON}). Run notebook 02 to make it.")
     samples = load_manifest(folder / MANIFEST_CSV)
     paths = (path for s in samples for path in (s.image_path, s.mask_path) if path is not None)
     gone = [path for path in paths if not path.exists()]

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import time
-import unicodedata
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import numpy as np
 
 from helpers import files, synthesis
 from helpers.data import images, manifest, reading
+from helpers.data.names import repaired
 from helpers.records import NORMAL_KIND, Sample
 
 REPLICA, REINTERPRETATION = "replica", "reinterpretation"
@@ -393,7 +393,7 @@ def best_artworks(*, limit: int | None = None, folder: Path | str | None = None)
             raise SourceError(f"Kaggle gave no dataset ({type(error).__name__}: {error}). {by_hand}") from error
     samples, seen, taken = [], set(), {}
     for path in sorted(Path(folder).glob("images/images/*/*")):
-        artist, sha256 = _repaired(path.parent.name), files.sha256_file(path)
+        artist, sha256 = repaired(path.parent.name), files.sha256_file(path)
         if path.suffix.lower() in images.IMAGE_SUFFIXES and sha256 not in seen and taken.get(artist, 0) != limit:
             seen.add(sha256)
             taken[artist] = taken.get(artist, 0) + 1
@@ -402,17 +402,3 @@ def best_artworks(*, limit: int | None = None, folder: Path | str | None = None)
     if not samples:
         raise SourceError(f"{folder} does not hold {KAGGLE_SET} (images/images/<Artist>/*.jpg). {by_hand}")
     return samples
-
-
-def _repaired(name: str) -> str:
-    """A folder name whose UTF-8 was unpacked as code page 437, once or several times, in composed Unicode.
-
-    >>> _repaired("Albrecht_Du╠êrer") == _repaired("Albrecht_DuΓòá├¬rer") == "Albrecht_Dürer"
-    True
-    """
-    try:
-        while not name.isascii():
-            name = name.encode("cp437").decode("utf-8")
-    except UnicodeError:
-        pass  # it was not (any more): the name is right as it is
-    return unicodedata.normalize("NFC", name)
