@@ -12,7 +12,7 @@ from helpers import synthesis
 from helpers.data import images
 from helpers.data.build import RECORDS, TEST_KINDS, Source
 from helpers.data.manifest import Dataset, mask_of
-from helpers.data.splits import ORIGINS
+from helpers.data.splits import ORIGINS, SYNTHETIC
 from helpers.records import SPLITS
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def kind_examples(dataset: Dataset, *, category: str) -> list[tuple[str, np.ndar
         kind, original and anomalous picture (uint8 RGB), mask (bool, None for a change of the whole picture).
     """
     records = read_records(dataset)
-    made = [s for s in dataset.select(category=category) if records[s.image_path]["origin"] == ORIGINS[3]]
+    made = [s for s in dataset.select(category=category) if records[s.image_path]["origin"] == SYNTHETIC]
     examples = []
     for kind in (kind for kind in TEST_KINDS if any(s.kind == kind for s in made)):
         ranked = sorted((s for s in made if s.kind == kind), key=lambda s: s.visibility or 0)
@@ -114,7 +114,7 @@ def check_dataset(dataset: Dataset) -> bool:
         if len({s.split for s in dataset.select(category=category) if s.group == group}) > 1
     }
     lines["no source picture stands in two splits, unless a limit says so"] = shared <= set(dataset.limits)
-    made = [s for s in dataset.samples if records[s.image_path]["origin"] == ORIGINS[3] and s.mask_path is not None]
+    made = [s for s in dataset.samples if records[s.image_path]["origin"] == SYNTHETIC and s.mask_path is not None]
     lines["every local damage has a mask"] = all(
         sample.mask_path is not None for sample in dataset.samples if sample.kind in synthesis.LOCAL_KINDS
     )

@@ -23,7 +23,7 @@ import numpy as np
 
 from helpers import files, synthesis
 from helpers.data import images, manifest, reading
-from helpers.data.names import repaired
+from helpers.data.names import clean, repaired
 from helpers.records import NORMAL_KIND, Sample
 
 REPLICA, REINTERPRETATION = "replica", "reinterpretation"
@@ -340,10 +340,9 @@ def _fetch(client: _Client, work: Work, entry: Mapping[str, Any] | None, target:
         raise _Skip(f"Commons has no rendering of it ({entry.get('thumberror', 'no reason given')})")
     url = entry["thumburl"]
     suffix = Path(urllib.parse.urlsplit(url).path).suffix.lower()  # a rendering of a TIFF is a JPEG
-    name = re.sub(r"[^\w.-]+", "_", Path(work.file).stem).strip("._")[:80]
     split = "train" if work.kind == NORMAL_KIND else "test"
     # The original's hash in the name: a new version on Commons is another file.
-    path = target / work.category / split / work.kind / f"{name}_{entry['sha1'][:8]}{suffix}"
+    path = target / work.category / split / work.kind / f"{clean(Path(work.file).stem)}_{entry['sha1'][:8]}{suffix}"
     if not path.exists():
         body = client.get(url)
         if url == entry["url"] and hashlib.sha1(body).hexdigest() != entry["sha1"]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from helpers import synthesis
+from helpers.data.names import clean
 from helpers.records import NORMAL_KIND, SPLITS, Sample
 
-ORIGINS = ("genuine", "rephotographed", "real anomaly", "synthetic anomaly")
+ORIGINS = GENUINE, REPHOTOGRAPHED, REAL, SYNTHETIC = "genuine", "rephotographed", "real anomaly", "synthetic anomaly"
 """How a picture of the dataset came about; ``origin`` in the records."""
 CALIBRATION_SHARE = 0.3
 """Share of the source pictures that set thresholds, when there are test pictures of its own."""
@@ -24,74 +23,52 @@ MOST_TIMES = 3
 """Genuine pictures beyond this many times the number asked for are left out, at random."""
 
 
-class Picture(NamedTuple):
-    """A readable source picture and where its copy at the dataset's resolution waits."""
+class Job(NamedTuple):
+    """One picture to write: what it is, and the file or the picture of the dataset that it is made of."""
 
-    sample: Sample
-    staged: Path
-    """The picture; its mask, where it has one, lies beside it as ``*_mask.png``."""
-
-    @property
-    def group(self) -> str:
-        return self.sample.group
-
-
-@dataclass(frozen=True)
-class Job:
-    """One picture to write: what it is, and what it is made of (a staged copy, or a picture of the dataset)."""
-
-    path: str
+    image_path: str
     category: str
     split: str
     kind: str
     group: str
     origin: str
-    source: str
-    original: str = ""
+    source_path: str
+    mask_source: Path | None = None
 
 
-class _Splits(NamedTuple):
-    """Source pictures of an artwork by split; ``borrowed`` names the split whose pictures fill an empty one."""
+def plan(samples: Sequence[Sample], settings: Mapping[str, Any]) -> tuple[list[Job], list[str], dict[str, str]]:
+    """All pictures of a dataset, notes, and a sentence on the limits of artworks with few source pictures.
 
-    pictures: dict[str, list[Picture]]
-    borrowed: dict[str, str]
-    limit: str
-
-
-def plan(pictures: Sequence[Picture], settings: Mapping[str, Any]) -> tuple[list[Job], list[str], dict[str, str]]:
-    """All pictures of the dataset, notes, and limits by artwork; the same input gives the same plan."""
+    Args:
+        samples: readable source pictures with absolute paths and groups.
+        settings: of :func:`helpers.data.build.build_dataset`; the same input gives the same plan.
+    """
     jobs, notes, limits, taken = [], [], {}, set()
-    for category in sorted({picture.sample.category for picture in pictures}):
-        mine = [picture for picture in pictures if picture.sample.category == category]
-        normals = [picture for picture in mine if not picture.sample.is_anomalous]
-        real = [picture for picture in mine if picture.sample.is_anomalous]
+    for category in sorted({sample.category for sample in samples}):
+        mine = [sample for sample in samples if sample.category == category]
+        normals, real = ([s for s in mine if s.is_anomalous == label] for label in (False, True))
         if not normals:
             notes.append(f"{category} is left out: {len(real)} anomalous pictures and no genuine one to learn from.")
             continue
         rng = synthesis.rng_for(settings["seed"], f"{category}/splits")
-        splits = _split(category, normals, real, rng, notes)
-        if splits.limit:
-            limits[category] = splits.limit
-        writer = _Artwork(category, _unique(_safe(category), taken), settings, notes)
-        writer.add_normals(splits, synthesis.rng_for(settings["seed"], f"{category}/limits"))
-        writer.add_real(real)
-        writer.add_synthetic(synthesis.rng_for(settings["seed"], f"{category}/damage"))
-        jobs += writer.jobs
+        parts, borrowed, limit = _split(category, normals, real, rng, notes)
+        limits |= {category: limit} if limit else {}
+        jobs += _jobs(category, _unique(clean(category), taken), parts, borrowed, real, settings, notes)
     return jobs, notes, limits
 
 
 def _split(
-    category: str, normals: Sequence[Picture], real: Sequence[Picture], rng: np.random.Generator, notes: list[str]
-) -> _Splits:
-    """Each source picture to one split. With one or two of them, a split is filled with re-photographs of another's."""
-    train, calibration, test = (_by_group(p for p in normals if p.sample.split == split) for split in SPLITS)
+    category: str, normals: Sequence[Sample], real: Sequence[Sample], rng: np.random.Generator, notes: list[str]
+) -> tuple[dict[str, list[Sample]], dict[str, str], str]:
+    """Genuine pictures by split, whose re-photographs fill an empty split, and what that means for the numbers."""
+    train, calibration, test = (_by_group(s for s in normals if s.split == split) for split in SPLITS)
     if not train and not calibration:
         notes.append(f"{category}: no pictures to learn from; the source's normal test pictures are split.")
         train, test = test, {}
     calibration = {group: members for group, members in calibration.items() if group not in train}
     if not test or not train:
         train, calibration = {**train, **calibration}, {}
-    shared = ({p.group for p in real} | set(test)) & (set(train) | set(calibration))
+    shared = ({s.group for s in real} | set(test)) & (set(train) | set(calibration))
     if shared and len(set(train) - shared) >= 2:
         notes.append(
             f"{category}: {len(shared)} source pictures for learning became test pictures, because a test picture "
@@ -102,38 +79,35 @@ def _split(
                 test.setdefault(group, []).extend(pool.pop(group))
         shared = set()
     order = [sorted(train)[i] for i in rng.permutation(len(train))]
-    n_calibration, n_test = _group_counts(len(order), has_calibration=bool(calibration), n_test=len(test))
-    for group in order[:n_calibration]:
-        calibration[group] = train.pop(group)
-    for group in order[n_calibration : n_calibration + n_test]:
-        test[group] = train.pop(group)
+    n_calibration, n_test = _group_counts(len(order), has_calibration=bool(calibration), has_test=bool(test))
+    calibration |= {group: train.pop(group) for group in order[:n_calibration]}
+    test |= {group: train.pop(group) for group in order[n_calibration : n_calibration + n_test]}
     if not calibration and len(test) >= 2:  # one picture to learn from beside test pictures
-        for group in sorted(test)[: max(1, round(CALIBRATION_SHARE * len(test)))]:
-            calibration[group] = test.pop(group)
+        n_calibration = max(1, round(CALIBRATION_SHARE * len(test)))
+        free = sorted(set(test) - {s.group for s in real} - set(train))
+        calibration |= {group: test.pop(group) for group in free[:n_calibration] if len(test) > 1}
     groups = dict(zip(SPLITS, (train, calibration, test)))
-    others = [split for split in ("test", "calibration") if groups[split]]
-    borrowed = {split: (others or ["train"])[0] for split in SPLITS if not groups[split]}
-    chosen = {split: [p for group in sorted(found) for p in found[group]] for split, found in groups.items()}
-    limit = _limit(*map(len, groups.values()), borrowed, bool(shared))
-    return _Splits(chosen, borrowed, limit)
+    lender = next(split for split in ("test", "calibration", "train") if groups[split])
+    borrowed = {split: lender for split in SPLITS if not groups[split]}
+    parts = {split: [s for group in sorted(found) for s in found[group]] for split, found in groups.items()}
+    return parts, borrowed, _limit([len(found) for found in groups.values()], borrowed, bool(shared))
 
 
-def _group_counts(n: int, *, has_calibration: bool, n_test: int) -> tuple[int, int]:
+def _group_counts(n: int, *, has_calibration: bool, has_test: bool) -> tuple[int, int]:
     """How many of ``n`` source pictures to learn from go to calibration and to test; at least one is learnt from.
 
-    >>> _group_counts(10, has_calibration=False, n_test=0), _group_counts(10, has_calibration=False, n_test=5)
-    ((2, 3), (3, 0))
-    >>> [_group_counts(n, has_calibration=False, n_test=0) for n in (1, 2, 3, 4)]
+    >>> [_group_counts(10, has_calibration=False, has_test=known) for known in (False, True)]
+    [(2, 3), (3, 0)]
+    >>> [_group_counts(n, has_calibration=False, has_test=False) for n in (1, 2, 3, 4)]
     [(0, 0), (1, 0), (1, 1), (1, 1)]
     """
-    test = 0 if n_test else max(round(OWN_TEST_SHARES[1] * n), 1)
-    share = CALIBRATION_SHARE if n_test else OWN_TEST_SHARES[0]
-    calibration = 0 if has_calibration else max(round(share * n), 1)
-    calibration = min(calibration, n - 1)
+    test = 0 if has_test else max(round(OWN_TEST_SHARES[1] * n), 1)
+    share = CALIBRATION_SHARE if has_test else OWN_TEST_SHARES[0]
+    calibration = min(0 if has_calibration else max(round(share * n), 1), n - 1)
     return calibration, max(0, min(test, n - 1 - calibration))
 
 
-def _limit(n_train: int, n_calibration: int, n_test: int, borrowed: Mapping[str, str], is_shared: bool) -> str:
+def _limit(n_groups: Sequence[int], borrowed: Mapping[str, str], is_shared: bool) -> str:
     """What few source pictures mean for the numbers; "" when there are enough. Only shared ones make *optimistic*."""
     if is_shared:
         return (
@@ -147,79 +121,74 @@ def _limit(n_train: int, n_calibration: int, n_test: int, borrowed: Mapping[str,
         )
     if borrowed:
         return (
-            f"Only {n_train + n_calibration + n_test} genuine pictures: thresholds and normal test pictures come from "
-            "re-photographs of one that is not learnt from, so false-alarm rates are optimistic."
+            f"Only {sum(n_groups)} genuine pictures: thresholds and normal test pictures come from re-photographs of "
+            "one that is not learnt from, so false-alarm rates are optimistic."
         )
-    if min(n_calibration, n_test) < 3:
+    if min(n_groups[1:]) < 3:
         return (
-            f"Few genuine pictures: {n_train} are learnt from, thresholds rest on {n_calibration} and false-alarm "
-            f"rates on {n_test} independent ones, so both are rough."
+            f"Few genuine pictures: {n_groups[0]} are learnt from, thresholds rest on {n_groups[1]} and false-alarm "
+            f"rates on {n_groups[2]} independent ones, so both are rough."
         )
     return ""
 
 
-class _Artwork:
-    """The jobs of one artwork."""
+def _jobs(
+    category: str,
+    folder: str,
+    parts: Mapping[str, Sequence[Sample]],
+    borrowed: Mapping[str, str],
+    real: Sequence[Sample],
+    settings: Mapping[str, Any],
+    notes: list[str],
+) -> list[Job]:
+    """Every picture of one artwork: genuine ones, re-photographs, real anomalies, synthetic anomalies."""
+    jobs, taken = [], set()
+    rng = synthesis.rng_for(settings["seed"], f"{category}/limits")
 
-    def __init__(self, category: str, folder: str, settings: Mapping[str, Any], notes: list[str]) -> None:
-        self._category, self._folder, self._settings, self._notes = category, folder, settings, notes
-        self._taken: set[str] = set()
-        self.jobs: list[Job] = []
-
-    def add_normals(self, splits: _Splits, rng: np.random.Generator) -> None:
-        for split in SPLITS:
-            n_asked = self._settings["n_test_normal" if split == "test" else f"n_{split}"]
-            for picture in self._limited(split, splits.pictures[split], n_asked, rng):
-                self._add(split, picture, ORIGINS[0])
-        genuine = list(self.jobs)
-        for split in SPLITS:
-            n_asked = self._settings["n_test_normal" if split == "test" else f"n_{split}"]
-            n_there = sum(job.split == split for job in genuine)
-            models = [job for job in genuine if job.split == splits.borrowed.get(split, split)]
-            for index, model in zip(range(n_asked - n_there), _turns(models)):
-                path = self._free_path(split, NORMAL_KIND, f"{Path(model.path).stem}~{index:03d}")
-                self.jobs.append(Job(path, self._category, split, NORMAL_KIND, model.group, ORIGINS[1], model.path))
-
-    def add_real(self, pictures: Sequence[Picture]) -> None:
-        for picture in sorted(pictures, key=lambda p: (p.sample.kind, p.sample.image_path)):
-            self._add("test", picture, ORIGINS[2])
-
-    def add_synthetic(self, rng: np.random.Generator) -> None:
-        n_real = sum(job.origin == ORIGINS[2] for job in self.jobs)
-        n = self._settings["n_test_anomalous"] - (n_real if self._settings["count_real"] else 0)
-        models = [job for job in self.jobs if job.split == "test" and job.kind == NORMAL_KIND]
-        models = [models[i] for i in rng.permutation(len(models))]
-        for index, (kind, model) in enumerate(zip(_kind_turns(self._settings["kinds"], n), _turns(models))):
-            path = self._free_path("test", kind, f"synthetic_{index:03d}")
-            self.jobs.append(Job(path, self._category, "test", kind, model.group, ORIGINS[3], model.path))
-
-    def _limited(
-        self, split: str, pictures: Sequence[Picture], n_asked: int, rng: np.random.Generator
-    ) -> Sequence[Picture]:
-        limit = MOST_TIMES * n_asked
-        if len(pictures) <= limit:
-            return pictures
-        self._notes.append(f"{self._category}: {limit} of {len(pictures)} genuine pictures for {split} are used.")
-        # From as many source pictures as possible: the first of each, then the second, ...
-        shuffled = [pictures[i] for i in rng.permutation(len(pictures))]
-        pairs = [pair for members in _by_group(shuffled).values() for pair in enumerate(members)]
-        kept = {picture.staged for _, picture in sorted(pairs, key=lambda pair: pair[0])[:limit]}
-        return [picture for picture in pictures if picture.staged in kept]
-
-    def _add(self, split: str, picture: Picture, origin: str) -> None:
-        sample = picture.sample
-        path = self._free_path(split, sample.kind, _safe(sample.image_path.stem))
-        self.jobs.append(
-            Job(
-                *(path, self._category, split, sample.kind, sample.group, origin, str(picture.staged)),
-                original=sample.image_path.as_posix(),
-            )
-        )
-
-    def _free_path(self, split: str, kind: str, stem: str) -> str:
+    def add(
+        split: str, kind: str, stem: str, group: str, origin: str, source: object, mask: Path | None = None
+    ) -> None:
         # Calibration normals lie in train/good, as MVTec has no such folder; the manifest knows.
-        folder = f"{self._folder}/{'test' if split == 'test' else 'train'}/{_safe(kind)}"
-        return _unique(f"{folder}/{stem}", self._taken) + ".png"
+        path = f"{folder}/{'test' if split == 'test' else 'train'}/{clean(kind)}/{stem}"
+        jobs.append(Job(_unique(path, taken) + ".png", category, split, kind, group, origin, str(source), mask))
+
+    n_asked = {
+        "train": settings["n_train"],
+        "calibration": settings["n_calibration"],
+        "test": settings["n_test_normal"],
+    }
+    for split in SPLITS:
+        limit = MOST_TIMES * n_asked[split]
+        if len(parts[split]) > limit:
+            notes.append(f"{category}: {limit} of {len(parts[split])} genuine pictures for {split} are used.")
+        for sample in _limited(parts[split], limit, rng):
+            add(split, NORMAL_KIND, clean(sample.image_path.stem), sample.group, GENUINE, sample.image_path)
+    genuine = list(jobs)
+    for split in SPLITS:
+        n_more = n_asked[split] - sum(job.split == split for job in genuine)
+        models = [job for job in genuine if job.split == borrowed.get(split, split)]
+        for index, model in zip(range(n_more), _turns(models)):
+            stem = f"{Path(model.image_path).stem}~{index:03d}"
+            add(split, NORMAL_KIND, stem, model.group, REPHOTOGRAPHED, model.image_path)
+    for sample in sorted(real, key=lambda s: (s.kind, s.image_path)):
+        add("test", sample.kind, clean(sample.image_path.stem), sample.group, REAL, sample.image_path, sample.mask_path)
+    n_made = settings["n_test_anomalous"] - (len(real) if settings["count_real"] else 0)
+    models = [job for job in jobs if job.split == "test" and job.kind == NORMAL_KIND]
+    rng = synthesis.rng_for(settings["seed"], f"{category}/damage")
+    models = [models[i] for i in rng.permutation(len(models))]
+    for index, (kind, model) in enumerate(zip(_kind_turns(settings["kinds"], n_made), _turns(models))):
+        add("test", kind, f"synthetic_{index:03d}", model.group, SYNTHETIC, model.image_path)
+    return jobs
+
+
+def _limited(samples: Sequence[Sample], limit: int, rng: np.random.Generator) -> Sequence[Sample]:
+    """At most ``limit`` pictures, of as many source pictures as possible: the first of each, then the second, ..."""
+    if len(samples) <= limit:
+        return samples
+    groups = _by_group(samples[i] for i in rng.permutation(len(samples)))
+    ranked = sorted((pair for members in groups.values() for pair in enumerate(members)), key=lambda pair: pair[0])
+    kept = {sample.image_path for _, sample in ranked[:limit]}
+    return [sample for sample in samples if sample.image_path in kept]
 
 
 def _turns(items: Sequence[Any]) -> Iterator[Any]:
@@ -239,8 +208,7 @@ def _kind_turns(kinds: Sequence[str], n: int) -> list[str]:
     ['box', 'dots', 'tear', 'box', 'dots', 'box', 'dots']
     """
     of_report = [kind for kind in kinds if kind in synthesis.REPORT_KINDS]
-    others = [kind for kind in kinds if kind not in synthesis.REPORT_KINDS]
-    cycle = [*of_report, *others, *of_report]
+    cycle = [*of_report, *(kind for kind in kinds if kind not in of_report), *of_report]
     return [cycle[i % len(cycle)] for i in range(n)]
 
 
@@ -249,11 +217,6 @@ def _by_group(items: Iterable[Any]) -> dict[str, list[Any]]:
     for item in items:
         groups[item.group].append(item)
     return dict(groups)
-
-
-def _safe(name: str) -> str:
-    """A name that every file system takes: letters, digits, dot, dash, underscore; at most 60 of them."""
-    return re.sub(r"[^\w.-]+", "_", name).strip("._")[:60] or "unnamed"
 
 
 def _unique(name: str, taken: set[str]) -> str:
