@@ -16,6 +16,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,8 @@ def _keep(target: Path, name: str, settings: Mapping[str, Any], samples: Sequenc
 COMMONS_API = "https://commons.wikimedia.org/w/api.php"
 USER_AGENT = "art-anomaly-notebooks/1.0 (https://github.com/art-anomaly/art-anomaly-notebooks) python-requests"
 """Commons answers 403 without a name and a contact."""
+WIDTH = 1280
+"""Pixels; Commons serves renderings of few widths only."""
 MAX_DOWNLOAD_BYTES = 64 << 20
 LICENCES = "licences.csv"
 _FREE_LICENCE = re.compile(
@@ -147,7 +150,7 @@ def wikimedia(
     ``licences.csv`` lists address, author, licence and hash of each.
 
     Args:
-        target: folder to write, MVTec layout.
+        target: folder to write.
         works: what to fetch.
         members: Commons categories by painting; their members are further genuine pictures where ``is_genuine``
             says so and they are no copies of another one. All others are left out with a line.
@@ -160,79 +163,52 @@ def wikimedia(
     Raises:
         SourceError: no network, the server refuses us, or no genuine picture could be had.
     """
+    import pandas as pd
+
     target = Path(os.path.abspath(target))
     settings = {"works": [work.file for work in works], "members": is_genuine is not None and dict(members)}
     kept = _kept(target, "wikimedia", settings)
     if kept:
         return kept
-    client = _Client(api, pause)
-    rows, samples = [], []
-
-    def take(work: Work, entry: Mapping[str, Any] | None, check: Callable[[np.ndarray], str]) -> None:
-        try:
-            path = _fetch(client, work, entry, target)
-            image = images.load_image(path, max_side=1280)
-            problem = check(image)
-        except (_Skip, images.ImageError) as error:
-            problem = str(error)
-        if problem:
-            log(f"skipped {work.file}: {problem}")
-            return
-        log(f"{work.category} {work.kind}: {work.file} ({image.shape[1]} x {image.shape[0]} px, {_licence(entry)})")
-        rows.append({"path": path.relative_to(target).as_posix(), **_row(work, entry)})
-        split, is_bad = path.parts[-3], work.kind != NORMAL_KIND
-        group = f"{work.category}/{path.stem}"
-        samples.append(Sample(path, work.category, is_bad, split=split, kind=work.kind, group=group))
-
-    entries = client.entries({"titles": "|".join(f"File:{work.file}" for work in works)})
+    commons = _Commons(target, api, pause, log)
+    entries = commons.entries([work.file for work in works])
     for work in works:
-        take(work, entries.get(work.file), lambda image: "")
+        commons.take(work, entries.get(work.file), lambda image: "")
     for category, names in (members if is_genuine else {}).items():
-        scans = [s for s in samples if s.category == category and not s.is_anomalous]
-        if not scans:
-            continue
-        main = images.load_image(scans[0].image_path, max_side=1280)
         known = {work.file.replace("_", " ") for work in works}
-        for file, entry in _members(client, names):
-            mine = [s for s in samples if s.category == category and not s.is_anomalous]
-            if len(mine) >= n_genuine:
+        for file, entry in commons.members(names):
+            mine = [s for s in commons.samples if s.category == category and not s.is_anomalous]
+            if not 0 < len(mine) < n_genuine:
                 break
             if file.replace("_", " ") not in known:
-                known.add(file.replace("_", " "))
-                check = _further(mine, main, is_genuine)
-                take(Work(file, category), entry, check)
-    if not any(not sample.is_anomalous for sample in samples):
-        raise SourceError(f"None of the {len(works)} files could be had from {api}; see the lines above. {_OFFLINE}")
-    import pandas as pd
-
-    files.write_text(target / LICENCES, pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
-    return _keep(target, "wikimedia", settings, samples)
+                commons.take(Work(file, category), entry, partial(_reason_against, mine=mine, is_genuine=is_genuine))
+            known.add(file.replace("_", " "))
+    if all(sample.is_anomalous for sample in commons.samples):
+        raise SourceError(f"No genuine picture could be had from {api}; see the lines above. {_OFFLINE}")
+    files.write_text(target / LICENCES, pd.DataFrame(commons.rows).to_csv(index=False, lineterminator="\n"))
+    return _keep(target, "wikimedia", settings, commons.samples)
 
 
-def _further(
-    mine: Sequence[Sample], main: np.ndarray, is_genuine: Callable[[np.ndarray, np.ndarray], bool]
-) -> Callable[[np.ndarray], str]:
-    """Why a member is no further genuine picture of a painting; "" when it is one."""
-
-    def check(image: np.ndarray) -> str:
-        hashes = [reading.perceptual_hash(images.load_image(sample.image_path)) for sample in mine]
-        pairs = reading.near_duplicates([*hashes, reading.perceptual_hash(image)])
-        twin = next((mine[i] for i, j in pairs if j == len(mine)), None)
-        if twin is not None:
-            return f"it is the scan of {twin.image_path.name} once more"
-        return "" if is_genuine(main, image) else "it is another picture, or differs from the main scan"
-
-    return check
+def _reason_against(
+    image: np.ndarray, mine: Sequence[Sample], is_genuine: Callable[[np.ndarray, np.ndarray], bool]
+) -> str:
+    """Why a picture is no further genuine one beside those of a painting, the main scan first; "" when it is."""
+    others = [images.load_image(sample.image_path, max_side=WIDTH) for sample in mine]
+    pairs = reading.near_duplicates([reading.perceptual_hash(other) for other in (*others, image)])
+    twin = next((mine[i] for i, j in pairs if j == len(mine)), None)
+    if twin is not None:
+        return f"it is the scan of {twin.image_path.name} once more"
+    return "" if is_genuine(others[0], image) else "it is another picture, or differs from the main scan"
 
 
 class _Skip(Exception):
     """Why one file is left out; the others go on."""
 
 
-class _Client:
-    """Polite requests: one at a time, introduced, patient when asked to wait."""
+class _Commons:
+    """Polite requests (one at a time, introduced, patient when asked to wait), and what they brought."""
 
-    def __init__(self, api: str, pause: float) -> None:
+    def __init__(self, target: Path, api: str, pause: float, log: Callable[[str], None]) -> None:
         import requests
         from urllib3.util import Retry
 
@@ -241,20 +217,93 @@ class _Client:
                 asked = super().get_retry_after(response)
                 return asked and min(asked, 120)
 
-        self._api, self._pause = api, pause
+        self._target, self._api, self._pause, self._log = target, api, pause, log
         self._session = requests.Session()
         self._session.headers["User-Agent"] = USER_AGENT
         retry = Patient(total=4, backoff_factor=pause, status_forcelist=(429, 500, 502, 503, 504))
         for scheme in ("https://", "http://"):
             self._session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
+        self.samples: list[Sample] = []
+        self.rows: list[dict[str, Any]] = []
 
-    def get(self, url: str, query: Mapping[str, str] | None = None) -> bytes:
-        """The body of an address.
+    def entries(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """``imageinfo`` by file name as asked for; names that are gone are absent."""
+        found = self._ask({"titles": "|".join(f"File:{name}" for name in names)}).get("query", {})
+        pages = {page["title"]: page["imageinfo"][0] for page in found.get("pages", ()) if page.get("imageinfo")}
+        led = {step["from"]: step["to"] for step in (*found.get("normalized", ()), *found.get("redirects", ()))}
+        titles = {name: led.get(f"File:{name}", f"File:{name}") for name in names}
+        return {name: pages[led.get(title, title)] for name, title in titles.items() if led.get(title, title) in pages}
 
-        Raises:
-            _Skip: this address is refused or stays broken.
-            SourceError: nothing can be fetched from this server.
-        """
+    def members(self, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Files of Commons categories with their ``imageinfo``, page by page."""
+        for name in names:
+            query = {"generator": "categorymembers", "gcmtitle": name, "gcmtype": "file", "gcmlimit": "50"}
+            while query:
+                reply = self._ask(query)
+                for page in reply.get("query", {}).get("pages", ()):
+                    if page.get("imageinfo"):
+                        yield page["title"].removeprefix("File:"), page["imageinfo"][0]
+                query = {**query, **reply["continue"]} if "continue" in reply else {}
+
+    def take(self, work: Work, entry: Mapping[str, Any] | None, check: Callable[[np.ndarray], str]) -> None:
+        """Fetch a picture unless it is there already, and note it as a sample if nothing speaks against it."""
+        try:
+            path = self._fetched(work, entry)
+            image = images.load_image(path, max_side=WIDTH)
+            problem = check(image)
+        except (_Skip, images.ImageError) as error:
+            problem = str(error)
+        if problem:
+            return self._log(f"skipped {work.file}: {problem}")
+        licence = _meta(entry, "LicenseShortName")
+        self._log(f"{work.category} {work.kind}: {work.file} ({image.shape[1]} x {image.shape[0]} px, {licence})")
+        page = {"page": entry.get("descriptionurl", ""), "url": entry["thumburl"], "original_sha1": entry["sha1"]}
+        author = _meta(entry, "Artist")
+        self.rows.append(
+            {"path": path.relative_to(self._target).as_posix(), "licence": licence, "author": author, **page}
+        )
+        split, group = "train" if work.kind == NORMAL_KIND else "test", f"{work.category}/{path.stem}"
+        self.samples.append(
+            Sample(path, work.category, work.kind != NORMAL_KIND, split=split, kind=work.kind, group=group)
+        )
+
+    def _fetched(self, work: Work, entry: Mapping[str, Any] | None) -> Path:
+        if entry is None:
+            raise _Skip("no file of this name on Commons any more")
+        licence = _meta(entry, "LicenseShortName")
+        if not _FREE_LICENCE.fullmatch(licence):
+            raise _Skip(f"its licence is {licence or 'not stated'!r}, which is not known to be free")
+        if not str(entry.get("mime", "")).startswith("image/"):
+            raise _Skip(f"it is {entry.get('mime')!r}, not a picture")
+        if "thumburl" not in entry:
+            raise _Skip(f"Commons has no rendering of it ({entry.get('thumberror', 'no reason given')})")
+        url = entry["thumburl"]
+        suffix = Path(urllib.parse.urlsplit(url).path).suffix.lower()  # a rendering of a TIFF is a JPEG
+        # The original's hash in the name: a new version on Commons is another file.
+        name = f"{clean(Path(work.file).stem)}_{entry['sha1'][:8]}{suffix}"
+        path = self._target / work.category / work.kind / name
+        if not path.exists():
+            body = self._get(url)
+            if url == entry["url"] and hashlib.sha1(body).hexdigest() != entry["sha1"]:
+                raise _Skip("the file received is not the one that Commons describes (SHA-1 differs); try again later")
+            with files.atomic_path(path) as temporary:
+                temporary.write_bytes(body)
+                images.load_image(temporary, max_side=64)
+        return path
+
+    def _ask(self, query: Mapping[str, str]) -> dict[str, Any]:
+        """The API's answer about the pictures that ``query`` names."""
+        iiprop = {"iiprop": "url|size|sha1|mime|extmetadata", "iiurlwidth": str(WIDTH), "redirects": "1"}
+        fixed = {"action": "query", "format": "json", "formatversion": "2", "prop": "imageinfo"}
+        try:
+            reply = json.loads(self._get(self._api, {**fixed, **iiprop, **query}))
+        except (_Skip, ValueError) as error:
+            raise SourceError(f"{self._api} gave no usable answer ({error}). Try again later. {_OFFLINE}") from error
+        if "error" in reply:
+            raise SourceError(f"{self._api} refused the question: {reply['error'].get('info', reply['error'])}.")
+        return reply
+
+    def _get(self, url: str, query: Mapping[str, str] | None = None) -> bytes:
         import requests
 
         trouble = ""
@@ -270,96 +319,18 @@ class _Client:
                     if reply.status_code != 200:
                         raise _Skip(f"the server answered {reply.status_code} {reply.reason}")
                     body = b"".join(itertools.islice(reply.iter_content(1 << 20), MAX_DOWNLOAD_BYTES >> 20))
-                    if len(body) >> 20 == MAX_DOWNLOAD_BYTES >> 20:
+                    if len(body) >= MAX_DOWNLOAD_BYTES:
                         raise _Skip(f"it is larger than {MAX_DOWNLOAD_BYTES >> 20} MB")
                     return body
             except requests.exceptions.RequestException as error:
                 trouble = f"{urllib.parse.urlsplit(url).netloc or url} cannot be reached or breaks off ({error})"
         raise _Skip(trouble)
 
-    def ask(self, query: Mapping[str, str]) -> dict[str, Any]:
-        """The API's answer about pictures: ``query`` says which."""
-        fixed = {
-            "action": "query",
-            "format": "json",
-            "formatversion": "2",
-            "redirects": "1",
-            "prop": "imageinfo",
-            "iiprop": "url|size|sha1|mime|extmetadata",
-            "iiurlwidth": "1280",
-        }
-        try:
-            reply = json.loads(self.get(self._api, {**fixed, **query}))
-        except (_Skip, ValueError) as error:
-            raise SourceError(f"{self._api} gave no usable answer ({error}). Try again later. {_OFFLINE}") from error
-        if "error" in reply:
-            raise SourceError(f"{self._api} refused the question: {reply['error'].get('info', reply['error'])}.")
-        return reply
-
-    def entries(self, query: Mapping[str, str]) -> dict[str, Any]:
-        """``imageinfo`` by file name as asked for; names that are gone are absent."""
-        found = self.ask(query).get("query", {})
-        asked = {page["title"]: page["title"] for page in found.get("pages", ())}
-        for step in (*found.get("redirects", ()), *found.get("normalized", ())):  # backwards: what led to a page
-            asked[step["from"]] = asked.get(step["to"], step["to"])
-        pages = {page["title"]: page["imageinfo"][0] for page in found.get("pages", ()) if page.get("imageinfo")}
-        return {name.removeprefix("File:"): pages[title] for name, title in asked.items() if title in pages}
-
-
-def _members(client: _Client, names: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Files of Commons categories with their ``imageinfo``, page by page."""
-    for name in names:
-        query = {"generator": "categorymembers", "gcmtitle": name, "gcmtype": "file", "gcmlimit": "50"}
-        while query:
-            reply = client.ask(query)
-            for page in reply.get("query", {}).get("pages", ()):
-                if page.get("imageinfo"):
-                    yield page["title"].removeprefix("File:"), page["imageinfo"][0]
-            query = {**query, **reply["continue"]} if "continue" in reply else {}
-
-
-def _licence(entry: Mapping[str, Any]) -> str:
-    return _meta(entry, "LicenseShortName") or _meta(entry, "License")
-
 
 def _meta(entry: Mapping[str, Any], name: str) -> str:
     """A field of ``extmetadata``, without its HTML."""
     value = str(entry.get("extmetadata", {}).get(name, {}).get("value", ""))
     return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", value)).strip()
-
-
-def _fetch(client: _Client, work: Work, entry: Mapping[str, Any] | None, target: Path) -> Path:
-    """The picture's file, downloaded unless it is there already."""
-    if entry is None:
-        raise _Skip("no file of this name on Commons any more")
-    if not _FREE_LICENCE.fullmatch(_licence(entry)):
-        raise _Skip(f"its licence is {_licence(entry) or 'not stated'!r}, which is not known to be free")
-    if not str(entry.get("mime", "")).startswith("image/"):
-        raise _Skip(f"it is {entry.get('mime')!r}, not a picture")
-    if "thumburl" not in entry:
-        raise _Skip(f"Commons has no rendering of it ({entry.get('thumberror', 'no reason given')})")
-    url = entry["thumburl"]
-    suffix = Path(urllib.parse.urlsplit(url).path).suffix.lower()  # a rendering of a TIFF is a JPEG
-    split = "train" if work.kind == NORMAL_KIND else "test"
-    # The original's hash in the name: a new version on Commons is another file.
-    path = target / work.category / split / work.kind / f"{clean(Path(work.file).stem)}_{entry['sha1'][:8]}{suffix}"
-    if not path.exists():
-        body = client.get(url)
-        if url == entry["url"] and hashlib.sha1(body).hexdigest() != entry["sha1"]:
-            raise _Skip("the file received is not the one that Commons describes (SHA-1 differs); try again later")
-        files.write_bytes(path, body)
-    return path
-
-
-def _row(work: Work, entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "file": work.file,
-        "licence": _licence(entry),
-        "author": _meta(entry, "Artist"),
-        "page": entry.get("descriptionurl", ""),
-        "url": entry["thumburl"],
-        "original_sha1": entry["sha1"],
-    }
 
 
 # --- Kaggle ----------------------------------------------------------------------------------------------------------
