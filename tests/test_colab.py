@@ -95,24 +95,17 @@ def test_a_mount_that_fails_says_why_and_work_goes_on(fake: FakeDrive, error: Ex
     assert preflight.is_reachable(session.mount_drive()), "the next try may succeed"
 
 
-def test_elsewhere_nothing_is_mounted_and_nothing_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(session, "MOUNT_POINT", tmp_path / "no" / "drive")
-    lines: list[str] = []
-    assert session.mount_drive(log=lines.append) is None
-    session.disconnect(log=lines.append)
-    assert len(lines) == 2 and all("not on Colab" in line for line in lines)
-
-
 # --- the session -----------------------------------------------------------------------------------------------------
 
 
 def test_without_gpu_and_drive_the_set_up_only_prints(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     assert session.start().name == "mini"
     out = capsys.readouterr().out
-    for name in ("GPU", "memory", "disk", "kept files", "weights"):
-        assert f" {name} " in out
+    assert all(f" {name} " in out for name in ("GPU", "memory", "disk", "kept files", "weights"))
     assert "next: 01_prepare_weights" in out and session.checkpoint_keeper() is None
     assert not (tmp_path / "home").exists()
+    session.disconnect()
+    assert session.mount_drive() is None and capsys.readouterr().out.count("not on Colab") == 2
 
 
 def test_a_gpu_asks_for_drive_and_the_user_may_refuse(fake: FakeDrive, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,10 +133,15 @@ def test_what_a_cell_finishes_is_kept_when_it_ends_and_comes_back(
     shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("ART_DRIVE", str(tmp_path / "lasting"))
+    monkeypatch.setenv("ART_DRIVE_LIMIT_GB", "much")
     monkeypatch.setattr(keep.time, "sleep", lambda seconds: None)
     lines: list[str] = []
+    with pytest.raises(ValueError, match="is 'much'; give a number of GB"):
+        session.start(log=lines.append)
+    monkeypatch.setenv("ART_DRIVE_LIMIT_GB", "14.5")
     profile = session.start(log=lines.append)
     session.start(log=lines.append)
+    assert session._current.archive.max_unit_bytes == 14.5e9
     files.write_json(profile.home / "results" / "clip_lof" / "manifest.json", {})
     shell.run_cell("1 + 1")
     shell.run_cell("1 + 1")
@@ -159,15 +157,6 @@ def test_what_a_cell_finishes_is_kept_when_it_ends_and_comes_back(
     for _ in range(3):
         shell.run_cell("1 + 1")
     assert len([line for line in lines if "failed" in line]) == 1, "a dead Drive is said once, not at every cell"
-
-
-def test_largest_kept_unit_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert session._limit_bytes() == keep.MAX_UNIT_BYTES
-    monkeypatch.setenv("ART_DRIVE_LIMIT_GB", "14.5")
-    assert session._limit_bytes() == 14.5e9
-    monkeypatch.setenv("ART_DRIVE_LIMIT_GB", "much")
-    with pytest.raises(ValueError, match="is 'much'; give a number of GB"):
-        session._limit_bytes()
 
 
 # --- preflight -------------------------------------------------------------------------------------------------------
