@@ -270,7 +270,7 @@ def table(folder: Path, header: str, row: str, good: object = 0, bad: object = 1
         (" Image , Label ", "{f}, {l} ", "genuine", "forgery", "anomaly"),
     ],
 )
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le"])
 def test_labels_of_tables(pictures: Path, header: str, row: str, good: str, bad: str, kind: str, encoding: str) -> None:
     assert found(table(pictures, header, row, good, bad, encoding=encoding))[0] == {
         "set/train/good": 4,
@@ -286,7 +286,9 @@ def test_labels_of_tables(pictures: Path, header: str, row: str, good: str, bad:
         ("image_path,class", "{f},{l}", "class"),
         ("image_path,mask", "{f},m.png", "mask"),
         ("name,age", "ann,{l}", "columns name, age; one must name the picture"),
-        ("image,label", "{f},-1", "1 and -1"),
+        ("image,label", "{f},-1", "labels -1"),
+        ("image,label", "{f},2", "labels 2"),
+        ("image,label", r"C:\\img\\{f},{l}", "another computer"),
     ],
 )
 def test_tables_that_do_not_say_what_is_genuine_are_refused(pictures: Path, header: str, row: str, words: str) -> None:

@@ -80,8 +80,8 @@ def write_manifest(path: Path | str, samples: Sequence[Sample], *, info: Mapping
     Args:
         path: the CSV file, or the folder for it.
         samples: the pictures; missing hashes are computed from the files.
-        info: further JSON values for ``manifest.json`` (how the dataset was made); ``kinds_held_out`` (list) and
-            ``limits`` (artwork -> sentence) come back as attributes of :class:`Dataset`.
+        info: further JSON values for ``manifest.json``; ``kinds_held_out`` (list) and ``limits`` (artwork -> sentence)
+            come back as attributes of :class:`Dataset`.
     Returns:
         path of the CSV file.
     Raises:
@@ -109,12 +109,8 @@ def write_manifest(path: Path | str, samples: Sequence[Sample], *, info: Mapping
 
 
 def load_manifest(path: Path | str) -> list[Sample]:
-    """Read ``manifest.csv``.
+    """The pictures in a ``manifest.csv`` (or in its folder's), in its order, with absolute paths.
 
-    Args:
-        path: the CSV file, or its folder.
-    Returns:
-        the pictures in the file's order, with absolute paths.
     Raises:
         FileNotFoundError: there is no manifest.
         DatasetError: a column is missing, or a row cannot be read (the message names it).
@@ -131,10 +127,7 @@ def load_manifest(path: Path | str) -> list[Sample]:
         raise DatasetError(f"{path} has no columns that can be read ({error}). Make it again.") from error
     missing = [column for column in _REQUIRED if column not in table]
     if missing:
-        raise DatasetError(
-            f"{path} has no column {', '.join(missing)}; it has {', '.join(table.columns)}. "
-            f"A manifest has {', '.join(COLUMNS)}: make it with helpers.data.build_manifest."
-        )
+        raise DatasetError(f"{path} has no column {', '.join(missing)}; a manifest has {', '.join(COLUMNS)}.")
     return [_sample_of_row(row, path, number) for number, row in enumerate(table.to_dict("records"), start=2)]
 
 
@@ -160,17 +153,14 @@ def open_dataset(dataset_dir: Path | str, *, verify_files: bool = False) -> Data
     info = files.read_json(folder / MANIFEST_JSON)
     found = dataset_hash((replace(s, sha256="") if verify_files else s for s in samples), folder)
     if found != info["dataset_hash"]:
-        raise DatasetError(
-            f"{folder} was changed after it was frozen (hash {found[:12]}, frozen {info['dataset_hash'][:12]}). "
-            "Results made on it would not be comparable: delete the folder and run notebook 02 again."
-        )
+        hashes = f"hash {found[:12]}, frozen {info['dataset_hash'][:12]}"
+        way = "Results on it would not be comparable: delete the folder and run notebook 02 again"
+        raise DatasetError(f"{folder} was changed after it was frozen ({hashes}). {way}.")
     limits = dict(info.get("limits", {}))
     for category, groups in shared_groups(samples).items():
         if category not in limits:
-            raise DatasetError(
-                f"{folder}: {len(groups)} source pictures of {category} stand in two splits, first {groups[0]}: a "
-                "detector would be tested on what it has learnt. Delete the folder and run notebook 02 again."
-            )
+            what = f"{len(groups)} source pictures of {category} stand in two splits, first {groups[0]}"
+            raise DatasetError(f"{folder}: {what}. Tests would be unfair: delete it and run notebook 02 again.")
     return Dataset(folder, tuple(samples), found, tuple(info.get("kinds_held_out", ())), limits)
 
 
@@ -185,9 +175,7 @@ def shared_groups(samples: Iterable[Sample]) -> dict[str, tuple[str, ...]]:
 
 
 def dataset_hash(samples: Iterable[Sample], dataset_dir: Path | str) -> str:
-    """Hash of what a dataset is: pictures, categories, splits, labels, kinds, masks and groups.
-
-    Order and place do not matter: the same dataset elsewhere has the same hash.
+    """Hash of what a dataset is: pictures, categories, splits, labels, kinds, masks and groups, in any order or place.
 
     Args:
         samples: the pictures; an empty ``sha256`` is computed from the file.
@@ -202,13 +190,11 @@ def dataset_hash(samples: Iterable[Sample], dataset_dir: Path | str) -> str:
 
 
 def mask_of(sample: Sample, shape: tuple[int, int] | None = None) -> np.ndarray | None:
-    """Pixel ground truth of a picture.
+    """Pixel ground truth of a picture, bool ``(H, W)``: all False for a normal picture, None when no mask is known.
 
     Args:
         sample: the picture.
         shape: ``(H, W)`` of the mask; default for an anomalous picture is its file's own size.
-    Returns:
-        bool ``(H, W)``, all False for a normal picture; None when no mask is known.
     Raises:
         ValueError: a normal picture without ``shape``.
         helpers.data.images.ImageError: the mask cannot be read or has other proportions.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -31,32 +31,26 @@ _SHOWN = 12
 
 @dataclass(frozen=True)
 class FolderReading:
-    """What :func:`read_folder` understood of a folder.
-
-    Attributes:
-        source: the folder or CSV file.
-        layout: name of the layout.
-        samples: readable pictures by category, split and kind; ``group`` joins copies of one picture.
-        bad_files: files left out and why.
-        exact_duplicates: pairs of byte-identical pictures that may stay (same split, or different categories).
-        near_duplicates: pairs of an artwork in different splits, or with different labels, that show one scan.
-        notes: further sentences for the user.
-    """
+    """What :func:`read_folder` understood of a folder."""
 
     source: Path
     layout: str
     samples: tuple[Sample, ...]
+    """Readable pictures by category, split and kind; ``group`` joins copies of one picture."""
     bad_files: tuple[tuple[Path, str], ...]
+    """Files left out, and why."""
     exact_duplicates: tuple[tuple[Path, Path], ...]
+    """Pairs of byte-identical pictures that may stay (same split, or different categories)."""
     near_duplicates: tuple[tuple[Path, Path], ...]
+    """Pairs of an artwork in different splits, or with different labels, that show one scan."""
     notes: tuple[str, ...]
 
     def describe(self) -> str:
         """The tree in words, then notes, copies and files left out."""
         counts = Counter((s.category, s.split, s.is_anomalous, s.kind) for s in self.samples)
         categories = sorted({category for category, *_ in counts})
-        head = f"{self.source}: {self.layout}, {_count(len(self.samples), 'picture')} of "
-        lines = [head + _count(len(categories), "artwork")]
+        n_words = f"{_count(len(self.samples), 'picture')} of {_count(len(categories), 'artwork')}"
+        lines = [f"{self.source}: {self.layout}, {n_words}"]
         for category in categories:
             lines.append(f"  {category}")
             for split in SPLITS:
@@ -64,12 +58,12 @@ class FolderReading:
                 lines += [f"    {split:<12}{', '.join(kinds)}"] if kinds else []
             masks = [s.mask_path is not None for s in self.samples if s.category == category and s.is_anomalous]
             lines += [f"    {'masks':<12}{sum(masks)} of {_count(len(masks), 'anomalous picture')}"] if masks else []
-        lines += [f"Note: {note}" for note in self.notes]
         about = self.as_json()
-        lines += _shown("Same file more than once", [f"{a} = {b}" for a, b in about["exact_duplicates"]])
-        near = [f"{a} ~ {b}" for a, b in about["near_duplicates"]]
-        lines += _shown("Near duplicates (one scan in two splits or under two labels)", near)
-        lines += _shown("Files left out", [f"{file['path']}: {file['reason']}" for file in about["bad_files"]])
+        lines += [f"Note: {note}" for note in self.notes]
+        lines += _shown("Same file more than once", map(" = ".join, about["exact_duplicates"]))
+        near = "Near duplicates (one scan in two splits or under two labels)"
+        lines += _shown(near, map(" ~ ".join, about["near_duplicates"]))
+        lines += _shown("Files left out", (f"{file['path']}: {file['reason']}" for file in about["bad_files"]))
         return "\n".join(lines)
 
     def as_json(self) -> dict:
@@ -96,7 +90,6 @@ def read_folder(folder: Path | str) -> FolderReading:
     from tqdm.auto import tqdm
 
     layout = _layout_of(_found(folder))
-    layout.found.sort(key=lambda s: (s.category, SPLITS.index(s.split), s.is_anomalous, s.kind))
     # Decoders release the interpreter lock; four at a time keep the memory of four largest pictures below 1 GB.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         work = pool.map(_check, layout.found)
@@ -128,10 +121,7 @@ def build_manifest(folder: Path | str, *, output: Path | str | None = None) -> P
 
     Args:
         folder: folder of pictures, or a CSV file; see :data:`helpers.data.layouts.EXPECTED`.
-        output: manifest file (``*.csv``) or folder for it. Default: the folder itself, or, when that is read-only, a
-            folder for temporary files.
-    Returns:
-        path of the manifest. Paths in it are relative where the picture lies below it, else absolute.
+        output: manifest file (``*.csv``) or its folder; the folder itself by default, a temporary one if read-only.
     Raises:
         FileNotFoundError, DatasetError: as :func:`read_folder`, or a foreign ``manifest.csv`` would be overwritten.
     """
@@ -170,24 +160,20 @@ def _found(source: Path | str) -> Path:
 
 def _layout_of(source: Path) -> layouts.Layout:
     """What every picture of a folder or table is, before any is decoded."""
-    if source.is_file():
-        if source.suffix.lower() in (".csv", ".tsv"):
-            return _one_spelling(tables.read_table(source, source.parent))
-        raise DatasetError(f"{source} is neither a folder nor a CSV (an archive: unpack it first).\n{layouts.EXPECTED}")
     visa = sorted(source.glob("split_csv/*.csv"), key=lambda path: path.name != "1cls.csv")
-    if visa:
-        return _one_spelling(tables.read_table(visa[0], source, layouts.VISA))
-    found = [] if layouts.has_roles(source) else tables.tables_in(source)
-    if len(found) > 1:
+    found = [source] if source.is_file() else [] if layouts.has_roles(source) else tables.tables_in(source)
+    if source.is_file() and source.suffix.lower() not in (".csv", ".tsv"):
+        raise DatasetError(f"{source} is neither a folder nor a CSV (an archive: unpack it first).\n{layouts.EXPECTED}")
+    if len(found) > 1 and not visa:
         names = ", ".join(table.name for table in found)
         raise DatasetError(f"{source} holds several tables of pictures: {names}. Give the path of the one to use.")
-    return _one_spelling(tables.read_table(found[0], source) if found else layouts.read_tree(source))
-
-
-def _one_spelling(layout: layouts.Layout) -> layouts.Layout:
-    """Kinds that differ in case or separators only become one."""
-    first: dict[str, str] = {}
-    layout.found = [replace(s, kind=first.setdefault(plain(s.kind), s.kind)) for s in layout.found]
+    if visa:
+        layout = tables.read_table(visa[0], source, layouts.VISA)
+    else:
+        layout = tables.read_table(found[0], found[0].parent) if found else layouts.read_tree(source)
+    spelling: dict[str, str] = {}  # kinds that differ in case or separators only become one
+    layout.found = [replace(s, kind=spelling.setdefault(plain(s.kind), s.kind)) for s in layout.found]
+    layout.found.sort(key=lambda s: (s.category, SPLITS.index(s.split), s.is_anomalous, s.kind))
     return layout
 
 
@@ -294,10 +280,9 @@ def _exact_duplicates(samples: Sequence[Sample], root: Path) -> list[tuple[int, 
     wrong = [(samples[i], samples[j]) for i, j in pairs if _contradict(samples[i], samples[j])]
     if wrong:
         lines = [" = ".join(f"{_short(s.image_path, root)} ({s.split}, {s.kind})" for s in pair) for pair in wrong]
+        why = "Equal pictures stand in two splits or have two labels; a test would be on what was learnt."
         raise DatasetError(
-            "Equal pictures stand in two splits, or are labelled normal and anomalous; a detector would be tested on "
-            "what it has learnt.\n" + "\n".join(_shown("Equal files", lines)) + "\nDelete one of each pair (of two "
-            "splits normally the one in train/) and run this again."
+            "\n".join([why, *_shown("Equal files", lines), "Delete one of each pair and run this again."])
         )
     return pairs
 
@@ -324,10 +309,8 @@ def _grouped(samples: Sequence[Sample], pairs: Sequence[tuple[int, int]], root: 
     totals = Counter(s.category for s in samples)
     alike = {s.category for s, c in zip(samples, components) if sizes[c] >= 8 and sizes[c] > totals[s.category] / 2}
     for category in sorted(alike):
-        notes.append(
-            f"{category}: most pictures look the same to the duplicate test (a fixed camera, perhaps), so each counts "
-            "as a picture of its own. Give a CSV with a column `group` if some are copies."
-        )
+        why = "most pictures look the same to the duplicate test (a fixed camera, perhaps), so each counts on its own"
+        notes.append(f"{category}: {why}. Give a CSV with a column `group` if some are copies.")
     leader = dict(reversed(list(zip(components, names))))
     return [replace(s, group=n if s.category in alike else leader[c]) for s, n, c in zip(samples, names, components)]
 
@@ -361,6 +344,7 @@ def _count(n: int, thing: str) -> str:
     return f"{n} {thing}" + ("" if n == 1 else "s")
 
 
-def _shown(title: str, lines: Sequence[str]) -> list[str]:
+def _shown(title: str, lines: Iterable[str]) -> list[str]:
+    lines = list(lines)
     more = [f"  ... and {len(lines) - _SHOWN} more (all in {MANIFEST_JSON})"] if len(lines) > _SHOWN else []
     return [f"{title}: {len(lines)}", *(f"  {line}" for line in lines[:_SHOWN]), *more] if lines else []

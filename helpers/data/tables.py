@@ -45,9 +45,14 @@ def read_table(table: Path, root: Path, name: str = CSV) -> Layout:
             "label (normal or anomaly), or remove the other columns if all pictures are genuine."
         )
     labels = {row.get("label", "").casefold() for row in rows}
-    if labels & {"-1", "-1.0"}:
-        raise DatasetError(f"{table}: 1 and -1 mean opposite things to different tools. Write normal or anomaly.")
+    numbers = sorted(label for label in labels if re.fullmatch(r"-?[\d.]+", label) and label not in _YES | _NO)
+    if numbers:
+        raise DatasetError(
+            f"{table}: labels {', '.join(numbers)} are not understood. Write normal or anomaly (or 0, 1)."
+        )
     has_kinds = "kind" not in columns and any(_stated(label) == NORMAL_KIND for label in labels)  # good, crack, tear
+    if not {"label", "kind"} & set(columns):
+        layout.notes.append(f"{table.name} has no column label: all pictures count as genuine.")
     if unknown:
         layout.notes.append(f"Columns of {table.name} that were not read: {', '.join(unknown)}.")
     names = [row.get("category") or own_name(root) for row in rows]
@@ -58,6 +63,8 @@ def read_table(table: Path, root: Path, name: str = CSV) -> Layout:
         try:
             if not row["image_path"] or (path, category) in seen:
                 raise ValueError("named in an earlier row already" if row["image_path"] else "no picture named")
+            if re.match(r"[A-Za-z]:[\\/]", row["image_path"]) and not path.exists():
+                raise ValueError("a path of another computer: write paths relative to the table")
             layout.found.append(replace(_sample(row, path, root, has_kinds), category=category))
             seen.add((path, category))
         except ValueError as error:
@@ -86,7 +93,7 @@ def _sample(row: dict[str, str], path: Path, root: Path, has_kinds: bool) -> Sam
     """One row of a table, without its category; ValueError says which cell is wrong."""
     label, kind, mask = row.get("label", ""), row.get("kind", ""), row.get("mask_path", "")
     stated = _stated(label) if label else _stated(kind) or ANOMALY_KIND if kind else NORMAL_KIND
-    if stated is None and has_kinds and not re.fullmatch(r"[\d.]+", label):
+    if stated is None and has_kinds:
         stated, kind = ANOMALY_KIND, label
     if stated is None or ("label" in row and not label and not kind):
         raise ValueError(f"label is {label!r}; allowed are normal, anomaly, good, 0, 1, true, false")
@@ -119,7 +126,8 @@ def _rows(table: Path, layout: Layout) -> tuple[list[dict[str, str]], dict[str, 
 
     content = table.read_bytes()
     try:
-        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        wide = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-16-le" if content[1:2] == b"\0" else ""
+        text = content.decode(wide or "utf-8-sig")
     except UnicodeDecodeError:
         text = content.decode("cp1252", errors="replace")
         layout.notes.append(f"{table.name} is not UTF-8; read as Windows-1252. Check names with accents.")
