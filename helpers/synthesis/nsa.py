@@ -1,26 +1,24 @@
 """Simulated anomalies for training: patches of another picture, blended in so that no edge gives them away (NSA).
 
-A patch of the source picture is scaled, moved and blended into the destination with Poisson blending; where the
-picture changed visibly is the anomaly. Random numbers are drawn in the published order, so the same seed gives the
-same picture. One fault is not copied: a simulation whose mask came out empty counted as anomalous; here it is told
-apart, and :func:`simulate_visible` draws again.
+Random numbers are drawn in the published order, so the same seed gives the same picture. One fault is not copied: a
+simulation whose mask came out empty counted as anomalous; here :func:`simulate_visible` draws again.
 
 Source: Schlueter et al., Natural Synthetic Anomalies, ECCV 2022; settings of Gu et al., AnomalyGPT, AAAI 2024.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
+from skimage.filters import median
+from skimage.morphology import disk
 
 VISIBLE_LABEL = 0.3
 """A pixel is anomalous where the label exceeds this."""
 
 Box = tuple[int, int, int, int]  # top, bottom, left, right in pixels, ends exclusive
-Bounds = Sequence[np.ndarray]  # smallest and largest half-width in pixels, for rows and columns
-Objects = tuple[np.ndarray, np.ndarray] | None  # where source and destination are no background, uint8 (H, W)
 
 _MAX_TRIES = 200
 _MIN_PATCH_PIXELS = 50
@@ -31,7 +29,7 @@ _CHANGE_TOLERANCE = 1.0
 
 @dataclass(frozen=True)
 class NsaSettings:
-    """How patches are drawn.
+    """How patches are drawn; the defaults are those for VisA and for paintings.
 
     Attributes:
         width_bounds: smallest and largest half-width of a patch as shares of the side, for rows and columns.
@@ -50,7 +48,6 @@ class NsaSettings:
 
 
 ART_SETTINGS = NsaSettings()
-"""For paintings, as for all of VisA: no background rule."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +78,8 @@ def simulate_visible(
     settings: NsaSettings = ART_SETTINGS,
     n_tries: int = 10,
 ) -> Simulation | None:
-    """As :func:`simulate`, drawn again until the mask shows something; None when ``n_tries`` were in vain.
-
-    In the published settings 2 to 9 % of the draws are invisible.
-    """
+    """As :func:`simulate`, drawn again until the mask shows something (2 to 9 % of the draws do not); None when
+    ``n_tries`` were in vain."""
     for _ in range(n_tries):
         simulation = simulate(destination, source, random, settings=settings)
         if simulation.mask.any():
@@ -108,120 +103,102 @@ def simulate(
     Raises:
         ValueError: the pictures differ in size or are not uint8 RGB.
     """
-    import cv2
-    from skimage.filters import median
-    from skimage.morphology import disk
-
     if destination.shape != source.shape or destination.dtype != np.uint8 or source.dtype != np.uint8:
         raise ValueError(
             f"Source {source.dtype} {source.shape} and destination {destination.dtype} {destination.shape} must both "
             "be uint8 RGB of one size. Resize them first."
         )
-    objects = None
-    if settings.background is not None:
-        objects = tuple(_object_mask(picture, settings.background) for picture in (source, destination))
+    patching = _Patching(source, destination, random, settings)
     image = destination.copy()
     pasted = np.zeros(destination.shape[:2], dtype=np.uint8)
     patches = []
     for number in range(settings.max_patches):
-        if number > 0 and random.randint(2) == 0:
-            continue
-        drawn = _paste(image, source, objects, random, settings)
-        if drawn is None:
-            continue
-        image, (top, bottom, left, right), patch_mask = drawn
-        pasted[top:bottom, left:right] = patch_mask  # a later patch overwrites an earlier one, as published
-        patches.append((int(top), int(bottom), int(left), int(right)))
+        drawn = None if number > 0 and random.randint(2) == 0 else patching.paste(image)
+        if drawn is not None:
+            image, (top, bottom, left, right), patch_mask = drawn
+            pasted[top:bottom, left:right] = patch_mask  # a later patch overwrites an earlier one, as published
+            patches.append((int(top), int(bottom), int(left), int(right)))
 
-    inside = pasted[..., None].astype(np.float64)
-    change = np.abs(inside * destination - inside * image).mean(axis=-1)
+    difference = np.abs(destination.astype(np.float64) - image)
+    change = (pasted[..., None] * difference).mean(axis=-1)
     changed = cv2.medianBlur((change > _CHANGE_TOLERANCE).astype(np.uint8), 5)
-    shown = changed[..., None].astype(np.float64)
-    strength = median(np.abs(shown * destination - shown * image).mean(axis=-1), disk(5))
+    strength = median((changed[..., None] * difference).mean(axis=-1), disk(5))
     k, x0 = settings.intensity
     label = changed / (1.0 + np.exp(-k * (strength - x0)))
     return Simulation(image, label.astype(np.float32), tuple(patches))
 
 
-def _object_mask(picture: np.ndarray, background: tuple[float, float]) -> np.ndarray:
-    """uint8 ``(H, W)``: 1 where the picture is not background."""
-    import cv2
+class _Patching:
+    """Draws patches of one source for one destination."""
 
-    brightness, threshold = background
-    return cv2.medianBlur((np.abs(picture.mean(axis=-1) - brightness) > threshold).astype(np.uint8), 7)
+    def __init__(
+        self, source: np.ndarray, destination: np.ndarray, random: np.random.RandomState, settings: NsaSettings
+    ) -> None:
+        self._source, self._random, self._settings = source, random, settings
+        self._sides = source.shape[:2]
+        self._bounds = [np.round(np.multiply(b, side)) for b, side in zip(settings.width_bounds, self._sides)]
+        self._has_background = settings.background is not None
+        self._objects = [self._object_mask(picture) for picture in (source, destination)]
 
+    def paste(self, image: np.ndarray) -> tuple[np.ndarray, Box, np.ndarray] | None:
+        """One patch blended into the picture so far: picture, box, mask uint8; None when no place was found."""
+        shape, scale, offset = _GAMMA
+        shares = [offset + self._random.gamma(shape, scale) for _ in self._sides]
+        half_widths = [int(np.clip(s * side, *b)) for s, side, b in zip(shares, self._sides, self._bounds)]
+        box = self._cut(half_widths)
+        if box is None:
+            return None
+        cut = np.s_[box[0] : box[1], box[2] : box[3]]
+        height, width = self._scaled_size(self._source[cut].shape[:2])
+        patch, covered = (cv2.resize(part[cut], (width, height)) for part in (self._source, self._objects[0]))
+        box = self._place((height, width), covered)
+        blend = np.zeros((height, width), np.uint8)
+        blend[1:-1, 1:-1] = 255
+        if box is None or (blend > 0).sum() < _MIN_PATCH_PIXELS:
+            return None
+        top, bottom, left, right = box
+        center = (right - (right - left) // 2, top + (bottom - top) // 2)
+        blended = cv2.seamlessClone(patch, image, blend, center, cv2.NORMAL_CLONE)
+        # Background pasted over background is blended in, too, but is no anomaly.
+        return blended, box, covered | self._objects[1][top:bottom, left:right]
 
-def _paste(
-    image: np.ndarray, source: np.ndarray, objects: Objects, random: np.random.RandomState, settings: NsaSettings
-) -> tuple[np.ndarray, Box, np.ndarray] | None:
-    """One patch: (blended picture, its box, its mask uint8), or None when no place was found."""
-    import cv2
+    def _object_mask(self, picture: np.ndarray) -> np.ndarray:
+        """uint8 ``(H, W)``: 1 where the picture is not background."""
+        if not self._has_background:
+            return np.ones(picture.shape[:2], np.uint8)
+        brightness, threshold = self._settings.background
+        return cv2.medianBlur((np.abs(picture.mean(axis=-1) - brightness) > threshold).astype(np.uint8), 7)
 
-    sides = image.shape[:2]
-    bounds = [np.round(np.multiply(shares, side)) for shares, side in zip(settings.width_bounds, sides)]
-    shape, scale, offset = _GAMMA
-    half_widths = [int(np.clip((offset + random.gamma(shape, scale)) * side, *b)) for side, b in zip(sides, bounds)]
-    box = _cut(sides, bounds, half_widths, objects, random)
-    if box is None:
+    def _cut(self, half_widths: list[int]) -> Box | None:
+        """Box of the patch in the source, clipped to the picture and holding some object."""
+        for _ in range(_MAX_TRIES):
+            limits = []
+            for side, (low, _), half in zip(self._sides, self._bounds, half_widths):
+                center = self._random.randint(int(low), side - int(low))
+                limits += [max(center - half, 0), min(center + half, side)]
+            top, bottom, left, right = limits
+            if self._objects[0][top:bottom, left:right].any() or not self._has_background:
+                return top, bottom, left, right
         return None
-    patch = source[box[0] : box[1], box[2] : box[3]]
-    height, width = _scaled_size(patch.shape[:2], bounds, random, settings.resize_bounds)
-    patch = cv2.resize(patch, (width, height))
-    covered = np.ones((height, width), dtype=np.uint8)
-    if objects is not None:
-        covered = cv2.resize(objects[0][box[0] : box[1], box[2] : box[3]], (width, height))
-    box = _place(sides, (height, width), covered, objects, random)
-    if box is None:
+
+    def _scaled_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the patch after scaling; the aspect ratio is kept within the bounds."""
+        height, width = size
+        scale = np.clip(self._random.normal(1, 0.5), *self._settings.resize_bounds)
+        new_height = np.clip(scale * height, *self._bounds[0])
+        new_width = np.clip(int(new_height / height * width), *self._bounds[1])
+        new_height = np.clip(int(new_width / width * height), *self._bounds[0])  # the width may have been clipped
+        return int(new_height), int(new_width)
+
+    def _place(self, size: tuple[int, int], covered: np.ndarray) -> Box | None:
+        """Box of the patch in the destination, fully inside; a quarter of its object lies over the object."""
+        for _ in range(_MAX_TRIES):
+            limits = []
+            for side, length in zip(self._sides, size):
+                center = self._random.randint(length // 2 + 1, side - length // 2 - 1)
+                limits += [center - length // 2, center + (length + 1) // 2]
+            top, bottom, left, right = limits
+            overlap = (covered & self._objects[1][top:bottom, left:right]).sum()
+            if overlap > _MIN_OVERLAP * covered.sum() or not self._has_background:
+                return top, bottom, left, right
         return None
-    top, bottom, left, right = box
-    blend = np.full((height, width), 255, np.uint8)
-    blend[[0, -1], :] = 0
-    blend[:, [0, -1]] = 0
-    if (blend > 0).sum() < _MIN_PATCH_PIXELS:
-        return None
-    center = (right - (right - left) // 2, top + (bottom - top) // 2)
-    blended = cv2.seamlessClone(patch, image, blend, center, cv2.NORMAL_CLONE)
-    if objects is not None:  # background pasted over background is blended in, too, but is no anomaly
-        covered = covered | objects[1][top:bottom, left:right]
-    return blended, box, covered
-
-
-def _cut(
-    sides: Sequence[int], bounds: Bounds, half_widths: Sequence[int], objects: Objects, random: np.random.RandomState
-) -> Box | None:
-    """Box of the patch in the source, clipped to the picture and holding some object."""
-    for _ in range(_MAX_TRIES):
-        limits = []
-        for side, (low, _), half in zip(sides, bounds, half_widths):
-            center = random.randint(int(low), side - int(low))
-            limits += [max(center - half, 0), min(center + half, side)]
-        top, bottom, left, right = limits
-        if objects is None or objects[0][top:bottom, left:right].any():
-            return top, bottom, left, right
-    return None
-
-
-def _scaled_size(
-    size: tuple[int, int], bounds: Bounds, random: np.random.RandomState, resize_bounds: tuple[float, float]
-) -> tuple[int, int]:
-    """Height and width of the patch after scaling; the aspect ratio is kept within the bounds."""
-    height, width = size
-    new_height = np.clip(np.clip(random.normal(1, 0.5), *resize_bounds) * height, *bounds[0])
-    new_width = np.clip(int(new_height / height * width), *bounds[1])
-    new_height = np.clip(int(new_width / width * height), *bounds[0])  # the width may have been clipped
-    return int(new_height), int(new_width)
-
-
-def _place(
-    sides: Sequence[int], size: Sequence[int], patch: np.ndarray, objects: Objects, random: np.random.RandomState
-) -> Box | None:
-    """Box of the patch in the destination, fully inside; more than a quarter of its object lies over the object."""
-    for _ in range(_MAX_TRIES):
-        limits = []
-        for side, length in zip(sides, size):
-            center = random.randint(length // 2 + 1, side - length // 2 - 1)
-            limits += [center - length // 2, center + (length + 1) // 2]
-        top, bottom, left, right = limits
-        if objects is None or (patch & objects[1][top:bottom, left:right]).sum() > _MIN_OVERLAP * patch.sum():
-            return top, bottom, left, right
-    return None
