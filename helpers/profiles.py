@@ -89,11 +89,10 @@ class AnomalyGptSettings:
     """Notebooks 06 to 08."""
 
     checkpoint: str | None = "train_supervised"  # published head that training starts from; None starts anew
-    precision: str = "bf16"  # of the language model
+    precision: str = "fp16"  # of the language model when it answers
+    training_precision: str = "bf16"  # and when the head is trained
     preset: str = "15x8"  # run of the source report, by epochs x batch
-    training: Mapping[str, Any] = field(  # what differs from the preset
-        default_factory=lambda: {"micro_batch": 4, "gradient_checkpointing": True, "precision": "bf16"}
-    )
+    training: Mapping[str, Any] = field(default_factory=dict)  # what differs from the preset
     testing: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -110,6 +109,7 @@ _MINI = {
     ),
     "anomalygpt": AnomalyGptSettings(
         precision="fp32",
+        training_precision="fp32",
         training={  # at the report's learning rate of 1e-3 so few steps make every answer a yes
             "n_epochs": 6, "batch_size": 4, "micro_batch": 4, "learning_rate": 2e-4, "max_pairs": 12, "n_tuning": 4,
             "patience": None, "wording": "short", "checkpoint_every": 0,

@@ -20,6 +20,8 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.utils._device
+from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -63,6 +65,12 @@ class GpuTensor(torch.Tensor):
 
     def tolist(self) -> Any:
         return self.held.tolist()
+
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:  # who saves tensors looks for those that share one
+        return self.held.untyped_storage()
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"GpuTensor({self.held})"
@@ -176,6 +184,8 @@ def fake_cuda(*, name: str = "NVIDIA L4", total_memory: float = 23.6e9) -> Itera
         "manual_seed_all": None, "set_rng_state_all": None, "reset_peak_memory_stats": None,
     }  # fmt: skip
     torch._C._ensureCUDADeviceGuardSet()  # without a driver: the guard that does nothing
+    torch.utils._device._device_constructors()  # torch keeps the first answer, and ours is in it below
+    AcceleratorState._reset_state(True)  # accelerate remembers the first device of a process
     overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
     with contextlib.ExitStack() as stack:
         for attribute, value in answers.items():
@@ -185,6 +195,7 @@ def fake_cuda(*, name: str = "NVIDIA L4", total_memory: float = 23.6e9) -> Itera
         stack.enter_context(mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", _attention))
         stack.enter_context(mock.patch.object(torch, "tensor", _new_tensor))
         torch.__future__.set_overwrite_module_params_on_conversion(True)
+        stack.callback(AcceleratorState._reset_state, True)
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrites)
         stack.enter_context(_Mode())
         yield

@@ -42,14 +42,6 @@ def test_industrial_descriptions_are_the_published_ones(category, expected):
     assert c.question(category) == f"{expected} Is there any anomaly in the image?"
 
 
-def test_cable_has_another_wording_in_tests():
-    assert "green, blue and grey" in c.describe_category("cable")
-    assert c.describe_category("cable", published_test=True) == (
-        "This is a photo of three cables for anomaly detection, cables cannot be missed or swapped, which should be "
-        "without any damage, flaw, defect, scratch, hole or broken part."
-    )
-
-
 def test_a_painting_is_named():
     assert "the painting mona lisa for" in c.question("mona_lisa")
 
@@ -80,7 +72,7 @@ def test_cells_of_mask_largest_first_without_crumbs():
 @given(st.lists(st.sampled_from(CELLS), min_size=1, max_size=5))
 def test_what_is_said_is_read_back(cells):
     parsed = c.parse_answer(c.answer(True, cells))
-    assert parsed == c.ParsedAnswer(True, frozenset(cells), len(cells))
+    assert parsed == c.ParsedAnswer(True, frozenset(cells))
 
 
 def test_two_anomalies_in_one_cell_are_named_once():
@@ -107,37 +99,22 @@ def test_two_anomalies_in_one_cell_are_named_once():
     ],
 )
 def test_strict_verdicts(text, verdict):
-    assert c.parse_answer(text).is_anomalous is verdict
+    assert c.answers_say(text) is verdict
 
 
 @given(st.text(max_size=60))
 def test_any_text_is_read_without_error(text):
-    assert c.parse_answer(text).is_anomalous in (True, False, None)
-
-
-def test_published_rule_is_lenient():
-    assert c.published_is_correct("Note the frame.", False)
-    assert not c.published_is_correct("no.", False)
-
-
-def test_scores_count_unclear_answers_as_wrong():
-    answers = ["Yes, there is an anomaly in the image.", "No.", "Maybe.", "Yes."]
-    scores = c.score_answers(answers, [True, True, True, False])
-    assert (scores.n_correct, scores.n_unparseable, scores.n_yes, scores.n_right_yes) == (1, 1, 2, 1)
-    assert scores.accuracy == 0.25
-    assert scores.yes_bias == pytest.approx((2 - 3) / 4)
-    with pytest.raises(ValueError, match="one each"):
-        c.score_answers(answers, [True])
+    assert c.answers_say(text) in (True, False, None)
 
 
 def test_place_must_be_named_and_not_everything():
     mask = np.zeros((90, 90), dtype=bool)
     mask[5:20, 70:85] = True
-    assert c.place_is_right(c.parse_answer(c.answer(True, ["top right"])), mask)
-    assert not c.place_is_right(c.parse_answer(c.answer(True, ["top"])), mask)
-    assert not c.place_is_right(c.parse_answer(c.answer(True, CELLS)), mask)
-    assert not c.place_is_right(c.parse_answer("Yes."), mask)
-    assert c.place_is_right(c.parse_answer("Yes."), np.zeros((9, 9), dtype=bool)) is None
+    assert c.place_is_right(c.answer(True, ["top right"]), mask)
+    assert not c.place_is_right(c.answer(True, ["top"]), mask)
+    assert not c.place_is_right(c.answer(True, CELLS), mask)
+    assert not c.place_is_right("Yes.", mask)
+    assert c.place_is_right("Yes.", np.zeros((9, 9), dtype=bool)) is None
 
 
 def test_scattered_dots_lie_where_their_centre_is():
@@ -145,5 +122,5 @@ def test_scattered_dots_lie_where_their_centre_is():
     for y, x in ((5, 5), (5, 85), (40, 10), (40, 80)):
         mask[y : y + 4, x : x + 4] = True
     assert c.cell_of_center(mask) == "top"
-    assert c.place_is_right(c.parse_answer(c.answer(True, ["top"])), mask)
-    assert not c.place_is_right(c.parse_answer(c.answer(True, ["bottom"])), mask)
+    assert c.place_is_right(c.answer(True, ["top"]), mask)
+    assert not c.place_is_right(c.answer(True, ["bottom"]), mask)

@@ -74,18 +74,21 @@ def run_notebook(name: str, profile: profiles.Profile) -> dict:
 
 
 def test_notebooks_06_and_07(home):
-    profile = profiles.Profile(
-        "mini", "fake GPU", home, None, "cuda", anomalygpt_precision="fp16",
-        anomalygpt_training={
+    settings = profiles.AnomalyGptSettings(
+        training={
             "n_epochs": 2, "batch_size": 4, "micro_batch": 2, "n_tuning": 2, "wording": "short", "checkpoint_every": 1,
         },
-        anomalygpt_testing={"n_draws": 1, "wording": "short", "n_sentences": 3, "n_controls": 2, "max_new_tokens": 4},
+        testing={
+            "shots": (0, 2), "row_shots": 2, "answered_shots": (0, 2), "n_draws": 1, "wording": "short",
+            "n_sentences": 3, "n_controls": 2, "max_new_tokens": 4,
+        },
     )  # fmt: skip
+    profile = profiles.Profile("mini", "fake GPU", home, None, "cuda", anomalygpt=settings)
     with fake_cuda():
         trained = run_notebook("06_anomalygpt_train", profile)
         tested = run_notebook("07_anomalygpt_test", profile)
     for notebook in (trained, tested):
         parts = notebook["model"]
-        for tensor in (parts.language.model.lm_head.weight, parts.eyes.visual.proj, parts.projection.weight):
+        for tensor in (parts.language.model.lm_head.weight, parts.image_tower.visual.proj, parts.projection.weight):
             assert isinstance(tensor, GpuTensor)
     assert (profile.results_dir("anomalygpt") / "manifest.json").exists()

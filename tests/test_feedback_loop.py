@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_anomalygpt
 import tiny_clip
 
-from helpers.anomalygpt import training as anomalygpt_training
 from helpers.chat import feedback, feedback_loop
 from helpers.chat.feedback_loop import Loop
 from helpers.clip import one_class, tuning
@@ -230,43 +227,3 @@ def test_verdict_in_words(loop, log):
     ):
         row["difference"], row["p_holm"] = difference, p_value
         assert words in feedback_loop._sentence("clip_lof", row)
-
-
-# ------------------------------------------------------------------------------------------------- AnomalyGPT
-
-
-def test_head_learns_from_confirmed_pictures_and_their_regions(dataset, log, tmp_path, monkeypatch):
-    learnt = []
-    train_head = anomalygpt_training.train_head
-
-    def spy(model, samples, **options):
-        learnt.extend(samples)
-        return train_head(model, samples, **options)
-
-    monkeypatch.setattr(anomalygpt_training, "train_head", spy)
-    model = tiny_anomalygpt.talkative(tiny_anomalygpt.build(FIXTURE)[0])
-    before = {name: tensor.clone() for name, tensor in model.head.state_dict().items()}
-    confirmed = feedback.sort_out(log, dataset).confirmed
-    settings = anomalygpt_training.HeadTraining(
-        n_epochs=1, batch_size=2, micro_batch=2, max_pairs=2, n_tuning=2, patience=None, wording=None
-    )
-    trained = feedback_loop.fine_tune_head(model, dataset, confirmed, folder=tmp_path / "head", settings=settings)
-    assert trained.result.n_steps == 1
-    assert (tmp_path / "head" / "model.safetensors").exists()
-    assert any(not tensor.equal(before[name]) for name, tensor in model.head.state_dict().items())
-    own = [sample for sample in learnt if sample.sha256 in {one.entry.pixels_sha256 for one in confirmed}]
-    assert len(own) == 24 and len(learnt) == 24 + len(anomalygpt_training.training_samples(dataset))
-    for sample in own:
-        entry = next(entry for entry in log.entries if entry.pixels_sha256 == sample.sha256)
-        assert sample.is_anomalous == (entry.label == "anomalous")
-        if sample.is_anomalous:
-            mask = data.mask_of(sample)
-            assert feedback_loop._cell(mask) == entry.region
-            assert mask.mean() == pytest.approx(1 / 9, abs=0.03)
-
-
-def test_head_needs_something_to_learn(dataset, log, tmp_path):
-    marks = [one for one in feedback.sort_out(log, dataset).confirmed if one.is_anomalous]
-    blind = [dataclasses.replace(one, entry=dataclasses.replace(one.entry, region=None)) for one in marks]
-    with pytest.raises(ValueError, match="None of the 12 confirmed pictures"):
-        feedback_loop.fine_tune_head(None, dataset, blind, folder=tmp_path, settings=None)

@@ -8,8 +8,8 @@ import pytest
 import record_results as readme
 
 from helpers import profiles
-from helpers.anomalygpt.plan import RATES
 from helpers.colab import preflight
+from helpers.colab.preflight import RATES
 from helpers.weights import catalog as weight_plan
 
 README = readme.README.read_text(encoding="utf-8")
@@ -96,7 +96,7 @@ def test_minutes_and_units_are_those_of_the_cost_table(stem: str) -> None:
     (row,) = [line for line in README.splitlines() if f"](notebooks/{stem}.ipynb) |" in line]
     seconds, minutes, units = row.split(" | ")[-3:]
     assert seconds == f"{stage.mini_seconds} s" and minutes == f"{stage.l4_minutes} min"
-    assert units.rstrip(" |") == f"{RATES['L4'][0] * stage.l4_minutes / 60:.1f}"
+    assert units.rstrip(" |") == f"{RATES['L4'] * stage.l4_minutes / 60:.1f}"
 
 
 def test_every_setting_of_the_environment_is_explained() -> None:

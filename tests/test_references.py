@@ -73,7 +73,7 @@ def test_own_references_are_measured_against_each_other(model, dataset):
         others = [array for j, array in enumerate(arrays) if j != i]
         assert score == pytest.approx(model.look([arrays[i]], references=others).scores[0], abs=1e-5)
     assert one.threshold == max(one.normal_scores)
-    taps = model.eyes.embed_images(arrays).taps
+    taps = model.image_tower.embed_images(arrays).taps
     np.testing.assert_allclose(one.bank.numpy(), build_bank(taps).numpy(), atol=1e-5)
     assert (one.n, one.category, one.members) == (3, None, {"a", "b", "c"})
 

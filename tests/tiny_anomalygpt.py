@@ -108,41 +108,78 @@ def chat_tokens(fixture: dict[str, torch.Tensor]) -> language.ChatTokens:
     )  # fmt: skip
 
 
-def llama(fixture: dict[str, torch.Tensor]):
-    """The fixture's language model with its LoRA merged by the real loader's function."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def llama_config(**changes):
+    """The sizes of the fixture's language model."""
+    from transformers import LlamaConfig
 
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=69, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, rms_norm_eps=1e-6, max_position_embeddings=2048, tie_word_embeddings=False,
-        bos_token_id=1, eos_token_id=2, pad_token_id=2,
+        bos_token_id=1, eos_token_id=2, pad_token_id=2, **changes,
     )  # fmt: skip
+
+
+def write_adapter(folder: Path, published: dict[str, torch.Tensor], config: dict) -> Path:
+    """PandaGPT's LoRA under peft's names, as notebook 01 writes it."""
+    import json
+
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lora = {
+        key.removeprefix("llama_model.").replace(".default.", "."): tensor.contiguous()
+        for key, tensor in published.items()
+        if "lora_" in key
+    }
+    save_file(lora, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "LORA"}))
+    return folder
+
+
+def llama(fixture: dict[str, torch.Tensor]):
+    """The fixture's language model with its LoRA merged by the real loader's function."""
+    import tempfile
+
+    from transformers import LlamaForCausalLM
+
     state = part(fixture, "sd.llama_model.base_model.model.")
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(llama_config())
     model.load_state_dict({key: tensor for key, tensor in state.items() if "lora_" not in key})
-    return language.merge_lora(model, part(fixture, "sd."), LORA_CONFIG)
+    with tempfile.TemporaryDirectory() as folder:
+        adapter = write_adapter(Path(folder), part(fixture, "sd."), LORA_CONFIG)
+        return language.with_lora(model, adapter).merge_and_unload()
 
 
 def build(path: Path) -> tuple[anomalygpt.AnomalyGPT, torch.nn.Module, dict[str, torch.Tensor]]:
-    """The whole chain of a fixture file, the CLIP model with its text tower, and the fixture."""
+    """The whole chain of a fixture file (it speaks of an "object"), CLIP's text tower, and the fixture."""
     fixture = load_file(path)
-    clip = imagebind.build_clip(CLIP_CONFIG, imagebind_to_open_clip(part(fixture, "sd.imagebind.")))
-    speaker = language.Language(llama(fixture).eval().requires_grad_(False), chat_tokens(fixture))
+    towers = imagebind_to_open_clip(part(fixture, "sd.imagebind."))
+    visual = {key: tensor for key, tensor in towers.items() if key.startswith("visual.")}
+    rest = {key: tensor for key, tensor in towers.items() if not key.startswith("visual.")}
+    weight, bias = fixture["sd.llama_proj.weight"], fixture["sd.llama_proj.bias"]
+    projection = torch.nn.Linear(weight.shape[1], weight.shape[0])
+    projection.load_state_dict({"weight": weight, "bias": bias})
+    published = {k: v for k, v in part(fixture, "sd.").items() if k.startswith(("image_decoder", "prompt_learner"))}
     model = anomalygpt.AnomalyGPT(
-        imagebind.image_tower(clip),
-        anomalygpt.AnomalyHead.from_state(
-            {k: v for k, v in part(fixture, "sd.").items() if k.startswith(("image_decoder", "prompt_learner"))}
-        ),
-        language.projection_from_state(part(fixture, "sd.")),
-        speaker,
-        lambda name: fixture[f"text.feats_{name}"][0],
+        imagebind.image_tower(imagebind.build_clip(CLIP_CONFIG, visual, part="visual")),
+        anomalygpt.AnomalyHead.from_state(published),
+        projection.requires_grad_(False),
+        language.Language(llama(fixture).eval().requires_grad_(False), chat_tokens(fixture)),
+        fixture["text.feats_object"][0],
     )
-    return model, clip, fixture
+    return model, imagebind.build_clip(CLIP_CONFIG, rest, part="text"), fixture
 
 
-def training_batch(model: anomalygpt.AnomalyGPT, fixture: dict[str, torch.Tensor], *, few_shot: bool, name: str):
+def about(model: anomalygpt.AnomalyGPT, fixture: dict[str, torch.Tensor], name: str) -> anomalygpt.AnomalyGPT:
+    """The same chain with the text features of another name."""
+    import dataclasses
+
+    return dataclasses.replace(model, text=fixture[f"text.feats_{name}"][0])
+
+
+def training_batch(model: anomalygpt.AnomalyGPT, fixture: dict[str, torch.Tensor], *, few_shot: bool):
     """The batch of the reference's training step: a normal picture and one with a marked rectangle."""
-    features = model.eyes.embed_images([image(fixture, "normal1"), image(fixture, "query")])
+    features = model.image_tower.embed_images([image(fixture, "normal1"), image(fixture, "query")])
     masks = torch.zeros(2, 224, 224)
     masks[1, 120:168, 140:192] = 0.9
     masks[1, 20:60, 30:90] = 0.2
@@ -150,16 +187,15 @@ def training_batch(model: anomalygpt.AnomalyGPT, fixture: dict[str, torch.Tensor
     batch = {
         "embedding": features.embedding,
         "taps": features.taps,
-        "text": fixture[f"text.feats_{name}"].expand(2, -1, -1),
         "masks": masks,
         "ids": fixture["train.input_ids"].long(),
         "targets": fixture["train.target_ids"].long(),
     }
     if few_shot:
-        pixels = model.eyes.preprocess(image(fixture, "normal0"))[None]
-        bank = anomalygpt.build_bank(model.eyes.features(anomalygpt.rotations(pixels)).taps)
+        pixels = model.image_tower.preprocess(image(fixture, "normal0"))[None]
+        bank = anomalygpt.build_bank(model.image_tower.features(anomalygpt.rotations(pixels)).taps)
         similarity = anomalygpt.bank_similarity(features.taps, bank).mean(dim=0)
-        batch["few_shot"] = 1 - similarity.unflatten(1, model.eyes.grid)
+        batch["few_shot"] = 1 - similarity.unflatten(1, model.image_tower.grid)
     return batch
 
 
@@ -181,17 +217,12 @@ def write_weights(folder: Path, path: Path) -> Path:
     """The tiny chain of a fixture in the folders of notebook 01, with a whole CLIP vocabulary and a word tokenizer."""
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
     from helpers import files
 
     fixture = load_file(path)
-    base = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=69, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            rms_norm_eps=1e-6, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
-        )
-    )  # fmt: skip
+    base = LlamaForCausalLM(llama_config())
     plain = part(fixture, "sd.llama_model.base_model.model.")
     base.load_state_dict({key: tensor for key, tensor in plain.items() if "lora_" not in key})
     base.save_pretrained(folder / "vicuna")

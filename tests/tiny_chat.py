@@ -16,7 +16,7 @@ from helpers.data import manifest as data
 from helpers.records import Sample
 
 FIXTURE = Path(__file__).parent / "golden" / "anomalygpt_seed0.safetensors"
-SETTINGS = te.TestSettings(
+SETTINGS = te.EvaluationSettings(
     shots=(0, 2), n_draws=1, row_shots=2, answered_shots=(0, 2), wording="short", n_sentences=1, n_controls=0,
     max_new_tokens=4, alpha=0.25,
 )  # fmt: skip

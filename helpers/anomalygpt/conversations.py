@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 QUESTION = "Is there any anomaly in the image?"
-WORDINGS = ("published", "published_test", "short")
+WORDINGS = ("published", "short")
 NORMAL_ANSWER = "No, there is no anomaly in the image."
 CELLS = (
     ("top left", "top", "top right"),
@@ -28,44 +28,31 @@ _FLAWLESS = "without any damage, flaw, defect, scratch, hole or broken part"
 # category -> (what it is a photo of, what it should be); {} stands for the flawless clause.
 _INDUSTRIAL = {
     "bottle": ("a bottle", ", which should be round, {}"),
-    "cable": (
-        "three cables",
-        ", they are green, blue and grey, which cannot be missed or swapped and should be {}",
-    ),
+    "cable": ("three cables", ", they are green, blue and grey, which cannot be missed or swapped and should be {}"),
     "capsule": ("a capsule", ", which should be black and orange, with print '500', {}"),
-    "carpet": ("carpet", ", which should be {}"),
-    "grid": ("grid", ", which should be {}"),
-    "hazelnut": ("a hazelnut", ", which should be {}"),
     "leather": ("leather", ", which should be brown and {}"),
     "metal_nut": ("a metal nut", ", which should be {}, and shouldn't be fliped"),
     "pill": ("a pill", ", which should be white, with print 'FF' and red patterns, {}"),
     "screw": ("a screw", ", which tail should be sharp, and {}"),
-    "tile": ("tile", ", which should be {}"),
-    "toothbrush": ("a toothbrush", ", which should be {}"),
-    "transistor": ("a transistor", ", which should be {}"),
     "wood": ("wood", ", which should be brown with patterns, {}"),
-    "zipper": ("a zipper", ", which should be {}"),
     "candle": ("4 candles", ", every candle should be round, {}"),
     "capsules": ("many small capsules", ", every capsule is green, should be {}"),
-    "cashew": ("a cashew", ", which should be {}"),
     "chewinggum": ("a chewinggom", ", which should be white, {}"),
     "fryum": ("a fryum", " on green background, which should be {}"),
-    "macaroni1": ("4 macaronis", ", which should be {}"),
-    "macaroni2": ("4 macaronis", ", which should be {}"),
-    "pcb1": ("pcb", ", which should be {}"),
-    "pcb2": ("pcb", ", which should be {}"),
-    "pcb3": ("pcb", ", which should be {}"),
-    "pcb4": ("pcb", ", which should be {}"),
-    "pipe_fryum": ("a pipe fryum", ", which should be {}"),
+    **{name: (name, ", which should be {}") for name in ("carpet", "grid", "tile")},
+    **{f"pcb{n}": ("pcb", ", which should be {}") for n in (1, 2, 3, 4)},
+    **{f"macaroni{n}": ("4 macaronis", ", which should be {}") for n in (1, 2)},
+    **{
+        name: (f"a {name.replace('_', ' ')}", ", which should be {}")
+        for name in ("hazelnut", "toothbrush", "transistor", "zipper", "cashew", "pipe_fryum")
+    },
 }
-_CABLE_IN_TESTS = ("three cables", ", cables cannot be missed or swapped, which should be {}")
 
 _VERDICT = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
 _DENIAL = re.compile(
     r"\b(no|not any|without any|free (?:from|of)) (?:\w+ )?(anomal|defect|flaw|damage|irregular)", re.I
 )
 _CLAIM = re.compile(r"\bthere (?:is|are) (?:an?|\d+|several|some) (?:\w+ )?(anomal|defect|flaw|irregular)", re.I)
-_COUNT = re.compile(r"\bthere are (\d+) anomal", re.I)
 # Longest first, so that "top left" is not read as "top" and "left".
 _PLACE = re.compile(
     r"\b(" + "|".join(sorted((c for row in CELLS for c in row), key=len, reverse=True)) + r")\b", re.IGNORECASE
@@ -79,12 +66,10 @@ class ParsedAnswer:
     Attributes:
         is_anomalous: True or False; None when the sentence gives no clear verdict.
         cells: names of the 3 x 3 cells it mentions.
-        n_anomalies: the number it states; 1 for "an anomaly", 0 for a clear no, None without any.
     """
 
     is_anomalous: bool | None
     cells: frozenset[str] = frozenset()
-    n_anomalies: int | None = None
 
 
 @dataclass(frozen=True)
@@ -118,27 +103,23 @@ class AnswerScores:
         return (self.n_yes - self.n_anomalous) / self.n if self.n else float("nan")
 
 
-def describe_category(category: str, *, published_test: bool = False) -> str:
-    """One sentence on what the picture shows and how it should be.
-
-    Args:
-        category: of MVTec AD or VisA, with the published wording; any other is called a painting of that name.
-        published_test: the test scripts' wording, which differs from training for ``cable``.
-    """
+def describe_category(category: str) -> str:
+    """One sentence on what the picture shows and how it should be: the published wording of a category of MVTec AD or
+    VisA; any other category is called a painting of that name."""
     if category in _INDUSTRIAL:
-        what, rest = _CABLE_IN_TESTS if published_test and category == "cable" else _INDUSTRIAL[category]
+        what, rest = _INDUSTRIAL[category]
         return f"This is a photo of {what} for anomaly detection{rest.format(_FLAWLESS)}."
     name = category.replace("_", " ")
     return f"This is a photo of the painting {name} for anomaly detection, which should be {_FLAWLESS}."
 
 
-def question(category: str | None, *, wording: str = "published") -> str:
-    """The question about a picture, with what it shows before it; ``None`` asks without naming anything.
+def question(category: str | None, *, wording: str | None = "published") -> str:
+    """The question about a picture, with what it shows before it.
 
     Args:
-        category: of the dataset.
-        wording: one of :data:`WORDINGS`: the published training or test wording, or a short sentence (a third of the
-            tokens) for small machines.
+        category: of the dataset; None asks without naming anything.
+        wording: one of :data:`WORDINGS`: the published one, or a short sentence (a third of the tokens) for small
+            machines; None asks without naming anything.
     Raises:
         ValueError: no such wording.
 
@@ -147,13 +128,13 @@ def question(category: str | None, *, wording: str = "published") -> str:
     >>> question("mona_lisa", wording="short")
     'This is the painting mona lisa. Is there any anomaly in the image?'
     """
-    if wording not in WORDINGS:
-        raise ValueError(f"wording is {wording!r}; allowed are {', '.join(WORDINGS)}.")
-    if category is None:
+    if wording is not None and wording not in WORDINGS:
+        raise ValueError(f"wording is {wording!r}; allowed are None, {', '.join(WORDINGS)}.")
+    if category is None or wording is None:
         return QUESTION
     if wording == "short":
         return f"This is the painting {category.replace('_', ' ')}. {QUESTION}"
-    return f"{describe_category(category, published_test=wording == 'published_test')} {QUESTION}"
+    return f"{describe_category(category)} {QUESTION}"
 
 
 def cell_of(row: float, column: float) -> str:
@@ -216,8 +197,7 @@ def answer(is_anomalous: bool, cells: Sequence[str] = ()) -> str:
 def parse_answer(text: str) -> ParsedAnswer:
     """Read an answer strictly: it must begin with Yes or No and must not contradict itself.
 
-    The published evaluation looks for "Yes" or "No" anywhere, so that "Note" counts as "No" (see
-    :func:`published_is_correct`).
+    The published evaluation looks for "Yes" or "No" anywhere, so that "Note" counts as "No".
 
     >>> parse_answer("Yes, there is an anomaly in the image, at the top left of the image.").cells
     frozenset({'top left'})
@@ -233,15 +213,13 @@ def parse_answer(text: str) -> ParsedAnswer:
     if _VERDICT.search(rest.partition("\n")[0][:8]) or (_DENIAL if says_yes else _CLAIM).search(first_sentence):
         return ParsedAnswer(None)
     if not says_yes:
-        return ParsedAnswer(False, frozenset(), 0)
-    cells = frozenset(place.lower() for place in _PLACE.findall(first_sentence))
-    count = _COUNT.search(first_sentence)
-    return ParsedAnswer(True, cells, int(count.group(1)) if count else 1)
+        return ParsedAnswer(False)
+    return ParsedAnswer(True, frozenset(place.lower() for place in _PLACE.findall(first_sentence)))
 
 
-def published_is_correct(text: str, is_anomalous: bool) -> bool:
-    """The published rule: ``Yes`` (``No``) occurs anywhere in the answer to an anomalous (normal) picture."""
-    return ("Yes" if is_anomalous else "No") in text
+def answers_say(text: str) -> bool | None:
+    """What an answer says of its picture: True anomalous, False normal, None unclear (an empty answer, too)."""
+    return parse_answer(text).is_anomalous
 
 
 def score_answers(answers: Sequence[str], labels: Sequence[bool]) -> AnswerScores:
@@ -255,7 +233,7 @@ def score_answers(answers: Sequence[str], labels: Sequence[bool]) -> AnswerScore
     """
     if len(answers) != len(labels):
         raise ValueError(f"{len(answers)} answers for {len(labels)} labels; one each is needed.")
-    verdicts = [parse_answer(text).is_anomalous for text in answers]
+    verdicts = [answers_say(text) for text in answers]
     return AnswerScores(
         n=len(verdicts),
         n_correct=sum(verdict == bool(label) for verdict, label in zip(verdicts, labels) if verdict is not None),
@@ -266,11 +244,11 @@ def score_answers(answers: Sequence[str], labels: Sequence[bool]) -> AnswerScore
     )
 
 
-def place_is_right(parsed: ParsedAnswer, mask: np.ndarray) -> bool | None:
+def place_is_right(text: str, mask: np.ndarray) -> bool | None:
     """Whether the answer's place agrees with the mask.
 
     Args:
-        parsed: of an answer about an anomalous picture.
+        text: an answer about an anomalous picture.
         mask: bool ``(H, W)`` with an anomalous pixel.
     Returns:
         True when the cell of the largest region's centre, or of the centre of all anomalous pixels, is named, and no
@@ -280,7 +258,8 @@ def place_is_right(parsed: ParsedAnswer, mask: np.ndarray) -> bool | None:
     true_cells = cells_of_mask(mask)
     if not true_cells:
         return None
-    return bool({true_cells[0], cell_of_center(mask)} & parsed.cells) and len(parsed.cells) <= len(true_cells)
+    named = parse_answer(text).cells
+    return bool({true_cells[0], cell_of_center(mask)} & named) and len(named) <= len(true_cells)
 
 
 def _third(share: float) -> int:

@@ -2,7 +2,8 @@
 
 Two scores come from each picture: the maximum of its anomaly map, and what the language model says. The latter needs
 no threshold at all: the answer is read, or the logits of "Yes" and "No" at its first position are compared.
-Everything is measured without and with k normal references, drawn several times.
+Everything is measured without and with k normal references, drawn several times. The paper's figures for MVTec AD and
+VisA stand in its tables 2 and 3 (arXiv 2308.15366); datasets in MVTec's layout are tested like paintings.
 
 Source: Gu et al., AnomalyGPT, AAAI 2024, and its test scripts at f21c51b; the source report's evaluation.
 """
@@ -10,7 +11,6 @@ Source: Gu et al., AnomalyGPT, AAAI 2024, and its test scripts at f21c51b; the s
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,56 +20,32 @@ import numpy as np
 import pandas as pd
 import torch
 
-from helpers import files as storage
-from helpers import results
-from helpers.anomalygpt import conversations, imagebind
-from helpers.anomalygpt import model as anomalygpt
-from helpers.anomalygpt.imagebind import FeatureCache, ImageFeatures
-from helpers.anomalygpt.model import AnomalyGPT, Look
-from helpers.anomalygpt.training import ask_about, normals_of
-from helpers.data import manifest as data
-from helpers.data.manifest import Dataset
+from helpers import files, results
+from helpers.anomalygpt import conversations
+from helpers.anomalygpt.imagebind import ImageFeatures
+from helpers.anomalygpt.model import MAP_SIZE, AnomalyGPT, Look
+from helpers.anomalygpt.training import MapOf, normals_of
+from helpers.data import Dataset, images, mask_of
 from helpers.judge import metrics, statistics
-from helpers.judge import statistics as calibration
-from helpers.records import Prediction, Sample
-from helpers.synthesis import marks as seeds
+from helpers.records import Sample, Scored
+from helpers.synthesis import damaged_view, rng_for
 
-METHOD = "anomalygpt"
 EVALUATION, ANSWERS = "evaluation.csv", "answers.csv"
-PROTOCOLS = ("art", "published")
-CONTROLS = ("none", "blank image", "swapped reference", "noun removed")
-
-# (benchmark, shots) -> image AUROC, pixel AUROC, accuracy in %; Gu et al., AAAI 2024, tables 2 and 3.
-PUBLISHED = {
-    ("MVTec AD", 0): (97.4, 93.1, 93.3),
-    ("MVTec AD", 1): (94.1, 95.3, 86.1),
-    ("MVTec AD", 2): (95.5, 95.6, 84.8),
-    ("MVTec AD", 4): (96.3, 96.2, 85.0),
-    ("VisA", 1): (87.4, 96.2, 77.4),
-    ("VisA", 2): (88.6, 96.4, 77.5),
-    ("VisA", 4): (90.6, 96.7, 77.7),
-}
-MVTEC_CATEGORIES = frozenset(
-    "bottle cable capsule carpet grid hazelnut leather metal_nut pill screw tile toothbrush transistor wood "
-    "zipper".split()
-)
-VISA_CATEGORIES = frozenset(
-    "candle capsules cashew chewinggum fryum macaroni1 macaroni2 pcb1 pcb2 pcb3 pcb4 pipe_fryum".split()
-)
+N_REPHOTOGRAPHS = 19
+"""Of a painting's only genuine picture, to set its threshold with: the fewest that allow an alpha of 5 %."""
 
 
 @dataclass(frozen=True)
-class TestSettings:
+class EvaluationSettings:
     """What is tested and how.
 
     Args:
-        shots: numbers of normal references; 0 is the decoder's map without any.
+        shots: numbers of normal references; 0 is the decoder's map without any. A painting with fewer genuine pictures
+            takes what there is.
         n_draws: draws of the references for each number above 0.
         row_shots: which of ``shots`` (first draw) becomes the row of the comparison; chosen beforehand.
         answered_shots: which of ``shots`` the language model is asked in (first draw of each).
-        wording: of the question, see :func:`helpers.anomalygpt.conversations.question`; None names nothing.
-        protocol: ``"art"``; or ``"published"``: centre crop, names matched in the question, references in file
-            order, test wording.
+        wording: of the question, see :func:`helpers.anomalygpt.conversations.question`.
         n_sentences: pictures per category that are answered in full sentences; the others give the first token of
             their answer, which decides between yes and no.
         n_controls: pictures per category that the controls are run on.
@@ -81,14 +57,11 @@ class TestSettings:
         ValueError: values that contradict each other.
     """
 
-    __test__ = False  # not a test class, whatever pytest thinks of its name
-
     shots: tuple[int, ...] = (0, 1, 2, 4)
     n_draws: int = 3
     row_shots: int = 4
     answered_shots: tuple[int, ...] = (0, 4)
     wording: str | None = "published"
-    protocol: str = "art"
     n_sentences: int = 1000
     n_controls: int = 20
     max_new_tokens: int = 64
@@ -97,16 +70,11 @@ class TestSettings:
     seed: int = 2024
 
     def __post_init__(self) -> None:
-        if self.protocol not in PROTOCOLS:
-            raise ValueError(f"protocol is {self.protocol!r}; allowed are {', '.join(PROTOCOLS)}.")
-        asked = {self.row_shots, *self.answered_shots}
-        if not asked <= set(self.shots) or self.row_shots not in self.answered_shots:
+        if not {self.row_shots, *self.answered_shots} <= set(self.shots) or self.row_shots not in self.answered_shots:
             raise ValueError(
                 f"row_shots {self.row_shots} must be one of answered_shots {self.answered_shots}, and these among "
                 f"shots {self.shots}."
             )
-        if min(self.shots) < 0 or self.n_draws < 1 or self.batch_size < 1:
-            raise ValueError("shots must not be negative; n_draws and batch_size must be at least 1.")
 
 
 @dataclass(frozen=True)
@@ -116,35 +84,16 @@ class TestRun:
     Attributes:
         evaluation: one number a row: ``category, shots, draw, control, metric, value, ci_low, ci_high, n_images,
             n_anomalous``.
-        answers: one answer a row: ``image_path, category, shots, control, is_anomalous, question, answer, is_sentence,
-            verdict, yes_no_score, place_is_right``.
+        answers: one answer a row: ``image_path, category, shots, is_anomalous, answer, is_sentence, says`` (yes, no or
+            unclear), ``yes_no_score, place`` (right, wrong, or empty where it was not asked for or nothing is known).
         result: the row of the comparison.
     """
 
-    __test__ = False
+    __test__ = False  # not a test class, whatever pytest thinks of its name
 
     evaluation: pd.DataFrame
     answers: pd.DataFrame
     result: results.MethodResult
-
-
-@dataclass(frozen=True)
-class _Category:
-    """A category's pictures and their features."""
-
-    name: str
-    test: list[Sample]
-    calibration: list[Sample]
-    references: list[Sample]
-    features: ImageFeatures
-    seconds: np.ndarray
-    calibration_features: ImageFeatures
-    reference_features: ImageFeatures
-    masks: list[np.ndarray | None]
-
-    @property
-    def labels(self) -> np.ndarray:
-        return np.array([sample.is_anomalous for sample in self.test])
 
 
 def run(
@@ -152,398 +101,431 @@ def run(
     dataset: Dataset,
     *,
     folder: Path,
-    settings: TestSettings,
+    settings: EvaluationSettings,
     profile: str,
-    cache_dir: Path | None = None,
+    checkpoint: str | Path = "",
+    map_of: MapOf | None = None,
+    method: str = "anomalygpt",
 ) -> TestRun:
-    """Test on every category of a dataset; a complete run with the same settings is read back.
+    """Test on every category of a dataset. Answers are written as they come; a complete run is read back.
 
     Args:
         model: the chain.
         dataset: normals of split ``train`` are the references, those of ``calibration`` set the thresholds.
         folder: results folder; gets ``evaluation.csv`` and ``answers.csv`` beside the common files.
-        settings: see :class:`TestSettings`.
+        settings: see :class:`EvaluationSettings`.
         profile: its name.
-        cache_dir: where features are kept.
-    Raises:
-        ValueError: a category has too few normals for the references or thresholds.
+        checkpoint: as the chain was loaded with it; the folder of notebook 06 says what the head was trained on.
+        map_of: (picture uint8 RGB, category) -> float32 ``(224, 224)``: the maps of the row, of its calibration and of
+            its prompts, in place of the published few-shot maps.
+        method: name of the row.
     """
-    folder = Path(folder)
-    test = dataset.select(split="test")
-    stored = json_settings(settings)
-    if _is_complete(folder, dataset, stored, model.checkpoint_id):
-        return _read(folder, dataset)
-    cache = FeatureCache(model.eyes, cache_dir, mode="crop" if settings.protocol == "published" else "squash")
-    categories = [_open_category(dataset, name, cache, settings) for name in dataset.categories]
-    rows: list[dict[str, Any]] = []
-    answers: list[dict[str, Any]] = []
-    predictions: dict[Path, Prediction] = {}
-    for number, category in enumerate(categories):
-        other = categories[(number + 1) % len(categories)]
-        predictions |= _test_category(model, category, other, settings, rows, answers)
-    with results.Writer(
-        folder, method=METHOD, samples=test, dataset_dir=dataset.folder, dataset_hash=dataset.hash, profile=profile,
-        settings=stored, checkpoint_hash=model.checkpoint_id,
-    ) as writer:  # fmt: skip
-        for sample in test:
-            if sample.image_path not in writer.done:
-                writer.add(predictions[sample.image_path])
-    storage.write_text(folder / EVALUATION, pd.DataFrame(rows).to_csv(index=False))
-    storage.write_text(folder / ANSWERS, pd.DataFrame(answers).to_csv(index=False))
-    return _read(folder, dataset)
-
-
-def json_settings(settings: TestSettings) -> dict[str, Any]:
-    """The settings as they stand in ``manifest.json``."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items()}
-
-
-def draw_references(samples: Sequence[Sample], k: int, draw: int, settings: TestSettings) -> list[int]:
-    """Indices of k normal references.
-
-    ``"art"``: drawn at random, reproducibly; ``"published"``: the k pictures after 4 x draw in file order.
-
-    Raises:
-        ValueError: there are fewer than k.
-    """
-    if settings.protocol == "published":
-        order = sorted(range(len(samples)), key=lambda i: samples[i].image_path.name)
-        chosen = order[4 * draw : 4 * draw + k]
-    else:
-        name = f"references {samples[0].category if samples else ''} {k} {draw}"
-        chosen = seeds.rng_for(settings.seed, name).permutation(len(samples))[:k].tolist()
-    if len(chosen) < k:
-        raise ValueError(f"{k} references of draw {draw} asked for, but there are {len(samples)} normal pictures.")
-    return chosen
-
-
-def beside_published(evaluation: pd.DataFrame) -> pd.DataFrame:
-    """Our figures beside the paper's, in %, for the benchmark that the categories belong to.
-
-    Returns:
-        columns ``benchmark, shots, metric, ours, paper, n_categories``; empty when the categories are neither MVTec
-        AD's nor VisA's. Means over categories and draws. With few of the categories the two are not comparable, hence
-        the count.
-    """
-    categories = frozenset(evaluation["category"])
-    known = {"MVTec AD": MVTEC_CATEGORIES, "VisA": VISA_CATEGORIES}
-    benchmark = next((name for name, all_of in known.items() if categories and categories <= all_of), None)
-    rows = []
-    plain = evaluation[evaluation["control"] == "none"]
-    for (name, shots), published in PUBLISHED.items():
-        if name != benchmark:
-            continue
-        for metric, paper in zip(("image_auroc", "pixel_auroc", "published_accuracy"), published, strict=True):
-            found = plain[(plain["shots"] == shots) & (plain["metric"] == metric)].groupby("category")["value"].mean()
-            ours = 100 * found.mean() if len(found) else math.nan
-            rows.append(
-                {"benchmark": name, "shots": shots, "metric": metric, "ours": ours, "paper": paper,
-                 "n_categories": f"{len(found)} of {len(known[name])}"}
-            )  # fmt: skip
-    return pd.DataFrame(rows, columns=["benchmark", "shots", "metric", "ours", "paper", "n_categories"])
-
-
-def overview(evaluation: pd.DataFrame) -> pd.DataFrame:
-    """Mean over draws of each metric, one row per category and number of shots, controls left out."""
-    plain = evaluation[evaluation["control"] == "none"]
-    table = plain.pivot_table(index=["category", "shots"], columns="metric", values="value", sort=False)
-    order = [
-        "pixel_auroc", "aupro", "image_auroc", "yes_no_auroc", "answer_accuracy", "place_accuracy", "yes_bias",
-        "unparseable_share",
-    ]  # fmt: skip
-    return table.reindex(columns=[name for name in order if name in table.columns])
-
-
-def control_table(evaluation: pd.DataFrame) -> pd.DataFrame:
-    """Answers under the controls, one row per category and control, at the row's number of shots."""
-    chosen = evaluation[evaluation["metric"].str.startswith("control_")]
-    table = chosen.pivot_table(index=["category", "control"], columns="metric", values="value", sort=False)
-    return table.rename(columns=lambda name: name.removeprefix("control_"))
-
-
-# --- one category ----------------------------------------------------------------------------------------------------
-
-
-def _open_category(dataset: Dataset, name: str, cache: FeatureCache, settings: TestSettings) -> _Category:
-    test = dataset.select(split="test", category=name)
-    normals, held_out = normals_of(dataset, name)
-    if len(normals) < max(settings.shots) or not held_out:
-        raise ValueError(
-            f"{name} has {len(normals)} normal pictures to refer to and {len(held_out)} to set thresholds with; needed "
-            f"are {max(settings.shots)} and 1. Add normal pictures or ask for fewer shots."
-        )
-    features, seconds = cache.features(test)
-    return _Category(
-        name, test, held_out, normals, features, seconds, cache.features(held_out)[0], cache.features(normals)[0],
-        [_mask(sample, settings) for sample in test],
+    folder, bench = Path(folder), _Bench(model, dataset, settings, map_of)
+    card = Path(checkpoint) / "training.json"
+    trained = files.read_json(card) if card.exists() else None
+    result = results.predict(
+        folder, method=method, dataset=dataset, score=bench.score, calibration=bench.calibration, alpha=settings.alpha,
+        profile=profile, settings={**asdict(settings), "map": "own" if map_of is None else "given"},
+        checkpoint_hash=model.checkpoint_id, trained_on=_trained_on(trained),
+        trained_on_kinds=() if trained is None else trained["kinds"], batch_size=settings.batch_size,
+        calibration_groups=bench.calibration_groups(), answers_say=conversations.answers_say,
     )  # fmt: skip
+    if not (folder / ANSWERS).exists():
+        said = {p.sample.image_path: p.answer for p in result.predictions}
+        measured = [bench.measure(category, said) for category in dataset.categories]
+        for name, number in ((EVALUATION, 0), (ANSWERS, 1)):
+            table = pd.DataFrame([row for found in measured for row in found[number]])
+            files.write_text(folder / name, table.to_csv(index=False))
+    answers = pd.read_csv(folder / ANSWERS, keep_default_na=False)
+    return TestRun(pd.read_csv(folder / EVALUATION), answers, result)
 
 
-def _test_category(
-    model: AnomalyGPT,
-    category: _Category,
-    other: _Category,
-    settings: TestSettings,
-    rows: list[dict[str, Any]],
-    answers: list[dict[str, Any]],
-) -> dict[Path, Prediction]:
-    """All shots and draws of a category; returns the predictions of the comparison's row."""
-    question = _question(category.name, settings)
-    name = imagebind.published_name(question) if settings.protocol == "published" else "object"
-    predictions: dict[Path, Prediction] = {}
-    for shots, draw in _modes(settings):
-        bank = None
-        if shots:
-            chosen = draw_references(category.references, shots, draw, settings)
-            bank = model.bank(category.reference_features.take(chosen))
-        started = time.perf_counter()
-        look = _look(model, category.features, bank, name, settings)
-        seconds = (time.perf_counter() - started) / len(category.test)
-        place = {"category": category.name, "shots": shots, "draw": draw, "control": "none"}
-        rows += _map_rows(place, category, look)
-        if draw > 0 or shots not in settings.answered_shots:
-            continue
-        is_row = shots == settings.row_shots
-        started = time.perf_counter()
-        said = _answers(model, category, look, question, settings, n_sentences=settings.n_sentences if is_row else 0)
-        seconds += (time.perf_counter() - started) / len(category.test)
-        rows += _answer_rows(place, category, said)
-        answers += [place | row for row in said]
-        if is_row:
-            normal = _look(model, category.calibration_features, bank, name, settings).scores
-            predictions = _predictions(category, look, said, normal, category.seconds + seconds, settings.alpha)
-            if settings.n_controls:
-                foreign = _foreign_bank(model, other, category, shots, settings)
-                for control, controlled, asked in _controls(model, category, look, foreign, question, name, settings):
-                    rows += _control_rows(place, control, model, category, controlled, asked, settings)
-    return predictions
+def _trained_on(trained: Mapping[str, Any] | None) -> str:
+    if trained is None:
+        return "published head: industrial pictures with simulated or real anomalies"
+    return f"genuine training pictures with simulated anomalies (NSA and own marks), epoch {trained['best_epoch']}"
 
 
-def _modes(settings: TestSettings) -> Iterator[tuple[int, int]]:
-    """(shots, draw); without references there is nothing to draw."""
-    for shots in settings.shots:
-        for draw in range(settings.n_draws if shots else 1):
-            yield shots, draw
+class _Bench:
+    """A chain in front of a dataset: references, maps and answers, one category at a time."""
+
+    def __init__(self, model: AnomalyGPT, dataset: Dataset, settings: EvaluationSettings, map_of: MapOf | None) -> None:
+        self._model, self._dataset, self._settings, self._map_of = model, dataset, settings, map_of
+        self._banks: dict[tuple[str, int, int], torch.Tensor] = {}
+
+    # what results.predict asks for
+
+    def calibration_groups(self) -> dict[str, list[str]]:
+        """Source picture of each calibration score."""
+        groups = {}
+        for category in self._dataset.categories:
+            normals, held_out = normals_of(self._dataset, category)
+            groups[category] = [s.group for s in held_out] or [normals[0].group] * N_REPHOTOGRAPHS
+        return groups
+
+    def calibration(self) -> dict[str, list[float]]:
+        """Scores of genuine pictures that nothing was learnt from; of re-photographs where there are none."""
+        scores = {}
+        for category in self._dataset.categories:
+            normals, held_out = normals_of(self._dataset, category)
+            pictures = [images.load_image(s.image_path) for s in held_out]
+            if not pictures:
+                only = images.load_image(normals[0].image_path)
+                pictures = [damaged_view(only, seed=seed)[0] for seed in range(N_REPHOTOGRAPHS)]
+            look = self.look(category, self.embed(pictures), pictures, self._settings.row_shots)
+            scores[category] = look.scores.tolist()
+        return scores
+
+    def score(self, category: str, samples: Sequence[Sample]) -> list[Scored]:
+        """Map and answer of test pictures: a sentence for those of a fixed shuffle, else the first token."""
+        pictures = [images.load_image(sample.image_path) for sample in samples]
+        look = self.look(category, self.embed(pictures), pictures, self._settings.row_shots)
+        question = conversations.question(category, wording=self._settings.wording)
+        chosen = self._shuffled(category, "sentences", self._settings.n_sentences)
+        in_full = [i for i, sample in enumerate(samples) if sample in chosen]
+        texts = [""] * len(samples)
+        if len(in_full) < len(samples):
+            texts = self._model.first_token(look, question)[1]
+        if in_full:
+            said = self._model.ask(look.take(in_full), question, max_new_tokens=self._settings.max_new_tokens)
+            for i, text in zip(in_full, said):
+                texts[i] = text
+        return [
+            Scored(float(score), anomaly_map, answer=text)
+            for score, anomaly_map, text in zip(look.scores, look.maps.numpy(), texts)
+        ]
+
+    # what the notebook shows beside the row
+
+    def measure(self, category: str, said: Mapping[Path, str]) -> tuple[list[dict], list[dict]]:
+        """Rows of the evaluation and of the answers: all numbers of references, all draws, and the controls."""
+        samples, settings = self._dataset.select(split="test", category=category), self._settings
+        pictures = [images.load_image(sample.image_path) for sample in samples]
+        features, rows, answers = self.embed(pictures), [], []
+        question = conversations.question(category, wording=settings.wording)
+        for shots in settings.shots if self._map_of is None else (settings.row_shots,):
+            for draw in range(settings.n_draws if shots and self._map_of is None else 1):
+                place = {"category": category, "shots": shots, "draw": draw, "control": "none"}
+                look = self.look(category, features, pictures, shots, draw)
+                rows += _map_rows(place, look, samples)
+                if draw or shots not in settings.answered_shots:
+                    continue
+                scores, texts = self.first_tokens(look, question)
+                if shots == settings.row_shots:
+                    texts = [said[sample.image_path] for sample in samples]
+                    if settings.n_controls:
+                        rows += self._control_rows(place, category, samples, features, look, question)
+                found = self.answers(place, samples, texts, scores)
+                rows, answers = rows + _answer_rows(place, found, scores), answers + found
+        return rows, answers
+
+    def answers(
+        self, place: Mapping[str, Any], samples: Sequence[Sample], texts: Sequence[str], scores: np.ndarray
+    ) -> list[dict[str, Any]]:
+        is_row = place["shots"] == self._settings.row_shots
+        chosen = self._shuffled(place["category"], "sentences", self._settings.n_sentences if is_row else 0)
+        rows = []
+        for sample, text, score in zip(samples, texts, scores):
+            mask = mask_of(sample) if sample in chosen and sample.is_anomalous else None
+            place_is_right = None if mask is None else conversations.place_is_right(text, mask)
+            rows.append(
+                {
+                    "image_path": str(sample.image_path), "category": sample.category, "shots": place["shots"],
+                    "is_anomalous": sample.is_anomalous, "answer": text, "is_sentence": sample in chosen,
+                    "says": {True: "yes", False: "no", None: "unclear"}[conversations.answers_say(text)],
+                    "yes_no_score": float(score),
+                    "place": {True: "right", False: "wrong", None: ""}[place_is_right],
+                }
+            )  # fmt: skip
+        return rows
+
+    def _control_rows(
+        self, place: Mapping[str, Any], category: str, samples: Sequence[Sample], features: ImageFeatures, look: Look,
+        question: str,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """Answers about the same pictures, a blank one, references of another painting, and without the noun."""
+        chosen = self._shuffled(category, "controls", self._settings.n_controls)
+        numbers = [i for i, sample in enumerate(samples) if sample in chosen]
+        others = [name for name in self._dataset.categories if name != category]
+        blank = self._model.look([np.full((MAP_SIZE, MAP_SIZE, 3), 127, dtype=np.uint8)])
+        controls = [("none", look.take(numbers), question), ("blank image", blank.take([0] * len(numbers)), question)]
+        if others and place["shots"] and self._map_of is None:
+            other = others[self._dataset.categories.index(category) % len(others)]
+            swapped = self.look(other, features.take(numbers), [], place["shots"])
+            controls.append(("swapped reference", swapped, question))
+        controls.append(("noun removed", look.take(numbers), conversations.QUESTION))
+        labels, rows = np.array([samples[i].is_anomalous for i in numbers]), []
+        for control, controlled, asked in controls:
+            scores, texts = self.first_tokens(controlled, asked)
+            says = [conversations.answers_say(text) for text in texts]
+            values = {
+                "yes_share": says.count(True) / len(says),
+                "accuracy": float(np.mean([said == label for said, label in zip(says, labels)])),
+                "yes_no_score": float(scores.mean()), "map_maximum": float(controlled.scores.mean()),
+            }  # fmt: skip
+            there = {**place, "control": control}
+            rows += [
+                _row(there, f"control_{k}", v, n=len(says), n_anomalous=int(labels.sum())) for k, v in values.items()
+            ]
+        return rows
+
+    # parts
+
+    def _shuffled(self, category: str, name: str, n: int) -> list[Sample]:
+        samples = self._dataset.select(split="test", category=category)
+        order = rng_for(self._settings.seed, f"{name} {category}").permutation(len(samples))
+        return [samples[i] for i in order[:n]]
+
+    def embed(self, pictures: Sequence[np.ndarray]) -> ImageFeatures:
+        """Features on the CPU, taps in half precision: 2.6 MB per picture at full size."""
+        found = self._model.image_tower.embed_images(pictures, batch_size=self._settings.batch_size)
+        return ImageFeatures(found.embedding.cpu(), found.taps.half().cpu())
+
+    def look(
+        self, category: str, features: ImageFeatures, pictures: Sequence[np.ndarray], shots: int, draw: int = 0
+    ) -> Look:
+        """The model's look at pictures, in batches."""
+        maps, parts = None, []
+        if self._map_of is not None:
+            maps = np.stack([self._map_of(picture, category) for picture in pictures])
+        for start in range(0, len(features), self._settings.batch_size):
+            part = range(start, min(start + self._settings.batch_size, len(features)))
+            given = None if maps is None else maps[start : part.stop]
+            bank = self._bank(category, shots, draw) if shots and maps is None else None
+            parts.append(self._model.look(features.take(part), references=bank, maps=given))
+        return Look.join(parts)
+
+    def _bank(self, category: str, shots: int, draw: int) -> torch.Tensor:
+        """Memory bank of the drawn references; the last few are kept."""
+        key = (category, shots, draw)
+        if key not in self._banks:
+            if len(self._banks) > 4:
+                self._banks.clear()
+            normals = normals_of(self._dataset, category)[0]
+            chosen = draw_references(normals, shots, draw, self._settings.seed)
+            self._banks[key] = self._model.bank(self.embed([images.load_image(s.image_path) for s in chosen]))
+        return self._banks[key]
+
+    def first_tokens(self, look: Look, question: str) -> tuple[np.ndarray, list[str]]:
+        size = self._settings.batch_size
+        parts = [
+            self._model.first_token(look.take(range(start, min(start + size, len(look)))), question)
+            for start in range(0, len(look), size)
+        ]
+        return np.concatenate([scores for scores, _ in parts]), [text for _, texts in parts for text in texts]
 
 
-def _look(
-    model: AnomalyGPT, features: ImageFeatures, bank: torch.Tensor | None, name: str, settings: TestSettings
-) -> Look:
-    """The model's look at pictures, in batches."""
-    parts = []
-    for start in range(0, len(features), settings.batch_size):
-        chosen = features.take(range(start, min(start + settings.batch_size, len(features))))
-        parts.append(model.look(chosen, references=bank, name=name))
-    return Look(
-        torch.cat([part.maps for part in parts]),
-        torch.cat([part.image_tokens for part in parts]),
-        torch.cat([part.prompts for part in parts]),
-        features,
-        tuple(number for part in parts for number in part.numbers),
-    )
+def draw_references(normals: Sequence[Sample], k: int, draw: int, seed: int) -> list[Sample]:
+    """k normal references drawn at random, reproducibly; all there are when these are fewer."""
+    category = normals[0].category if normals else ""
+    order = rng_for(seed, f"references {category} {k} {draw}").permutation(len(normals))
+    return [normals[i] for i in order[:k]]
 
 
-def _answers(
-    model: AnomalyGPT, category: _Category, look: Look, question: str, settings: TestSettings, *, n_sentences: int
-) -> list[dict[str, Any]]:
-    """One answer per test picture: a sentence for the first ``n_sentences`` of a fixed shuffle, else a first token."""
-    scores, texts = _first_tokens(model, look, question, settings)
-    shuffled = seeds.rng_for(settings.seed, f"sentences {category.name}").permutation(len(category.test))
-    in_full = sorted(shuffled[:n_sentences].tolist())
-    for start in range(0, len(in_full), settings.batch_size):
-        chosen = in_full[start : start + settings.batch_size]
-        said = model.ask(look.take(chosen), question, max_new_tokens=settings.max_new_tokens)
-        for number, text in zip(chosen, said):
-            texts[number] = text
-    rows = []
-    for number, sample in enumerate(category.test):
-        parsed = conversations.parse_answer(texts[number])
-        mask = category.masks[number]
-        is_sentence = number in set(in_full)
-        is_placed = is_sentence and sample.is_anomalous and mask is not None
-        rows.append(
-            {
-                "image_path": str(sample.image_path),
-                "is_anomalous": sample.is_anomalous,
-                "question": question,
-                "answer": texts[number],
-                "is_sentence": is_sentence,
-                "verdict": {True: "yes", False: "no", None: "unparseable"}[parsed.is_anomalous],
-                "yes_no_score": float(scores[number]),
-                "place_is_right": conversations.place_is_right(parsed, mask) if is_placed else None,
-            }
-        )
-    return rows
+def answers_before_after(model: AnomalyGPT, dataset: Dataset, settings: EvaluationSettings) -> pd.DataFrame:
+    """First words of the answers about all test pictures: ``image_path, category, is_anomalous, says, yes_no_score``.
 
-
-def _first_tokens(model: AnomalyGPT, look: Look, question: str, settings: TestSettings) -> tuple[np.ndarray, list[str]]:
-    scores: list[np.ndarray] = []
-    texts: list[str] = []
-    for start in range(0, len(look), settings.batch_size):
-        batch = look.take(range(start, min(start + settings.batch_size, len(look))))
-        found, words = model.first_token(batch, question)
-        scores.append(found)
-        texts += words
-    return np.concatenate(scores), texts
-
-
-def _predictions(
-    category: _Category, look: Look, said: Sequence[Mapping[str, Any]], normal: np.ndarray, seconds: np.ndarray,
-    alpha: float,
-) -> dict[Path, Prediction]:  # fmt: skip
-    threshold = calibration.conformal_threshold(normal, alpha)
-    p_values = calibration.p_values(normal, look.scores)
-    maps = look.maps.numpy()
-    return {
-        sample.image_path: Prediction(
-            sample, float(look.scores[i]), maps[i], threshold, float(p_values[i]), float(seconds[i]), said[i]["answer"]
-        )
-        for i, sample in enumerate(category.test)
-    }
-
-
-# --- controls --------------------------------------------------------------------------------------------------------
-
-
-def _foreign_bank(
-    model: AnomalyGPT, other: _Category, category: _Category, shots: int, settings: TestSettings
-) -> torch.Tensor | None:
-    """References of another artwork; None without references or without another artwork."""
-    if not shots or other.name == category.name:
-        return None
-    chosen = draw_references(other.references, shots, 0, settings)
-    return model.bank(other.reference_features.take(chosen))
-
-
-def _controls(
-    model: AnomalyGPT, category: _Category, look: Look, foreign: torch.Tensor | None, question: str, name: str,
-    settings: TestSettings,
-) -> Iterator[tuple[str, Look, str]]:  # fmt: skip
-    """(control, look, question) for the pictures of :func:`_controlled`."""
-    chosen = _controlled(category, settings)
-    yield "none", look.take(chosen), question
-    blank = np.full((224, 224, 3), 127, dtype=np.uint8)
-    blank_look = model.look([blank], references=None, name=name)
-    yield "blank image", blank_look.take([0] * len(chosen)), question
-    if foreign is not None:
-        yield "swapped reference", _look(model, category.features.take(chosen), foreign, name, settings), question
-    yield "noun removed", look.take(chosen), _question(None, settings)
-
-
-def _controlled(category: _Category, settings: TestSettings) -> list[int]:
-    shuffled = seeds.rng_for(settings.seed, f"controls {category.name}").permutation(len(category.test))
-    return sorted(shuffled[: settings.n_controls].tolist())
-
-
-def _control_rows(
-    place: Mapping[str, Any], control: str, model: AnomalyGPT, category: _Category, controlled: Look, asked: str,
-    settings: TestSettings,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Share of "yes", accuracy, mean and AUROC of the yes/no score, mean of the map's maximum."""
-    chosen = _controlled(category, settings)
-    scores, texts = _first_tokens(model, controlled, asked, settings)
-    labels = category.labels[chosen]
-    counted = conversations.score_answers(texts, labels)
-    values = {
-        "control_yes_share": counted.n_yes / counted.n,
-        "control_accuracy": counted.accuracy,
-        "control_yes_no_auroc": metrics.image_auroc(scores, labels),
-        "control_yes_no_score": float(scores.mean()),
-        "control_map_maximum": float(controlled.scores.mean()),
-    }
-    there = dict(place) | {"control": control}
-    return [
-        _row(there, metric, value, n=len(chosen), n_anomalous=int(labels.sum())) for metric, value in values.items()
-    ]
+    Made before and after the head has learnt from feedback, two tables are compared by a paired test.
+    """
+    bench, rows = _Bench(model, dataset, settings, None), []
+    for category in dataset.categories:
+        samples = dataset.select(split="test", category=category)
+        pictures = [images.load_image(sample.image_path) for sample in samples]
+        look = bench.look(category, bench.embed(pictures), pictures, settings.row_shots)
+        scores, texts = bench.first_tokens(look, conversations.question(category, wording=settings.wording))
+        rows += bench.answers({"category": category, "shots": settings.row_shots}, samples, texts, scores)
+    return pd.DataFrame(rows)[["image_path", "category", "is_anomalous", "says", "yes_no_score"]]
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def _map_rows(place: Mapping[str, Any], category: _Category, look: Look) -> list[dict[str, Any]]:
-    labels, scores, maps = category.labels, look.scores, look.maps.numpy()
-    n_anomalous = int(labels.sum())
-    low, high = statistics.auroc_interval(scores, labels)
-    rows = [
-        _row(place, "image_auroc", metrics.image_auroc(scores, labels), low, high, len(labels), n_anomalous),
-        _row(place, "image_ap", metrics.average_precision(scores, labels), n=len(labels), n_anomalous=n_anomalous),
-    ]
-    histogram = metrics.PixelHistogram()
-    for anomaly_map, mask in zip(maps, category.masks):
-        if mask is not None:  # an anomaly without a known mask says nothing about pixels
-            histogram.add(anomaly_map, mask)
-    n, n_marked = histogram.n_images, sum(mask is not None and bool(mask.any()) for mask in category.masks)
+def _map_rows(place: Mapping[str, Any], look: Look, samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    labels, scores = np.array([sample.is_anomalous for sample in samples]), look.scores
+    counts = {"n": len(labels), "n_anomalous": int(labels.sum())}
+    # a normal picture's mask is empty at any size; an anomaly without a known mask says nothing about pixels
+    masks = [mask_of(sample, None if sample.is_anomalous else (MAP_SIZE, MAP_SIZE)) for sample in samples]
+    known = [i for i, mask in enumerate(masks) if mask is not None]
+    maps, known_masks = [look.maps[i].numpy() for i in known], [masks[i] for i in known]
+    pixels = {"n": len(known), "n_anomalous": sum(bool(mask.any()) for mask in known_masks)}
     return [
-        *rows,
-        _row(place, "pixel_auroc", histogram.auroc(), n=n, n_anomalous=n_marked),
-        _row(place, "aupro", histogram.aupro(), n=n, n_anomalous=n_marked),
+        _row(
+            place,
+            "image_auroc",
+            metrics.image_auroc(scores, labels),
+            statistics.auroc_interval(scores, labels),
+            **counts,
+        ),
+        _row(place, "image_ap", metrics.average_precision(scores, labels), **counts),
+        _row(place, "pixel_auroc", metrics.pixel_auroc(maps, known_masks), **pixels),
+        _row(place, "aupro", metrics.aupro(maps, known_masks), **pixels),
     ]
 
 
-def _answer_rows(
-    place: Mapping[str, Any], category: _Category, said: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    labels = category.labels
-    texts = [row["answer"] for row in said]
-    counted = conversations.score_answers(texts, labels)
-    n, n_anomalous = counted.n, counted.n_anomalous
-    scores = np.array([row["yes_no_score"] for row in said])
-    low, high = statistics.auroc_interval(scores, labels)
-    published = sum(conversations.published_is_correct(t, bool(label)) for t, label in zip(texts, labels))
+def _answer_rows(place: Mapping[str, Any], answers: Sequence[Mapping], scores: np.ndarray) -> list[dict[str, Any]]:
+    labels = np.array([row["is_anomalous"] for row in answers])
+    says = np.array([row["says"] for row in answers])
+    right = int((says == np.where(labels, "yes", "no")).sum())
+    n, n_anomalous = len(labels), int(labels.sum())
+    counts = {"n": n, "n_anomalous": n_anomalous}
+    placed = [row["place"] == "right" for row in answers if row["place"]]
     rows = [
-        _row(place, "yes_no_auroc", metrics.image_auroc(scores, labels), low, high, n, n_anomalous),
-        _rate(place, "answer_accuracy", counted.n_correct, n, n_anomalous),
-        _rate(place, "published_accuracy", published, n, n_anomalous),
-        _rate(place, "unparseable_share", counted.n_unparseable, n, n_anomalous),
-        _rate(place, "answer_sensitivity", counted.n_right_yes, n_anomalous, n_anomalous),
-        _row(place, "yes_bias", counted.yes_bias, n=n, n_anomalous=n_anomalous),
+        _row(
+            place,
+            "yes_no_auroc",
+            metrics.image_auroc(scores, labels),
+            statistics.auroc_interval(scores, labels),
+            **counts,
+        ),
+        _row(place, "answer_accuracy", right / n, statistics.wilson(right, n), **counts),
+        _row(place, "unclear_share", float((says == "unclear").mean()), **counts),
+        _row(place, "yes_bias", (int((says == "yes").sum()) - n_anomalous) / n, **counts),
     ]
-    placed = [row["place_is_right"] for row in said if row["place_is_right"] is not None]
     if placed:
-        rows.append(_rate(place, "place_accuracy", sum(placed), len(placed), len(placed)))
+        found = statistics.wilson(sum(placed), len(placed))
+        rows.append(
+            _row(place, "place_accuracy", sum(placed) / len(placed), found, n=len(placed), n_anomalous=len(placed))
+        )
     return rows
 
 
-def _rate(place: Mapping[str, Any], metric: str, successes: int, n: int, n_anomalous: int) -> dict[str, Any]:
-    low, high = statistics.wilson(successes, n)
-    return _row(place, metric, successes / n if n else math.nan, low, high, n, n_anomalous)
-
-
 def _row(
-    place: Mapping[str, Any], metric: str, value: float, low: float = math.nan, high: float = math.nan, n: int = 0,
-    n_anomalous: int = 0,
+    place: Mapping[str, Any], metric: str, value: float, interval: Any = (math.nan, math.nan), *, n: int,
+    n_anomalous: int,
 ) -> dict[str, Any]:  # fmt: skip
+    low, high = interval
     numbers = {"metric": metric, "value": float(value), "ci_low": float(low), "ci_high": float(high)}
-    return dict(place) | numbers | {"n_images": n, "n_anomalous": n_anomalous}
+    return {**place, **numbers, "n_images": n, "n_anomalous": n_anomalous}
 
 
-def _question(category: str | None, settings: TestSettings) -> str:
-    wording = "published_test" if settings.protocol == "published" else settings.wording
-    return conversations.question(None) if category is None else ask_about(category, wording)
+# --- what the notebook shows -----------------------------------------------------------------------------------------
 
 
-def _mask(sample: Sample, settings: TestSettings) -> np.ndarray | None:
-    """The picture's mask at its own size; the published protocol sees (and scores) only the centre square."""
-    shape = None
-    if not sample.is_anomalous:
-        shape = (anomalygpt.MAP_SIZE, anomalygpt.MAP_SIZE)  # all False, any size will do
-    mask = data.mask_of(sample, shape)
-    if mask is None or settings.protocol != "published" or not sample.is_anomalous:
-        return mask
-    side = min(mask.shape)
-    top, left = (mask.shape[0] - side) // 2, (mask.shape[1] - side) // 2
-    return mask[top : top + side, left : left + side]
+def map_table(run: TestRun) -> pd.DataFrame:
+    """What the maps are worth, mean over draws: one row per painting and number of references."""
+    columns = {
+        "pixel_auroc": "pixel AUROC",
+        "aupro": "AUPRO",
+        "image_auroc": "image AUROC",
+        "image_ap": "average precision",
+    }
+    return _pivot(run.evaluation, columns, "references", "shots")
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+def control_table(run: TestRun) -> pd.DataFrame:
+    """Answers under the controls, one row per painting and control, at the row's number of references."""
+    columns = {
+        "control_yes_share": "says yes",
+        "control_accuracy": "right",
+        "control_yes_no_score": "logit(yes) - logit(no)",
+    }
+    return _pivot(run.evaluation, columns, "control", "control")
 
 
-def _is_complete(folder: Path, dataset: Dataset, stored: Mapping[str, Any], checkpoint_id: str) -> bool:
-    done = results.is_complete(folder, dataset_hash=dataset.hash, settings=stored, checkpoint_hash=checkpoint_id)
-    return done and (folder / EVALUATION).exists() and (folder / ANSWERS).exists()
+def _pivot(evaluation: pd.DataFrame, columns: Mapping[str, str], name: str, by: str) -> pd.DataFrame:
+    chosen = evaluation[evaluation["metric"].isin(columns)]
+    chosen = chosen.assign(
+        painting=chosen["category"].map(results.category_label), metric=chosen["metric"].map(columns)
+    )
+    table = chosen.rename(columns={by: name}).pivot_table(
+        index=["painting", name], columns="metric", values="value", sort=False
+    )
+    return table[[label for label in columns.values() if label in table.columns]].rename_axis(columns=None).round(3)
 
 
-def _read(folder: Path, dataset: Dataset) -> TestRun:
-    result = results.read(folder, dataset.select(split="test"), dataset.folder, dataset.hash)
-    answers = pd.read_csv(folder / ANSWERS, keep_default_na=False)
-    return TestRun(pd.read_csv(folder / EVALUATION), answers, result)
+def answer_table(run: TestRun) -> pd.DataFrame:
+    """Right answers per painting and number of references, with interval and the trivial rule."""
+    rows = []
+    for (category, shots), group in run.answers.groupby(["category", "shots"], sort=False):
+        truth, n = np.where(group["is_anomalous"], "yes", "no"), len(group)
+        right = int((group["says"] == truth).sum())
+        low, high = statistics.wilson(right, n)
+        auroc = metrics.image_auroc(group["yes_no_score"], group["is_anomalous"])
+        placed = group["place"][group["place"] != ""]
+        rows.append(
+            {
+                "painting": results.category_label(category), "references": shots, "right answers": f"{right} of {n}",
+                "right %": f"{100 * right / n:.0f} ({100 * low:.0f} to {100 * high:.0f})",
+                "“yes” to all would be right %": f"{100 * group['is_anomalous'].mean():.0f}",
+                "says yes %": f"{100 * (group['says'] == 'yes').mean():.0f}",
+                "unclear": int((group["says"] == "unclear").sum()), "AUROC of yes - no": f"{auroc:.2f}",
+                "place right": f"{(placed == 'right').sum()} of {len(placed)}" if len(placed) else "–",
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def first_look(model: AnomalyGPT, dataset: Dataset, settings: EvaluationSettings) -> list[dict[str, Any]]:
+    """A plainly marked and a genuine test picture of the first painting, with map and answer, as panels."""
+    category, panels = dataset.categories[0], []
+    bench = _Bench(model, dataset, settings, None)
+    samples = dataset.select(split="test", category=category)
+    marked = sorted((s for s in samples if s.is_anomalous), key=lambda s: -(s.visibility or 0.0))
+    question = conversations.question(category, wording=settings.wording)
+    for sample in [*marked[:1], *[s for s in samples if not s.is_anomalous][:1]]:
+        picture = images.load_image(sample.image_path)
+        look = bench.look(category, bench.embed([picture]), [picture], settings.row_shots)
+        said = model.ask(look, question, max_new_tokens=settings.max_new_tokens)[0]
+        caption = f"{kind_label(sample)}: {said or '(no words)'}"
+        panels.append(_panel(sample, look.maps[0].numpy(), caption, picture))
+    return panels
+
+
+def kind_label(sample: Sample) -> str:
+    return sample.kind.replace("_", " ") if sample.is_anomalous else "genuine"
+
+
+def _panel(sample: Sample, anomaly_map: np.ndarray, caption: str, picture: np.ndarray | None = None) -> dict[str, Any]:
+    """Arguments of :class:`helpers.judge.figures.Panel`."""
+    picture = images.load_image(sample.image_path) if picture is None else picture
+    mask = mask_of(sample, picture.shape[:2])
+    return {"image": picture, "mask": mask, "anomaly_map": anomaly_map, "caption": caption}
+
+
+def genuine_maps(run: TestRun) -> Iterator[np.ndarray]:
+    """Maps of the genuine test pictures, for one colour scale."""
+    return (run.result.anomaly_map(p) for p in run.result.predictions if not p.sample.is_anomalous)
+
+
+def answer_panels(run: TestRun, *, n: int = 6) -> list[dict[str, Any]]:
+    """Pictures with what was said of them, uncut: wrong, right, see :func:`examples`."""
+    by_path, panels = {str(p.sample.image_path): p for p in run.result.predictions}, []
+    for row in examples(run, n=n).itertuples():
+        one = by_path[row.image_path]
+        mark = "✓ right" if row.is_right else "✗ unclear" if row.says == "unclear" else "✗ wrong"
+        where = f", place {row.place}" if row.place else ""
+        caption = f"{mark}{where} ({kind_label(one.sample)}): “{row.answer}”"
+        panels.append(_panel(one.sample, run.result.anomaly_map(one), caption))
+    return panels
+
+
+def shot_lines(run: TestRun, metric: str = "pixel_auroc") -> tuple[pd.DataFrame, str]:
+    """Mean over draws by number of references (``series, x, value, low, high``), and the finding as a title."""
+    chosen = run.evaluation[(run.evaluation["metric"] == metric) & (run.evaluation["control"] == "none")]
+    found = chosen.groupby(["category", "shots"], sort=False)["value"].agg(["mean", "min", "max"]).reset_index()
+    frame = found.set_axis(["series", "x", "value", "low", "high"], axis=1)
+    frame["series"] = frame["series"].map(results.category_label)
+    ends = frame.groupby("series", sort=False)["value"].agg(["first", "last"])
+    told = "; ".join(f"{name} {a:.2f} → {b:.2f}" for name, a, b in ends.itertuples())
+    return frame, f"Map with 0 → {frame['x'].max()} genuine pictures beside it, pixel AUROC: {told}"
+
+
+def examples(run: TestRun, *, n: int = 6) -> pd.DataFrame:
+    """Up to ``n`` full answers to be shown with their pictures: at most half of them wrong or unclear ones, then right
+    ones, anomalies first; the paintings take turns.
+
+    Returns:
+        rows of ``run.answers`` with the column ``is_right``.
+    """
+    chosen = run.answers[
+        run.answers["is_sentence"] & (run.answers["shots"] == run.result.manifest["settings"]["row_shots"])
+    ]
+    chosen = chosen.assign(is_right=chosen["says"] == np.where(chosen["is_anomalous"], "yes", "no"))
+    masks = (
+        ~chosen["is_right"],
+        chosen["is_right"] & chosen["is_anomalous"],
+        chosen["is_right"] & ~chosen["is_anomalous"],
+    )
+    parts = [chosen[mask] for mask in masks]
+    wrong, *right = (part.iloc[part.groupby("category").cumcount().argsort(kind="stable")] for part in parts)
+    return pd.concat([wrong.head(n // 2), *right]).head(n).reset_index(drop=True)

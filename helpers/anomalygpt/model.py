@@ -10,59 +10,53 @@ Source: Gu et al., AnomalyGPT, AAAI 2024; code CASIA-IVA-Lab/AnomalyGPT at f21c5
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from helpers import weights
+from helpers import files, weights
 from helpers.anomalygpt import imagebind, language
 from helpers.anomalygpt.imagebind import ImageBind, ImageFeatures
 from helpers.anomalygpt.language import Language
 
 MAP_SIZE = 224
 """Side of every anomaly map in pixels; the prompt learner's last convolution fits no other."""
-
 N_BASE_PROMPTS = 9
-TEMPERATURE = 100.0
+LOGIT_SCALE = 100.0
 PROMPT_CHANNELS = (4, 16, 64, 256, 1024)
 CHECKPOINTS = ("train_mvtec", "train_visa", "train_supervised")
 """The published checkpoints by the folder names of their authors."""
-
-_look_numbers = itertools.count()
+RESERVE_GB = 1.5
+"""Of a GPU: CUDA's own memory and what fragments."""
 
 
 class ImageDecoder(nn.Module):
-    """One linear layer per tap takes patch tokens to the space of the text features.
+    """One linear layer per tap takes patch tokens (``width``) to the space of the text features (``joint_width``)."""
 
-    Args:
-        width: width of the tapped tokens.
-        joint_width: width of the text features.
-        n_taps: number of taps.
-    """
-
-    def __init__(self, width: int, joint_width: int, n_taps: int = imagebind.N_TAPS) -> None:
+    def __init__(self, width: int, joint_width: int) -> None:
         super().__init__()
-        self.fc = nn.ModuleList(nn.Linear(width, joint_width) for _ in range(n_taps))
+        self.fc = nn.ModuleList(nn.Linear(width, joint_width) for _ in range(imagebind.N_TAPS))
 
     def forward(self, taps: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """Logits of normal and abnormal per patch.
 
         Args:
             taps: ``(T, B, N, W)``, class token dropped.
-            text: ``(2, J)`` for all pictures or ``(B, 2, J)``, unit norm, normal first.
+            text: ``(2, J)``, unit norm, normal first.
         Returns:
             float ``(T, B, N, 2)``: 100 x cosine.
         """
         weight = self.fc[0].weight
         patches = torch.stack([layer(tap.to(weight.dtype)) for layer, tap in zip(self.fc, taps, strict=True)])
         patches = nn.functional.normalize(patches, dim=-1)
-        return TEMPERATURE * patches @ text.to(patches).transpose(-1, -2)
+        return LOGIT_SCALE * patches @ text.to(patches).T
 
 
 class PromptLearner(nn.Module):
@@ -95,19 +89,11 @@ class AnomalyHead(nn.Module):
         joint_width: width of the text features.
         hidden: width of the language model.
         channels: see :class:`PromptLearner`.
-        n_taps: number of tapped blocks.
     """
 
-    def __init__(
-        self,
-        width: int,
-        joint_width: int,
-        hidden: int,
-        channels: Sequence[int] = PROMPT_CHANNELS,
-        n_taps: int = imagebind.N_TAPS,
-    ) -> None:
+    def __init__(self, width: int, joint_width: int, hidden: int, channels: Sequence[int] = PROMPT_CHANNELS) -> None:
         super().__init__()
-        self.image_decoder = ImageDecoder(width, joint_width, n_taps)
+        self.image_decoder = ImageDecoder(width, joint_width)
         self.prompt_learner = PromptLearner(hidden, channels)
 
     @property
@@ -122,53 +108,47 @@ class AnomalyHead(nn.Module):
         Raises:
             ValueError: a key is missing, unknown, or has a shape that does not fit the others.
         """
+        hint = "Prepare it again with notebook 01, or train it with notebook 06."
+        convolutions = sorted(
+            (int(key.split(".")[2]), tensor.shape[0])
+            for key, tensor in state.items()
+            if key.startswith("prompt_learner.meta_net.") and key.endswith(".weight")
+        )
         try:
             joint_width, width = state["image_decoder.fc.0.weight"].shape
             hidden = state["prompt_learner.base_prompts"].shape[1]
         except (KeyError, IndexError, ValueError) as error:
             raise ValueError(
                 f"This is no AnomalyGPT checkpoint: {error} is missing or misshapen among {len(state)} tensors, first "
-                f"{sorted(state)[:3]}. Expected are image_decoder.* and prompt_learner.* (notebook 01 prepares them)."
-            ) from error
-        convolutions = sorted(
-            (int(key.split(".")[2]), tensor.shape[0])
-            for key, tensor in state.items()
-            if key.startswith("prompt_learner.meta_net.") and key.endswith(".weight")
-        )
-        n_taps = sum(key.startswith("image_decoder.fc.") and key.endswith(".weight") for key in state)
+                f"{sorted(state)[:3]}. {hint}"
+            ) from None
         with torch.device("meta"):
-            head = cls(width, joint_width, hidden, [n for _, n in convolutions[:-1]] or PROMPT_CHANNELS, n_taps)
-        wanted = {key: tensor.shape for key, tensor in head.state_dict().items()}
-        missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-        reshaped = [
-            f"{key} {tuple(state[key].shape)} instead of {tuple(wanted[key])}"
-            for key in sorted(wanted.keys() & state.keys())
-            if wanted[key] != state[key].shape
-        ]
-        if missing or unexpected or reshaped:
-            raise ValueError(
-                f"The AnomalyGPT checkpoint does not fit: missing {missing[:3]}, unexpected {unexpected[:3]}, other "
-                f"shape {reshaped[:3]}. Prepare it again with notebook 01, or train it with notebook 06."
-            )
-        head.load_state_dict({key: tensor.float() for key, tensor in state.items()}, assign=True)
+            head = cls(width, joint_width, hidden, [n for _, n in convolutions[:-1]] or PROMPT_CHANNELS)
+        imagebind.load_strictly(head, {k: tensor.float() for k, tensor in state.items()}, "an AnomalyGPT head", hint)
         return head.requires_grad_(True)
 
 
-def probabilities(logits: torch.Tensor, grid: tuple[int, int], size: int = MAP_SIZE) -> torch.Tensor:
+# --- maps ------------------------------------------------------------------------------------------------------------
+
+
+def probabilities(logits: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """Patch logits -> pixel probabilities of normal and abnormal.
 
     Args:
         logits: ``(T, B, N, 2)`` from :class:`ImageDecoder`.
         grid: patches per column and row, N = rows * columns.
-        size: side of the maps in pixels.
     Returns:
-        float ``(T, B, 2, size, size)``. The softmax comes after the interpolation; the other order differs by up to
+        float ``(T, B, 2, 224, 224)``. The softmax comes after the interpolation; the other order differs by up to
         0.14.
     """
     n_taps, n_images = logits.shape[:2]
     planes = logits.flatten(0, 1).transpose(1, 2).unflatten(2, grid)  # (T * B, 2, rows, columns)
-    planes = nn.functional.interpolate(planes.float(), size=(size, size), mode="bilinear", align_corners=True)
-    return planes.softmax(dim=1).unflatten(0, (n_taps, n_images))
+    return enlarge(planes.float()).softmax(dim=1).unflatten(0, (n_taps, n_images))
+
+
+def enlarge(planes: torch.Tensor) -> torch.Tensor:
+    """Planes float ``(B, C, rows, columns)`` -> ``(B, C, 224, 224)``, bilinear, corner on corner."""
+    return nn.functional.interpolate(planes, size=(MAP_SIZE, MAP_SIZE), mode="bilinear", align_corners=True)
 
 
 def decoder_map(probability: torch.Tensor) -> torch.Tensor:
@@ -192,36 +172,34 @@ def bank_similarity(taps: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
 
     Args:
         taps: ``(T, B, N, W)``, raw tokens of the pictures.
-        bank: ``(T, M, W)`` for all pictures or ``(T, B, M, W)``, from :func:`build_bank`.
+        bank: ``(T, M, W)``, from :func:`build_bank`.
     Returns:
         float32 ``(T, B, N)`` in [-1, 1].
     """
     queries = nn.functional.normalize(taps.float(), dim=-1).to(bank.dtype)
-    if bank.dim() == 3:  # one matrix product per tap: no copy of the bank per picture
-        flat = queries.flatten(1, 2) @ bank.transpose(1, 2)  # (T, B * N, M)
-        return flat.amax(dim=-1).float().unflatten(1, queries.shape[1:3])
-    return (queries @ bank.transpose(-1, -2)).amax(dim=-1).float()
+    similarity = queries.flatten(1, 2) @ bank.transpose(1, 2)  # (T, B * N, M), one product per tap
+    return similarity.amax(dim=-1).float().unflatten(1, queries.shape[1:3])
 
 
-def few_shot_map(taps: torch.Tensor, bank: torch.Tensor, grid: tuple[int, int], size: int = MAP_SIZE) -> torch.Tensor:
+def few_shot_map(taps: torch.Tensor, bank: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """The few-shot anomaly map: 1 - similarity to the bank, averaged over the taps, enlarged.
 
     Args:
         taps: ``(T, B, N, W)``.
         bank: see :func:`bank_similarity`.
         grid: patches per column and row.
-        size: side of the map in pixels.
     Returns:
-        float32 ``(B, size, size)`` in [0, 2]; another scale than the decoder's map.
+        float32 ``(B, 224, 224)`` in [0, 2]; another scale than the decoder's map.
     """
-    similarity = bank_similarity(taps, bank).mean(dim=0).unflatten(1, grid)[:, None]
-    enlarged = nn.functional.interpolate(similarity, size=(size, size), mode="bilinear", align_corners=True)
-    return 1.0 - enlarged[:, 0]
+    return 1.0 - enlarge(bank_similarity(taps, bank).mean(dim=0).unflatten(1, grid)[:, None])[:, 0]
 
 
 def rotations(pixels: torch.Tensor) -> torch.Tensor:
     """Pictures ``(B, 3, S, S)`` turned by 0, 90, 180 and 270 degrees: ``(4 * B, 3, S, S)``, for banks in training."""
     return torch.cat([pixels.rot90(quarter, (2, 3)) for quarter in range(4)])
+
+
+# --- the chain -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -233,15 +211,11 @@ class Look:
             references (another scale).
         image_tokens: ``(B, 1, hidden)``, projected image embeddings.
         prompts: ``(B, 18, hidden)``, made of the maps.
-        features: of the pictures, to look again with other references.
-        numbers: one number per picture and look, so that a cached prompt prefix is never mixed up.
     """
 
     maps: torch.Tensor
     image_tokens: torch.Tensor
     prompts: torch.Tensor
-    features: ImageFeatures
-    numbers: tuple[int, ...] = field(default=())
 
     def __len__(self) -> int:
         return len(self.maps)
@@ -254,10 +228,12 @@ class Look:
     def take(self, indices: Sequence[int]) -> Look:
         """The look at some of the pictures."""
         chosen = list(indices)
-        numbers = tuple(self.numbers[i] for i in chosen)
-        return Look(
-            self.maps[chosen], self.image_tokens[chosen], self.prompts[chosen], self.features.take(chosen), numbers
-        )
+        return Look(self.maps[chosen], self.image_tokens[chosen], self.prompts[chosen])
+
+    @staticmethod
+    def join(parts: Sequence[Look]) -> Look:
+        """Batches one after the other."""
+        return Look(*(torch.cat([getattr(p, name) for p in parts]) for name in ("maps", "image_tokens", "prompts")))
 
 
 @dataclass(frozen=True)
@@ -265,24 +241,32 @@ class AnomalyGPT:
     """The whole chain, ready to look at pictures and to answer.
 
     Attributes:
-        eyes: ImageBind's image tower.
+        image_tower: ImageBind's.
         head: image decoder and prompt learner.
         projection: image embedding -> image token, frozen (PandaGPT).
-        language: Vicuna with PandaGPT's LoRA merged, and its tokens.
-        text_pair_of: name -> float32 ``(2, J)`` text features (cached).
+        language: Vicuna with PandaGPT's LoRA, and its tokens.
+        text: float32 ``(2, J)``: features of "a photo of a flawless object" and "... a damaged object".
         checkpoint_id: hash of the head's weights.
     """
 
-    eyes: ImageBind
+    image_tower: ImageBind
     head: AnomalyHead
     projection: nn.Linear
     language: Language
-    text_pair_of: Callable[[str], torch.Tensor]
+    text: torch.Tensor
     checkpoint_id: str = ""
 
     @property
     def device(self) -> torch.device:
         return self.projection.weight.device
+
+    def __str__(self) -> str:
+        n_speaks, n_head = (sum(p.numel() for p in m.parameters()) for m in (self.language.model, self.head))
+        stand_in = "" if self.language.hidden in (4096, 5120) else ", a stand-in for the published weights"
+        return (
+            f"language model with {n_speaks / 1e6:,.0f} million frozen numbers{stand_in}\n"
+            f"decoder and prompt learner with {n_head / 1e6:,.1f} million trained ones{stand_in}"
+        )
 
     def bank(self, references: Sequence[np.ndarray] | ImageFeatures) -> torch.Tensor:
         """Memory bank ``(T, k * N, W)`` of k normal pictures, uint8 RGB or their features."""
@@ -293,108 +277,82 @@ class AnomalyGPT:
         images: Sequence[np.ndarray] | ImageFeatures,
         *,
         references: Sequence[np.ndarray] | torch.Tensor | None = None,
-        name: str = "object",
-        mode: str = "squash",
+        maps: np.ndarray | None = None,
     ) -> Look:
         """Maps and prompts of pictures, one pass of the image tower; no gradients.
 
         Args:
             images: uint8 RGB pictures of any sizes, or their features.
             references: normal pictures, or a bank from :meth:`bank`: the few-shot map replaces the decoder's map.
-            name: what the text features speak of; ``"object"`` for art.
-            mode: preprocessing, see :func:`helpers.anomalygpt.imagebind.preprocess`.
+            maps: float32 ``(B, 224, 224)`` made elsewhere (see ``map_of`` in
+                :func:`helpers.anomalygpt.evaluation.run`), in place of both.
         """
         with torch.no_grad():
-            features = self._features(images, mode=mode)
-            taps = features.taps
-            if references is None:
-                text = self.text_pair_of(name).to(taps.device)
-                maps = decoder_map(probabilities(self.head.image_decoder(taps, text), self.eyes.grid))
+            features = self._features(images)
+            if maps is not None:
+                found = torch.as_tensor(maps, dtype=torch.float32).to(self.device)
+            elif references is None:
+                logits = self.head.image_decoder(features.taps, self.text.to(self.device))
+                found = decoder_map(probabilities(logits, self.image_tower.grid))
             else:
                 bank = references if isinstance(references, torch.Tensor) else self.bank(references)
-                maps = few_shot_map(taps, bank.to(taps.device), self.eyes.grid)
-            embedding = features.embedding.to(self.projection.weight)
-            tokens = self.projection(embedding)[:, None]
-            numbers = tuple(next(_look_numbers) for _ in range(len(features)))
-            return Look(maps.float().cpu(), tokens, self.head.prompt_learner(maps), features, numbers)
+                found = few_shot_map(features.taps, bank.to(self.device), self.image_tower.grid)
+            tokens = self.projection(features.embedding.to(self.projection.weight))[:, None]
+            return Look(found.float().cpu(), tokens, self.head.prompt_learner(found))
 
     def ask(
         self,
         look: Look,
-        question: str | Sequence[str],
+        question: str,
         *,
         history: Sequence[tuple[str, str]] = (),
         max_new_tokens: int = 64,
-        top_p: float = 0.01,
-        temperature: float = 1.0,
-        seed: int = 0,
         on_text: Callable[[str], None] | None = None,
-        memory: language.PrefixMemory | None = None,
     ) -> list[str]:
         """Answers about the pictures, one prompt batch.
 
         Args:
             look: the pictures.
-            question: one for all, or one per picture.
-            history: earlier turns ``(question, answer)`` of a single picture.
+            question: the same for all.
+            history: earlier turns ``(question, answer)``.
             max_new_tokens: length limit of the answers.
-            top_p: nucleus; with 0.01 and below, or temperature 0, the most likely token is taken (greedy).
-            temperature: of the sampling.
-            seed: of the sampling.
-            on_text: gets the text of the first answer each time it grows.
-            memory: of a chat about one picture, so that only what is new of the prompt is computed.
+            on_text: of a single picture: gets the text of the answer each time it grows.
         Returns:
-            cleaned answers, one per picture.
+            cleaned answers, one per picture; may be empty.
         Raises:
             helpers.anomalygpt.language.PromptTooLong: prompt and answer do not fit the language model's context.
         """
-        rows, keys = self.prompt_rows(look, question, history=history)
         tokens = self.language.tokens
         show = None if on_text is None else lambda ids: on_text(language.clean_answer(tokens.decode(ids)))
-        answers = language.generate(
-            self.language, rows, max_new_tokens=max_new_tokens, top_p=top_p, temperature=temperature, seed=seed,
-            on_tokens=show, memory=memory, keys=keys[0] if memory is not None else None,
-        )  # fmt: skip
+        rows = self.prompt_rows(look, question, history=history)
+        answers = language.generate(self.language, rows, max_new_tokens=max_new_tokens, on_tokens=show)
         return [language.clean_answer(tokens.decode(ids)) for ids in answers]
 
-    def yes_no(self, look: Look, question: str | Sequence[str]) -> np.ndarray:
-        """Score of the answer without decoding: logit(Yes) - logit(No) at the first answer position.
+    def first_token(self, look: Look, question: str) -> tuple[np.ndarray, list[str]]:
+        """What the answers begin with, one prefill for all pictures.
 
         Returns:
-            float64 ``(B,)``, higher = more anomalous; one prefill for all pictures.
+            float64 ``(B,)``: logit(Yes) - logit(No) at the first answer position, higher = more anomalous; and the
+            text of each picture's most likely first token.
         """
-        return self.first_token(look, question)[0]
-
-    def first_token(self, look: Look, question: str | Sequence[str]) -> tuple[np.ndarray, list[str]]:
-        """Scores as :meth:`yes_no`, and the text of each picture's most likely first token."""
-        rows, _ = self.prompt_rows(look, question)
-        logits = language.next_logits(self.language, rows).double()
+        logits = language.next_logits(self.language, self.prompt_rows(look, question)).double()
         tokens = self.language.tokens
         scores = logits[:, tokens.yes_id] - logits[:, tokens.no_id]
-        texts = [tokens.decode([best]).strip() for best in logits.argmax(dim=1).tolist()]
-        return scores.cpu().numpy(), texts
+        return scores.cpu().numpy(), [tokens.decode([best]).strip() for best in logits.argmax(dim=1).tolist()]
 
-    def prompt_rows(
-        self, look: Look, question: str | Sequence[str], *, history: Sequence[tuple[str, str]] = ()
-    ) -> tuple[list[torch.Tensor], list[list[Any]]]:
-        """Input embeddings ``(S_i, hidden)`` per picture, and what stands at each position (for cached prefixes)."""
-        questions = [question] * len(look) if isinstance(question, str) else list(question)
-        if len(questions) != len(look):
-            raise ValueError(f"{len(questions)} questions for {len(look)} pictures; give one, or one per picture.")
-        rows, keys = [], []
-        for i, text in enumerate(questions):
-            ids = self.language.tokens.encode(language.prompt_text(text, history))
-            rows.append(language.input_row(self.language, look.image_tokens[i], look.prompts[i], ids))
-            n_soft = look.image_tokens.shape[1] + look.prompts.shape[1]
-            keys.append(language.position_keys(self.language, look.numbers[i], n_soft, ids))
-        return rows, keys
+    def prompt_rows(self, look: Look, question: str, *, history: Sequence[tuple[str, str]] = ()) -> list[torch.Tensor]:
+        """Input embeddings ``(S, hidden)`` per picture."""
+        ids = self.language.tokens.encode(language.prompt_text(question, history))
+        pairs = zip(look.image_tokens, look.prompts, strict=True)
+        return [language.input_row(self.language, token, prompts, ids) for token, prompts in pairs]
 
-    def _features(self, images: Sequence[np.ndarray] | ImageFeatures, *, mode: str = "squash") -> ImageFeatures:
-        """Features on the model's device, in a type that it computes in: caches keep them in float16 on the CPU."""
-        if not isinstance(images, ImageFeatures):
-            return self.eyes.embed_images(images, mode=mode)
-        taps = images.taps.to(self.device)
-        return ImageFeatures(images.embedding.to(self.device), taps if taps.is_cuda else taps.float())
+    def _features(self, images: Sequence[np.ndarray] | ImageFeatures) -> ImageFeatures:
+        return images.to(self.device) if isinstance(images, ImageFeatures) else self.image_tower.embed_images(images)
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+_loaded: weakref.ref[AnomalyGPT] | None = None
 
 
 def load(
@@ -403,46 +361,54 @@ def load(
     checkpoint: str | Path | None = "train_supervised",
     device: str = "cpu",
     precision: str = "fp32",
-    cache_dir: Path | None = None,
+    cache_dir: Path,
     seed: int = 0,
 ) -> AnomalyGPT:
-    """Load the chain that notebook 01 prepared.
+    """Load the chain that notebook 01 prepared; one that was loaded before is emptied first, two would fit no GPU.
 
     Args:
         weights_dir: with ``vicuna/``, ``imagebind/``, ``pandagpt/`` and ``anomalygpt/``.
         checkpoint: one of :data:`CHECKPOINTS`, a folder with ``model.safetensors`` of notebook 06, or None for a new
             head (the only choice for 13B, for which no head is published).
         device: torch device name.
-        precision: of the language model: ``"fp32"``, ``"bf16"``, ``"fp16"``, or on a GPU ``"8bit"`` or ``"4bit"``.
+        precision: of the language model, see :func:`helpers.anomalygpt.language.load_language`.
         cache_dir: where text features are kept.
         seed: of a new head.
     Raises:
         FileNotFoundError: weights are missing; names the notebook that makes them.
         ValueError: weights that do not fit each other.
+        RuntimeError: GPU memory ran out; names what to change.
     """
-    folder = weights.require(weights_dir, "imagebind")
-    eyes = imagebind.load_imagebind(folder, device=device)
-    lora = weights.require(weights_dir, "pandagpt")
-    speaker = language.load_language(
-        weights.require(weights_dir, "vicuna"), lora=lora, precision=precision, device=device
-    )
+    global _loaded
+    previous = _loaded and _loaded()
+    if previous is not None:
+        _empty(previous)
+    folder, lora = weights.require(weights_dir, "imagebind"), weights.require(weights_dir, "pandagpt")
+    vicuna = weights.require(weights_dir, "vicuna")
+    text = imagebind.text_pair(folder, "object", cache_dir=cache_dir, device=device)
+    tower = imagebind.load_imagebind(folder, device=device)
+    speaker = language.load_language(vicuna, lora=lora, precision=precision, device=device)
     projection = language.load_projection(lora, device=device)
     if checkpoint is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            head = AnomalyHead(eyes.width, eyes.joint_width, speaker.hidden)
-        checkpoint_id = f"new head, seed {seed}"
+            head, checkpoint_id = AnomalyHead(tower.width, tower.joint_width, speaker.hidden), f"new head, seed {seed}"
     else:
         head, checkpoint_id = load_head(weights_dir, checkpoint)
-    check_widths(eyes, head, projection, speaker.hidden)
-    known: dict[str, torch.Tensor] = {}
+    check_widths(tower, head, projection, speaker.hidden)
+    model = AnomalyGPT(tower, head.eval().to(device), projection, speaker, text, checkpoint_id)
+    _loaded = weakref.ref(model)
+    return model
 
-    def text_pair_of(name: str) -> torch.Tensor:
-        if name not in known:
-            known.update(imagebind.text_pairs(folder, [name], cache_dir=cache_dir, device=device))
-        return known[name]
 
-    return AnomalyGPT(eyes, head.eval().to(device), projection, speaker, text_pair_of, checkpoint_id)
+def _empty(model: AnomalyGPT) -> None:
+    """Give back the memory of a chain, even where a notebook still holds it (``Out[3]``, the last error)."""
+    for part in (model.language.model, model.image_tower.visual, model.head, model.projection):
+        for parameter in part.parameters():
+            parameter.data = parameter.data.new_empty(0)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def load_head(weights_dir: Path, checkpoint: str | Path) -> tuple[AnomalyHead, str]:
@@ -453,21 +419,19 @@ def load_head(weights_dir: Path, checkpoint: str | Path) -> tuple[AnomalyHead, s
     """
     from safetensors.torch import load_file
 
-    from helpers import files as storage
-
     if checkpoint in CHECKPOINTS:
         path = weights.require(weights_dir, f"anomalygpt/{checkpoint}") / "model.safetensors"
     else:
         path = Path(checkpoint) / "model.safetensors"
         if not path.exists():
             raise FileNotFoundError(
-                f"No trained head in {checkpoint}. Run notebook 07_anomalygpt_train, or use one of the published "
+                f"No trained head in {checkpoint}. Run notebook 06_anomalygpt_train, or use one of the published "
                 f"checkpoints: {', '.join(CHECKPOINTS)}."
             )
-    return AnomalyHead.from_state(load_file(path)), storage.sha256_file(path)
+    return AnomalyHead.from_state(load_file(path)), files.sha256_file(path)
 
 
-def check_widths(eyes: ImageBind, head: AnomalyHead, projection: nn.Linear, hidden: int) -> None:
+def check_widths(tower: ImageBind, head: AnomalyHead, projection: nn.Linear, hidden: int) -> None:
     """Refuse weights that were made for other models.
 
     Raises:
@@ -475,11 +439,11 @@ def check_widths(eyes: ImageBind, head: AnomalyHead, projection: nn.Linear, hidd
     """
     decoder = head.image_decoder.fc[0]
     pairs = (
-        ("the image decoder reads tokens of width", decoder.in_features, "the image tower makes", eyes.width),
-        ("the image decoder writes width", decoder.out_features, "the text features have", eyes.joint_width),
+        ("the image decoder reads tokens of width", decoder.in_features, "the image tower makes", tower.width),
+        ("the image decoder writes width", decoder.out_features, "the text features have", tower.joint_width),
         ("the prompt learner writes width", head.hidden, "the language model has hidden width", hidden),
         ("PandaGPT's projection writes width", projection.out_features, "the language model has hidden width", hidden),
-        ("PandaGPT's projection reads width", projection.in_features, "the image embedding has", eyes.joint_width),
+        ("PandaGPT's projection reads width", projection.in_features, "the image embedding has", tower.joint_width),
     )
     wrong = [f"{left} {a}, {right} {b}" for left, a, right, b in pairs if a != b]
     if wrong:
@@ -488,3 +452,42 @@ def check_widths(eyes: ImageBind, head: AnomalyHead, projection: nn.Linear, hidd
             "only (4096). For another language model prepare its PandaGPT weights in notebook 01 and train a new head "
             "in notebook 06 (checkpoint=None)."
         )
+
+
+def check_memory(weights_dir: Path, *, device: str, precision: str, batch_size: int, training: bool = False) -> str:
+    """Compare what the chain needs with all the memory of the device, before anything is loaded.
+
+    The language model is counted by its file; a picture in training keeps 0.45 GB of activations of a 7B model (0.1 GB
+    with gradient checkpointing, which is always on), in testing 0.15 GB of keys, values and taps. Estimates.
+
+    Args:
+        weights_dir: see :func:`load`.
+        device: torch device name.
+        precision: see :func:`helpers.anomalygpt.language.load_language`.
+        batch_size: pictures at a time (a training pair is two).
+        training: with gradients and AdamW of the head.
+    Returns:
+        the sum in words.
+    Raises:
+        ValueError: it does not fit; names the three knobs.
+    """
+    if device.startswith("cuda"):
+        total = torch.cuda.get_device_properties(0).total_memory / 1e9
+    else:
+        import psutil
+
+        total = psutil.virtual_memory().total / 1e9
+    speaks = sum(f.stat().st_size for f in weights.require(weights_dir, "vicuna").glob("*.safetensors")) / 1e9
+    speaks *= language.BYTES_PER_WEIGHT[precision] / 2  # the files hold float16
+    sees = (weights.require(weights_dir, "imagebind") / "model.safetensors").stat().st_size / 1e9 * 0.64
+    head = 0.45 * (4 if training else 1)
+    batch = batch_size * (0.1 if training else 0.15) * min(1.0, speaks / 13.5)
+    needed = speaks + sees + head + batch + RESERVE_GB
+    told = f"language model {speaks:.1f} in {precision}, image tower {sees:.1f}, head {head:.1f}, pictures {batch:.1f}"
+    if needed > total:
+        raise ValueError(
+            f"AnomalyGPT needs about {needed:.1f} GB of {total:.1f} GB ({told}). Three knobs: precision '8bit' (half) "
+            f"or '4bit' (a third); fewer pictures at a time (now {batch_size}); a GPU with more memory "
+            "(L4: 22.5 GB, A100: 40 GB)."
+        )
+    return f"Memory: about {needed:.1f} GB of {total:.1f} GB ({told}, reserve {RESERVE_GB})"

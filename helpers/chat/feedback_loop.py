@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -33,10 +33,6 @@ from helpers.data import manifest as data
 from helpers.judge import metrics, statistics
 from helpers.judge import statistics as calibration
 from helpers.records import Prediction, Sample
-
-if TYPE_CHECKING:
-    from helpers.anomalygpt.model import AnomalyGPT
-    from helpers.anomalygpt.training import HeadTraining, TrainedHead
 
 MIN_CONFIRMED = 5
 """Confirmed anomalies of a painting from which on they help to place its threshold; below, normals alone do."""
@@ -319,60 +315,6 @@ def _fit_again(
         found = one_class.calibrate(tuned.settings, training, seed=seed, device=device)
     threshold = feedback_threshold(found.normal_scores, found.confirmed_scores, alpha=alpha, max_alpha=max_alpha)
     return Fitted(tuned, found.detector, found.normal_scores, threshold, math.nan)
-
-
-# ------------------------------------------------------------------------------------------------- AnomalyGPT
-
-
-def fine_tune_head(
-    model: AnomalyGPT,
-    dataset: data.Dataset,
-    confirmed: Sequence[Confirmed],
-    *,
-    folder: Path,
-    settings: HeadTraining,
-) -> TrainedHead:
-    """Train AnomalyGPT's decoder and prompt learner on, for some steps, with confirmed pictures among the others.
-
-    Normals join the training pictures. Anomalies join with their region as the mask, one cell of the 3 x 3 grid: it
-    says where, not what shape, so a few steps are enough and many would make the maps coarse. Anomalies without a
-    region are left out.
-
-    Args:
-        model: the chain; its head is where training starts, and is changed in place.
-        dataset: its training pictures keep taking part, lest the head forget them.
-        confirmed: from :func:`helpers.chat.feedback.sort_out`, which refuses test pictures.
-        folder: of the new checkpoint; region masks are written to ``folder/regions``.
-        settings: with few epochs and pairs, see :class:`helpers.anomalygpt.training.HeadTraining`.
-    Raises:
-        ValueError: no confirmed picture can be learnt from.
-    """
-    from helpers.anomalygpt import training as anomalygpt_training
-
-    samples = [_head_sample(one, Path(folder)) for one in confirmed if not one.is_anomalous or _has_region(one)]
-    if not samples:
-        raise ValueError(
-            f"None of the {len(confirmed)} confirmed pictures is normal or has a region; there is nothing to learn."
-        )
-    learnt = anomalygpt_training.training_samples(dataset)
-    return anomalygpt_training.train_head(model, [*learnt, *samples], folder=folder, settings=settings)
-
-
-def _has_region(one: Confirmed) -> bool:
-    return one.entry.region is not None
-
-
-def _head_sample(one: Confirmed, folder: Path) -> Sample:
-    sha256 = one.entry.pixels_sha256
-    if not one.is_anomalous:
-        return Sample(one.image_path, one.category, False, split="train", group=one.group, sha256=sha256)
-    height, width = one.picture.shape[:2]
-    row, column = divmod(one.entry.region, 3)
-    mask = np.zeros((height, width), bool)
-    mask[row * height // 3 : (row + 1) * height // 3, column * width // 3 : (column + 1) * width // 3] = True
-    mask_path = folder / "regions" / f"{sha256[:24]}_{one.entry.region}_mask.png"
-    images.save_png(mask_path, mask)
-    return Sample(one.image_path, one.category, True, mask_path, "train", CONFIRMED, one.group, sha256)
 
 
 # ------------------------------------------------------------------------------------------------- before and after

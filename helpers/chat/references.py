@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
-from helpers.anomalygpt.evaluation import TestSettings, draw_references
-from helpers.anomalygpt.imagebind import FeatureCache, ImageFeatures
+from helpers.anomalygpt.evaluation import EvaluationSettings, draw_references
+from helpers.anomalygpt.imagebind import ImageFeatures
 from helpers.anomalygpt.model import AnomalyGPT
 from helpers.anomalygpt.training import normals_of
+from helpers.data import images
 from helpers.data.manifest import Dataset
 from helpers.judge import statistics as calibration
 from helpers.results import category_label
@@ -55,22 +55,19 @@ class References:
     members: frozenset[str] = frozenset()
 
 
-def of_dataset(
-    model: AnomalyGPT, dataset: Dataset, *, settings: TestSettings, cache_dir: Path | None = None
-) -> dict[str, References]:
+def of_dataset(model: AnomalyGPT, dataset: Dataset, *, settings: EvaluationSettings) -> dict[str, References]:
     """Without references, and with those of each artwork: the same pictures as the row of the comparison.
 
     Args:
         model: the chain.
         dataset: its normals of split ``train`` are drawn from, those of ``calibration`` set thresholds and scales.
         settings: of notebook 07; ``row_shots`` references are drawn.
-        cache_dir: where notebook 07 kept features.
     Returns:
         :data:`NO_REFERENCES` and the artworks' names -> references.
     Raises:
         ValueError: an artwork has too few normal pictures.
     """
-    cache = FeatureCache(model.eyes, cache_dir)
+    tower = model.image_tower
     found, all_normals = {}, []
     for category in dataset.categories:
         normals, held_out = normals_of(dataset, category)
@@ -79,9 +76,9 @@ def of_dataset(
                 f"{category} has {len(normals)} normal pictures and none to set a threshold with. Add genuine pictures "
                 "and run notebook 02 again."
             )
-        chosen = [normals[i] for i in draw_references(normals, settings.row_shots, 0, settings)]
-        bank = model.bank(cache.features(chosen)[0])
-        all_normals.append(cache.features(held_out)[0])
+        chosen = draw_references(normals, settings.row_shots, 0, settings.seed)
+        bank = model.bank([images.load_image(sample.image_path) for sample in chosen])
+        all_normals.append(tower.embed_images([images.load_image(sample.image_path) for sample in held_out]))
         maps = _maps(model, all_normals[-1], bank)
         members = [sample.sha256 for sample in chosen]
         found[category] = _scaled(category_label(category), category, members, bank, maps, settings.alpha)
@@ -113,7 +110,7 @@ def of_pictures(
             f"{len(pictures)} reference given, at least {MIN_OWN} are needed: how far genuine pictures differ among "
             "themselves sets the threshold. Add another photograph of the genuine artwork."
         )
-    features = model.eyes.embed_images(list(pictures))
+    features = model.image_tower.embed_images(list(pictures))
     everyone = range(len(pictures))
     maps = [
         _maps(model, features.take([one]), model.bank(features.take([i for i in everyone if i != one])))

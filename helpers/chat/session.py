@@ -25,7 +25,7 @@ import numpy as np
 
 from helpers import files as storage
 from helpers.anomalygpt import conversations
-from helpers.anomalygpt.language import PrefixMemory, PromptTooLong
+from helpers.anomalygpt.language import PromptTooLong
 from helpers.anomalygpt.model import AnomalyGPT, Look
 from helpers.chat import references
 from helpers.chat.detectors import Verdict
@@ -256,7 +256,6 @@ class ChatSession:
         self._key = NO_REFERENCES
         self._seen: _Seen | None = None
         self._all_seen: dict[tuple[str, str], _Seen] = {}
-        self._memory = PrefixMemory()
 
     # --- what is looked at
 
@@ -348,7 +347,7 @@ class ChatSession:
 
     def yes_no(self) -> float:
         """logit(Yes) - logit(No) as the first word of the answer to the standard question; above 0 it leans to yes."""
-        return float(self.model.yes_no(self.look, self._prompt(conversations.QUESTION))[0])
+        return float(self.model.first_token(self.look, self._prompt(conversations.QUESTION))[0][0])
 
     # --- questions
 
@@ -367,12 +366,12 @@ class ChatSession:
         try:
             answer = self.model.ask(
                 look, prompt, history=[(turn.prompt, turn.answer) for turn in self.history],
-                max_new_tokens=self.max_new_tokens, on_text=on_text, memory=self._memory,
+                max_new_tokens=self.max_new_tokens, on_text=on_text,
             )[0]  # fmt: skip
         except PromptTooLong as error:
             raise BadInput(f"{error} “Start over” clears it.") from error
         seconds = time.perf_counter() - started
-        self.history.append(Turn(asked, prompt, answer, _now(), seconds, self._memory.n_reused))
+        self.history.append(Turn(asked, prompt, answer, _now(), seconds, 0))
         return self.history[-1]
 
     def start_over(self) -> None:
@@ -410,13 +409,12 @@ class ChatSession:
         }
 
     def _look_at(self, picture: Picture, key: str) -> _Seen:
-        """The look at a picture; what was seen before is known, and its image features serve other references, too."""
+        """The look at a picture; what was seen before is known."""
         place = (picture.sha256, key)
         if place in self._all_seen:
             return self._all_seen[place]
         started = time.perf_counter()
-        features = (one.look.features for (sha256, _), one in self._all_seen.items() if sha256 == picture.sha256)
-        look = self.model.look(next(features, [picture.image]), references=self.known[key].bank)
+        look = self.model.look([picture.image], references=self.known[key].bank)
         self._all_seen[place] = _Seen(look, time.perf_counter() - started)
         if len(self._all_seen) > _N_SEEN:
             del self._all_seen[next(iter(self._all_seen))]

@@ -281,7 +281,7 @@ def map_examples(result: MethodResult, category: str) -> tuple[list[Panel], Scal
     scale = map_scale(maps[id(p)] for p in mine if not p.sample.is_anomalous)
     groups: dict[str, list[Any]] = {"found": [], "missed": [], "genuine, most marked": []}
     for one in mine:
-        mask = mask_of(one.sample)
+        mask = mask_of(one.sample) if one.sample.is_anomalous else None
         if not one.sample.is_anomalous:
             best = [*groups["genuine, most marked"], one]
             groups["genuine, most marked"] = [max(best, key=lambda p: maps[id(p)].max())]
