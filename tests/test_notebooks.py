@@ -182,7 +182,7 @@ def set_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
 def test_set_up_works_from_a_local_checkout(set_up: SimpleNamespace, capsys: pytest.CaptureFixture) -> None:
     assert set_up.run(REPOSITORY / "notebooks").name == "mini"
     assert set_up.commands == []
-    assert "✓ versions" in capsys.readouterr().out
+    assert "✓ weights" in capsys.readouterr().out
 
 
 def test_set_up_clones_on_colab_once_and_installs(
