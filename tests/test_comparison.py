@@ -275,7 +275,7 @@ def test_the_sentences_say_what_the_numbers_allow(compared: comparison.Compariso
     assert findings.verdict(compared) == f"{words} Level with that in balanced accuracy: AnomalyCLIP."
     text = " ".join(findings.findings(compared))
     assert "None of 1 pairs of detectors can be told apart by AUROC." in text
-    assert "False alarms: at most 1 of 8 genuine pictures for any detector" in text
+    assert "At most 1 false alarm of any detector on 8 genuine pictures" in text
     assert "may rank no better than chance" in text
 
 

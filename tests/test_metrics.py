@@ -212,7 +212,7 @@ def test_one_class_of_pixels_has_no_metric(mask: np.ndarray) -> None:
         ([np.zeros((2, 2))] * 2, [np.zeros((2, 2))], "only 1 pictures have both"),
         ([np.full((2, 2), np.inf)], [np.zeros((2, 2))], "4 values that are not finite"),
         ([np.zeros(4)], [np.zeros((2, 2))], r"shape \(4,\)"),
-        ([np.zeros((2, 2))], [np.full((2, 2), 255)], "values from 255 to 255"),
+        ([np.zeros((2, 2))], [np.full((2, 2), 255)], "with values up to 255"),
         ([np.zeros((2, 2))], [np.zeros(2)], r"shape \(2,\)"),
     ],
 )

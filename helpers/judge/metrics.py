@@ -1,12 +1,10 @@
 """How well scores find anomalous pictures, and how well anomaly maps find anomalous pixels.
 
 Scores and maps are raw, higher = more anomalous. A metric that is not defined (only one class, no anomalous pixel) is
-nan; a score or map that is not finite is an error. Errors of measurement (intervals, tests) are in
-:mod:`helpers.judge.statistics`.
+nan; a score or map that is not finite is an error. Intervals and tests are in :mod:`helpers.judge.statistics`.
 
-Pixel metrics are computed over the pictures that the caller passes. Pass genuine pictures with an all-False mask, and
-of the anomalous pictures only those with a mask: a picture that is anomalous as a whole (mirrored, another hand) has
-no pixel ground truth, and calling all its pixels genuine would be wrong.
+Pixel metrics count the pictures that are passed: genuine ones with an all-False mask, and of the anomalous ones only
+those with a mask. A picture that is anomalous as a whole (mirrored, another hand) has no pixel ground truth.
 """
 
 from __future__ import annotations
@@ -22,8 +20,6 @@ from numpy.typing import ArrayLike
 SIDE = 256
 """Maps and masks are compared at this many pixels a side: a large photograph weighs no more than a small one."""
 _N_BINS = 2048
-
-# ------------------------------------------------------------------------------------------------- pictures
 
 
 def image_auroc(scores: ArrayLike, labels: ArrayLike) -> float:
@@ -43,27 +39,19 @@ def image_auroc(scores: ArrayLike, labels: ArrayLike) -> float:
     from sklearn.metrics import roc_auc_score
 
     scores, labels = checked_scores(scores, labels)
-    return float(roc_auc_score(labels, scores)) if _has_both(labels) else float("nan")
+    return float(roc_auc_score(labels, scores)) if labels.any() and not labels.all() else float("nan")
 
 
 def average_precision(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Average precision: precision at each anomalous picture, weighted by the step in recall (no interpolation).
+    """Precision at each anomalous picture, weighted by the step in recall; chance is the share of anomalous pictures.
 
-    Chance is the share of anomalous pictures, so values of sets with different shares do not compare.
-
-    Args and Raises: as :func:`image_auroc`.
-
-    Returns:
-        float in (0, 1]; nan when one class is missing (with no genuine picture it would be 1 for any scores).
+    Arguments and errors as :func:`image_auroc`; in (0, 1], nan when one class is missing.
     """
-    from sklearn.metrics import average_precision_score
-
-    scores, labels = checked_scores(scores, labels)
-    return float(average_precision_score(labels, scores)) if _has_both(labels) else float("nan")
+    return float(average_precisions(scores, labels, np.ones((1, len(scores)), int))[0])
 
 
 def average_precisions(scores: ArrayLike, labels: ArrayLike, counts: np.ndarray) -> np.ndarray:
-    """Average precision of many redraws of the same pictures at once.
+    """Average precision of many draws of the same pictures.
 
     Args:
         scores, labels: as :func:`image_auroc`.
@@ -85,20 +73,17 @@ def average_precisions(scores: ArrayLike, labels: ArrayLike, counts: np.ndarray)
 def checked_scores(scores: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Scores as float64 ``(n,)`` and labels as bool ``(n,)``, or a ``ValueError`` that says what is wrong."""
     scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels)
-    if labels.ndim != 1 or (labels.dtype != bool and not np.isin(labels, (0, 1)).all()):
-        raise ValueError(f"Labels must be a list of False/True or 0/1, got shape {labels.shape}, type {labels.dtype}.")
-    if scores.ndim != 1 or len(scores) != len(labels):
-        raise ValueError(f"Scores have shape {scores.shape}, labels {labels.shape}; pass one score for each label.")
+    if scores.ndim != 1 or scores.shape != labels.shape or not np.isin(labels, (0, 1)).all():
+        raise ValueError(
+            f"Scores have shape {scores.shape}, labels {labels.shape}; pass one score and one label (False/True or "
+            "0/1) for each picture."
+        )
     if not np.isfinite(scores).all():
         raise ValueError(
             f"{(~np.isfinite(scores)).sum()} of {len(scores)} scores are not finite, first at position "
             f"{int(np.argmin(np.isfinite(scores)))}. Find out why before measuring."
         )
     return scores, labels.astype(bool)
-
-
-def _has_both(labels: np.ndarray) -> bool:
-    return bool(labels.any() and not labels.all())
 
 
 # ------------------------------------------------------------------------------------------------- pixels
@@ -109,7 +94,7 @@ def pixel_table(maps: Iterable[np.ndarray], masks: Iterable[np.ndarray | None]) 
 
     Maps and masks are brought to 256 x 256 (maps bilinearly, masks by the share of covered area). The bins hold equal
     shares of the pixels, half of them of the anomalous ones, so that no range has to be known and any monotone map of
-    the scores gives the same table; measured against the exact values AUROC is off by 2e-6 and AUPRO by 2e-5.
+    the scores gives the same table; against the exact values AUROC is off by 2e-6 and AUPRO by 2e-5.
 
     Args:
         maps: float ``(h, w)`` for each picture, raw, one scale for all; sizes may differ, generators are welcome.
@@ -130,30 +115,30 @@ def pixel_table(maps: Iterable[np.ndarray], masks: Iterable[np.ndarray | None]) 
         small_masks.append(_small_mask(mask))
     if not small_maps:
         raise ValueError("Pixel metrics need at least one picture; pass maps with their masks.")
-    shares = np.linspace(0, 1, _N_BINS // 2)
-    edges = np.unique(np.concatenate([_cuts(small_maps, small_masks, value, shares) for value in (False, True)]))
+    cuts = []
+    for value in (False, True):
+        pool = np.sort(np.concatenate([one[mask == value] for one, mask in zip(small_maps, small_masks)]))
+        cuts.append(pool[(np.linspace(0, 1, _N_BINS // 2) * (len(pool) - 1)).astype(int)] if len(pool) else pool)
+    edges = np.unique(np.concatenate(cuts))
     rows = []
     for anomaly_map, mask in zip(small_maps, small_masks):
         place = np.searchsorted(edges, anomaly_map, side="right")
         count = partial(np.bincount, minlength=len(edges) + 1)
-        row = [count(place[~mask]), np.zeros(len(edges) + 1), np.zeros(len(edges) + 1)]
-        if mask.any():
-            region = cv2.connectedComponents(mask.astype(np.uint8))[1][mask]
-            row[1:] = count(place[mask]), count(place[mask], weights=1 / np.bincount(region)[region])
-        rows.append(row)
+        region = cv2.connectedComponents(mask.astype(np.uint8))[1][mask]
+        weight = 1 / np.maximum(np.bincount(region, minlength=1), 1)[region]
+        rows.append([count(place[~mask]), count(place[mask]), count(place[mask], weights=weight)])
     return np.moveaxis(np.array(rows, np.float64), 1, 0)[:, :, ::-1]
 
 
 def pixel_metrics(table: np.ndarray, counts: ArrayLike | None = None, fpr_limit: float = 0.3) -> tuple[float, float]:
-    """Pixel AUROC and AUPRO of a :func:`pixel_table`, both in [0, 1]; nan without anomalous or without genuine pixels.
+    """Pixel AUROC and AUPRO of a :func:`pixel_table`, in [0, 1]; nan without anomalous or without genuine pixels.
 
-    AUPRO is the area under the per-region-overlap curve up to a false-positive rate, interpolated linearly at that
-    rate and divided by it.
+    AUPRO is the area under the per-region-overlap curve up to a false-positive rate, divided by that rate.
 
     Args:
         table: from :func:`pixel_table`.
         counts: ``(pictures,)``, take picture ``i`` that often (a bootstrap draw); once each by default.
-        fpr_limit: largest pixel false-positive rate integrated, in (0, 1].
+        fpr_limit: largest pixel false-positive rate integrated, in (0, 1]; the curve is interpolated there.
     Raises:
         ValueError: ``fpr_limit`` is outside (0, 1].
     Source: Bergmann et al., IJCV 2021 (MVTec AD), per-region overlap.
@@ -164,8 +149,14 @@ def pixel_metrics(table: np.ndarray, counts: ArrayLike | None = None, fpr_limit:
     genuine, anomalous, region = np.cumsum(taken @ table, axis=1)
     if not genuine[-1] or not anomalous[-1]:
         return float("nan"), float("nan")
-    fpr = genuine / genuine[-1]
-    return _area(fpr, anomalous / anomalous[-1], 1.0), _area(fpr, region / region[-1], fpr_limit)
+    fpr = np.append(0, genuine / genuine[-1])
+
+    def area(values: np.ndarray, limit: float) -> float:
+        y, inside = np.append(0, values / values[-1]), fpr <= limit
+        ends = np.append(fpr[inside], limit), np.append(y[inside], np.interp(limit, fpr, y))
+        return float(np.trapezoid(ends[1], ends[0]) / limit)
+
+    return area(anomalous, 1.0), area(region, fpr_limit)
 
 
 def pixel_auroc(maps: Iterable[np.ndarray], masks: Iterable[np.ndarray]) -> float:
@@ -183,50 +174,26 @@ def aupro(maps: Iterable[np.ndarray], masks: Iterable[np.ndarray], fpr_limit: fl
     return pixel_metrics(pixel_table(maps, masks), fpr_limit=fpr_limit)[1]
 
 
-def _area(fpr: np.ndarray, y: np.ndarray, limit: float) -> float:
-    """Area under a curve from 0 to ``limit``, divided by ``limit``."""
-    fpr, y = np.append(0, fpr), np.append(0, y)
-    inside = fpr <= limit
-    x, height = np.append(fpr[inside], limit), np.append(y[inside], np.interp(limit, fpr, y))
-    return float(np.trapezoid(height, x) / limit)
-
-
-def _cuts(maps: list[np.ndarray], masks: list[np.ndarray], value: bool, shares: np.ndarray) -> np.ndarray:
-    """Scores that cut the pixels of one class into equal shares."""
-    pool = np.sort(np.concatenate([anomaly_map[mask == value] for anomaly_map, mask in zip(maps, masks)]))
-    return pool[(shares * (len(pool) - 1)).astype(int)] if len(pool) else pool
-
-
 def _small_map(anomaly_map: np.ndarray) -> np.ndarray:
-    values = np.asarray(anomaly_map)
-    if values.ndim != 2 or values.size == 0:
-        raise ValueError(f"An anomaly map has shape {values.shape}; expected (H, W), one map for each picture.")
-    values = np.ascontiguousarray(values, dtype=np.float32)
-    if not np.isfinite(values).all():
+    values = np.asarray(anomaly_map, dtype=np.float32)
+    if values.ndim != 2 or values.size == 0 or not np.isfinite(values).all():
         raise ValueError(
-            f"An anomaly map of shape {values.shape} has {(~np.isfinite(values)).sum()} values that are not finite. "
-            "Find out why before measuring (float16 overflows above 65504)."
+            f"An anomaly map of shape {values.shape} has {(~np.isfinite(values)).sum()} values that are not finite; "
+            "expected (H, W) and numbers, one map for each picture (float16 overflows above 65504)."
         )
-    return cv2.resize(values, (SIDE, SIDE), interpolation=cv2.INTER_LINEAR)
+    return cv2.resize(np.ascontiguousarray(values), (SIDE, SIDE), interpolation=cv2.INTER_LINEAR)
 
 
 def _small_mask(mask: np.ndarray | None) -> np.ndarray:
-    if mask is None:
+    if mask is None or np.ndim(mask) != 2 or not np.isin(mask, (0, 1)).all():
+        what = "None" if mask is None else f"of shape {np.shape(mask)} with values up to {np.max(mask)}"
         raise ValueError(
-            "A mask is None. Pass an all-False mask for a genuine picture, and leave an anomalous picture without a "
-            "mask out of the pixel metrics."
+            f"A mask is {what}; expected (H, W) of False and True, all False for a genuine picture. Leave anomalous "
+            "pictures without a mask out, and read masks with helpers.data.images.load_mask."
         )
-    mask = np.asarray(mask)
-    if mask.ndim != 2 or mask.size == 0:
-        raise ValueError(f"A mask has shape {mask.shape}; expected (H, W), one mask for each picture.")
-    if mask.dtype != bool and not np.isin(mask, (0, 1)).all():
-        raise ValueError(
-            f"A mask holds values from {mask.min()} to {mask.max()}; allowed are False and True (or 0 and 1). "
-            "Read masks with helpers.data.images.load_mask, which states its threshold."
-        )
-    covered = cv2.resize(mask.astype(np.float32), (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+    covered = cv2.resize(np.asarray(mask, dtype=np.float32), (SIDE, SIDE), interpolation=cv2.INTER_AREA)
     small = covered >= 0.5
-    return small if small.any() or not mask.any() else covered > 0  # a hair-thin mark must not vanish
+    return small if small.any() or not np.any(mask) else covered > 0  # a hair-thin mark must not vanish
 
 
 def __getattr__(name: str):  # names that methods still use until they have moved

@@ -1,4 +1,4 @@
-"""How far a number measured on a few dozen pictures can be trusted: thresholds, intervals and paired tests.
+"""How far a number measured on a few dozen pictures can be trusted: thresholds, 95 % intervals and paired tests.
 
 At 34 anomalous and 16 genuine pictures the usual intervals fail where good detectors live: plain DeLong and the
 percentile bootstrap cover 76 to 80 % instead of 95 % at an AUROC of 0.98. The ones used here cover 95 to 97 %.
@@ -31,8 +31,7 @@ class PairedTest:
     """Two methods (or two evaluations) compared on the same pictures.
 
     Args:
-        value_a: AUROC or accuracy of the first.
-        value_b: the same of the second.
+        value_a, value_b: AUROC or accuracy of the first and of the second.
         difference: ``value_a - value_b``.
         p_value: two-sided, for the hypothesis of no difference; nan when a class is missing.
         n_images: pictures compared.
@@ -52,15 +51,13 @@ _Z = 1.959963984540054  # of a two-sided interval of 95 %
 
 
 def conformal_threshold(normal_scores: ArrayLike, alpha: float = 0.05) -> float:
-    """Threshold above which a score is called anomalous: of new genuine pictures at most ``alpha`` lie above it.
+    """Threshold above which a score is called anomalous: at most ``alpha`` of new genuine pictures lie above it.
 
-    That promise counts independent pictures. Several photographs of one source are not independent: with 10 sources
-    of 4 photographs each a nominal 5 % was measured as 6 to 7 %, with 5 of 8 as 7 to 10 %. So say beside a threshold
-    how many sources it rests on.
+    The promise counts independent pictures. With 10 sources of 4 photographs each a nominal 5 % was measured as 6 to
+    7 %, with 5 of 8 as 7 to 10 %: say beside a threshold how many sources it rests on.
 
     Args:
-        normal_scores: float ``(n,)``, scores of genuine pictures the detector has not learnt from, higher = more
-            anomalous.
+        normal_scores: float ``(n,)``, of genuine pictures the detector has not learnt from, higher = more anomalous.
         alpha: wanted false-alarm rate, in (0, 1).
     Returns:
         the ``ceil((n + 1)(1 - alpha))``-th smallest score; the largest one, with a warning that names the rate
@@ -68,10 +65,8 @@ def conformal_threshold(normal_scores: ArrayLike, alpha: float = 0.05) -> float:
     Raises:
         ValueError: no score, a score that is not finite, or ``alpha`` outside (0, 1).
 
-    >>> conformal_threshold(range(1, 20), alpha=0.05)
-    19.0
-    >>> conformal_threshold(range(1, 100), alpha=0.05)
-    95.0
+    >>> conformal_threshold(range(1, 20), alpha=0.05), conformal_threshold(range(1, 100), alpha=0.05)
+    (19.0, 95.0)
     """
     scores = _checked_normals(normal_scores)
     if not 0 < alpha < 1:
@@ -84,18 +79,11 @@ def conformal_threshold(normal_scores: ArrayLike, alpha: float = 0.05) -> float:
             f"is used, which promises {1 / (len(scores) + 1):.1%}. Add normal pictures of this artwork.",
             stacklevel=2,
         )
-        rank = len(scores)
-    return float(scores[rank - 1])
+    return float(scores[min(rank, len(scores)) - 1])
 
 
 def p_values(normal_scores: ArrayLike, scores: ArrayLike) -> np.ndarray:
-    """Conformal p-value of each score: how often a genuine picture scores at least as high.
-
-    Args:
-        normal_scores: float ``(n,)``, calibration scores.
-        scores: float ``(m,)``.
-    Returns:
-        float64 ``(m,)``: ``(1 + #{normal >= score}) / (n + 1)``, in (0, 1].
+    """Conformal p-value of each score, ``(1 + #{normal >= score}) / (n + 1)``: float64 ``(m,)`` in (0, 1].
 
     >>> p_values([1.0, 2.0, 3.0], [2.5, 9.0])
     array([0.5 , 0.25])
@@ -119,15 +107,10 @@ def _checked_normals(normal_scores: ArrayLike) -> np.ndarray:
 
 
 def wilson(successes: float, n: float) -> Interval:
-    """Wilson score interval of a rate: never empty at 0 or ``n`` successes.
+    """Wilson score interval of a rate, in [0, 1]: never empty at 0 or ``n`` successes; nan when ``n`` is 0.
 
-    Args:
-        successes: how often it happened, 0 to ``n``; need not be whole (see :func:`auroc_interval` on sources).
-        n: how often it could have happened.
-    Returns:
-        limits in [0, 1]; nan when ``n`` is 0.
-    Raises:
-        ValueError: ``successes`` is not within 0 to ``n``.
+    ``successes`` (0 to ``n``, else ``ValueError``) need not be whole: a rate times the number of sources.
+
     Source: Wilson, JASA 1927.
 
     >>> [round(100 * limit, 1) for limit in wilson(41, 49)]
@@ -145,14 +128,10 @@ def wilson(successes: float, n: float) -> Interval:
 
 
 def mover(estimates: Sequence[Sequence[float]]) -> tuple[float, float, float]:
-    """Mean of independent estimates with the interval that follows from theirs.
+    """Mean of independent estimates, (value, low, high) each, with the interval that follows from theirs.
 
-    For balanced accuracy (mean of sensitivity and specificity) and for means over paintings.
+    For balanced accuracy and for means over paintings; nan at both ends when one of the intervals is unknown.
 
-    Args:
-        estimates: (value, low, high) each.
-    Returns:
-        (mean, low, high); nan at both ends when one of the intervals is unknown.
     Source: method of variance estimates recovery; Zou and Donner, Statistics in Medicine 2008.
 
     >>> mover([(0.5, 0.2, 0.6), (0.9, 0.5, 0.9)])
@@ -171,14 +150,11 @@ def auroc_interval(scores: ArrayLike, labels: ArrayLike, *, sources: Sequence[Ha
     two pictures of a class) Newcombe's score interval, method 5, so that a perfect AUROC never prints [1, 1].
 
     Args:
-        scores: float ``(n,)``, higher = more anomalous.
-        labels: bool or 0/1 ``(n,)``, True = anomalous.
+        scores, labels: as :func:`helpers.judge.metrics.image_auroc`, errors too.
         sources: ``(n,)``, the source picture of each, where pictures are photographs of a handful of sources: then
             Newcombe's interval with the number of *sources* of each class, as if a source were one picture.
     Returns:
         limits in [0, 1]; nan when one class is missing, or when one source is all there is.
-    Raises:
-        ValueError: as :func:`helpers.judge.metrics.image_auroc`.
     Source: DeLong et al., Biometrics 1988; Newcombe, Statistics in Medicine 2006, part 2, method 5. With 50 pictures
         of 17 sources Obuchowski's clustered error was 1.03 times DeLong's: ordinary sets need no ``sources``.
     """
@@ -188,13 +164,12 @@ def auroc_interval(scores: ArrayLike, labels: ArrayLike, *, sources: Sequence[Ha
     if math.isnan(auroc) or (sources is not None and len(set(sources)) < 2):
         return _UNDEFINED
     if sources is not None:
-        counts = [
-            len({source for source, label in zip(sources, labels) if label == wanted}) for wanted in (True, False)
-        ]
-        return _newcombe(auroc, *counts)
+        anomalous, normal = (
+            len({s for s, label in zip(sources, labels) if label == wanted}) for wanted in (True, False)
+        )
+        return _newcombe(auroc, anomalous, normal)
     if 0 < auroc < 1 and variance > 0:
-        centre = math.log(auroc / (1 - auroc))
-        half = _Z * math.sqrt(variance) / (auroc * (1 - auroc))
+        centre, half = math.log(auroc / (1 - auroc)), _Z * math.sqrt(variance) / (auroc * (1 - auroc))
         return Interval(*(1 / (1 + math.exp(-limit)) for limit in (centre - half, centre + half)))
     return _newcombe(auroc, int(labels.sum()), int((~labels).sum()))
 
@@ -203,8 +178,8 @@ def redraws(strata: Sequence[Hashable], groups: Sequence[Hashable], *, n_draws: 
     """Bootstrap draws of pictures by source, for what has no formula: average precision, pixel AUROC, AUPRO.
 
     Groups (sources) are drawn among the groups with the same set of strata, copies of one picture together. The
-    percentile interval of such draws is too narrow near the end of a statistic's range (at 50 pictures some 80 to
-    90 % coverage of a nominal 95 %): use :func:`auroc_interval` for image AUROC and :func:`wilson` for rates.
+    percentile interval of such draws is too narrow near the end of a statistic's range (80 to 90 % coverage of a
+    nominal 95 % at 50 pictures): use :func:`auroc_interval` for image AUROC and :func:`wilson` for rates.
 
     Args:
         strata: ``(n,)``, for example the labels.
@@ -214,7 +189,6 @@ def redraws(strata: Sequence[Hashable], groups: Sequence[Hashable], *, n_draws: 
         int64 ``(n_draws, n)``: how often each draw has each picture.
     Raises:
         ValueError: lengths differ, or no picture.
-    Source: Efron and Tibshirani, 1993, chapters 8 and 13.
     """
     if len(strata) == 0 or len(strata) != len(groups):
         raise ValueError(f"{len(strata)} strata and {len(groups)} groups; pass one of each for every picture.")
@@ -251,13 +225,12 @@ def delong_paired(
     """Do two methods differ in AUROC on the same pictures?
 
     DeLong's test. With ``strata`` (paintings, whose scores share no scale) it compares the means over the strata of
-    each one's AUROC; their variances add. Where the variance of the difference is 0 or unknown although the AUROCs
+    each one's AUROC; their variances add. Where the variance of a difference is 0 or unknown although the AUROCs
     differ (perfect against constant scores, one picture of a class) the normal distribution would claim certainty; a
     permutation test that swaps the two methods' ranks picture by picture (9,999 draws) is used there.
 
     Args:
-        scores_a: float ``(n,)`` of the first method, higher = more anomalous; any scale.
-        scores_b: float ``(n,)`` of the second, same pictures in the same order.
+        scores_a, scores_b: float ``(n,)``, higher = more anomalous, same pictures in the same order; any scales.
         labels: bool or 0/1 ``(n,)``, True = anomalous.
         strata: ``(n,)``, for example the painting of each; those with one class only are left out.
     Returns:
@@ -274,8 +247,8 @@ def delong_paired(
     if not chosen:
         return PairedTest(math.nan, math.nan, math.nan, math.nan, len(labels))
     parts = [_delong([scores_a[rows], scores_b[rows]], labels[rows]) for rows in chosen]
-    value_a, value_b = np.mean([aurocs for aurocs, _ in parts], axis=0)
-    difference = float(value_a - value_b)
+    value_a, value_b = map(float, np.mean([aurocs for aurocs, _ in parts], axis=0))
+    difference = value_a - value_b
     variances = [cov[0, 0] + cov[1, 1] - 2 * cov[0, 1] for _, cov in parts]
     # Equal rankings leave rounding dust of some 1e-17 in the variance: not a standard error to divide by.
     known = [variance > 1e-14 or abs(a - b) < 1e-12 for variance, ((a, b), _) in zip(variances, parts)]
@@ -285,20 +258,15 @@ def delong_paired(
         p_value = math.erfc(abs(difference) * len(parts) / math.sqrt(2 * np.nansum(variances)))
     else:
         p_value = _permutation(scores_a, scores_b, labels, chosen)
-    return PairedTest(float(value_a), float(value_b), difference, p_value, int(sum(rows.sum() for rows in chosen)))
+    return PairedTest(value_a, value_b, difference, p_value, int(sum(rows.sum() for rows in chosen)))
 
 
 def mcnemar_exact(correct_a: ArrayLike, correct_b: ArrayLike) -> PairedTest:
-    """Do two methods differ in accuracy on the same pictures? Exact McNemar test.
+    """Do two methods differ in accuracy on the same pictures? Exact McNemar test on verdicts (True where right).
 
     Only pictures on which exactly one of them is right count; fewer than six of those can never reach 5 %. Verdicts
     of several paintings may be pooled, since each was made at its own painting's threshold.
 
-    Args:
-        correct_a: bool ``(n,)``, True where the first method's verdict is right.
-        correct_b: bool ``(n,)`` of the second, same pictures in the same order.
-    Returns:
-        the test, with accuracies as values; ``p_value`` is 1 when both are right and wrong on the same pictures.
     Raises:
         ValueError: lengths differ, no picture, or values other than bool.
     Source: McNemar, Psychometrika 1947; binomial tail with probability 1/2.
@@ -317,18 +285,12 @@ def mcnemar_exact(correct_a: ArrayLike, correct_b: ArrayLike) -> PairedTest:
 
 
 def balanced_accuracy_test(correct_a: np.ndarray, correct_b: np.ndarray, labels: np.ndarray) -> PairedTest:
-    """Do two rounds of verdicts on the same pictures differ in balanced accuracy? Exact.
+    """Do two rounds of verdicts (True where right) on the same pictures differ in balanced accuracy? Exact.
 
-    McNemar's idea for both classes at once: only pictures on which exactly one of the two is right count, each of them
-    as likely for the one as for the other when there is no difference. The p-value is the probability, over all ways
-    the coins could fall, of a difference in balanced accuracy at least as large.
+    McNemar's idea for both classes at once: only pictures on which exactly one of the two is right count, each as
+    likely for the one as for the other when there is no difference. The p-value is the probability, over all ways the
+    coins could fall, of a difference at least as large. All nan when one class is missing.
 
-    Args:
-        correct_a: bool ``(n,)``, True where the first verdict is right.
-        correct_b: bool ``(n,)`` of the second, same pictures in the same order.
-        labels: bool ``(n,)``, True = anomalous.
-    Returns:
-        the test with balanced accuracies as values; all nan when one class is missing.
     Raises:
         ValueError: lengths differ, or values other than bool.
     Source: McNemar, Psychometrika 1947; two independent binomials, one for each class.
@@ -347,21 +309,16 @@ def balanced_accuracy_test(correct_a: np.ndarray, correct_b: np.ndarray, labels:
         counts = np.arange(n_apart + 1)
         differences.append((2 * counts - n_apart) / (2 * chosen.sum()))
         chances.append(binom.pmf(counts, n_apart, 0.5))
-    total = np.abs(differences[0][:, None] + differences[1][None, :])
-    chance = chances[0][:, None] * chances[1][None, :]
-    p_value = min(1.0, float(chance[total >= abs(values[0] - values[1]) - 1e-12].sum()))
+    far = np.abs(np.add.outer(*differences)) >= abs(values[0] - values[1]) - 1e-12
+    p_value = min(1.0, float(np.multiply.outer(*chances)[far].sum()))
     return PairedTest(*values, values[0] - values[1], p_value, len(labels))
 
 
 def holm(p_values: ArrayLike) -> np.ndarray:
     """P-values adjusted for asking one question of several pairs: compare them with 5 % as they are.
 
-    Args:
-        p_values: float ``(m,)`` in [0, 1] or nan.
-    Returns:
-        float64 ``(m,)``, same order, at least the given ones; a nan stays nan and is not counted as a test.
-    Raises:
-        ValueError: a value outside [0, 1].
+    Float64 ``(m,)`` in the same order; a nan stays nan and is not counted as a test. ``ValueError`` outside [0, 1].
+
     Source: Holm, Scandinavian Journal of Statistics 1979.
 
     >>> holm([0.01, 0.04, 0.03]).tolist()
@@ -387,16 +344,13 @@ def _delong(scores: Sequence[np.ndarray], labels: np.ndarray) -> tuple[np.ndarra
     """
     from scipy.stats import rankdata
 
-    n_anomalous, n_normal = int(labels.sum()), int((~labels).sum())
-    k = len(scores)
+    n_anomalous, n_normal, k = int(labels.sum()), int((~labels).sum()), len(scores)
     if not n_anomalous or not n_normal:
         return np.full(k, np.nan), np.full((k, k), np.nan)
-    of_anomalous, of_normal = np.empty((k, n_anomalous)), np.empty((k, n_normal))
-    for row, values in enumerate(scores):
-        ranks = rankdata(values)
-        # Share of the other class that each picture beats, ties half.
-        of_anomalous[row] = (ranks[labels] - rankdata(values[labels])) / n_normal
-        of_normal[row] = 1 - (ranks[~labels] - rankdata(values[~labels])) / n_anomalous
+    ranks = rankdata(scores, axis=1)
+    # Share of the other class that each picture beats, ties half.
+    of_anomalous = (ranks[:, labels] - rankdata(np.array(scores)[:, labels], axis=1)) / n_normal
+    of_normal = 1 - (ranks[:, ~labels] - rankdata(np.array(scores)[:, ~labels], axis=1)) / n_anomalous
     aurocs = of_anomalous.mean(axis=1)
     if min(n_anomalous, n_normal) < 2:
         return aurocs, np.full((k, k), np.nan)
@@ -415,8 +369,8 @@ def _newcombe(auroc: float, n_anomalous: int, n_normal: int) -> Interval:
         return (auroc - value) ** 2 - _Z**2 * variance / (n_anomalous * n_normal)
 
     # At 0 and 1 the variance is 0 and at the estimate the distance is: one sign change on either side.
-    low = brentq(excess, 0.0, auroc) if 0 < auroc < 1 else (0.0 if auroc == 0 else brentq(excess, 0.0, 1 - 1e-12))
-    high = brentq(excess, auroc, 1.0) if 0 < auroc < 1 else (1.0 if auroc == 1 else brentq(excess, 1e-12, 1.0))
+    low = 0.0 if auroc == 0 else brentq(excess, 0.0, auroc if auroc < 1 else 1 - 1e-12)
+    high = 1.0 if auroc == 1 else brentq(excess, auroc if auroc > 0 else 1e-12, 1.0)
     return Interval(float(low), float(high))
 
 
@@ -425,16 +379,16 @@ def _permutation(a: np.ndarray, b: np.ndarray, labels: np.ndarray, strata: Seque
     from scipy.stats import permutation_test, rankdata
 
     ranks = [np.concatenate([rankdata(scores[rows]) for rows in strata]) for scores in (a, b)]
-    sizes = np.cumsum([0, *(rows.sum() for rows in strata)])
+    bounds = list(itertools.pairwise(np.cumsum([0, *(rows.sum() for rows in strata)])))
     label = np.concatenate([labels[rows] for rows in strata])
 
     def difference(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
         total = 0.0
-        for start, end in itertools.pairwise(sizes):
+        for start, end in bounds:
             of, n_anomalous = label[start:end], label[start:end].sum()
             sums = [rankdata(values[..., start:end], axis=-1)[..., of].sum(axis=-1) for values in (x, y)]
             total = total + (sums[0] - sums[1]) / (n_anomalous * (len(of) - n_anomalous))
-        return total / len(strata)
+        return total
 
     draws = {"permutation_type": "samples", "n_resamples": 9999, "vectorized": True, "rng": 0}
     return float(permutation_test(ranks, difference, **draws).pvalue)
