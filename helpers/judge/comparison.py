@@ -94,7 +94,7 @@ class Comparison:
 
     @property
     def samples(self) -> list[Sample]:
-        return self.dataset.select(split="test")
+        return [sample for sample in self.dataset.samples if sample.split == "test"]
 
     @property
     def methods(self) -> list[str]:
@@ -119,7 +119,7 @@ def compare(dataset: data.Dataset, results_dir: Path, *, profile: str) -> Compar
     Raises:
         ValueError: the dataset has no test picture.
     """
-    samples = dataset.select(split="test")
+    samples = [sample for sample in dataset.samples if sample.split == "test"]
     if not samples:
         raise ValueError(f"{dataset.folder} has no test picture; run 02_synthesize_anomalies again.")
     runs, missing, refused = _read_all(Path(results_dir), samples, dataset)

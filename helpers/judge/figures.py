@@ -1,8 +1,8 @@
 """Every figure of the suite: few kinds, one style, one colour per method, one language on pictures.
 
-The functions take frames and arrays and return a matplotlib figure; :func:`save_figure` writes it. No function reads
-a file, a profile or a model. Titles say the finding and are given by the caller; every figure carries a sentence for
-readers who cannot see it (alt text), which travels inside the saved PNG.
+The functions take frames and arrays and return a matplotlib figure; :func:`save_figure` writes it. Titles say the
+finding and are given by the caller; every figure carries a sentence for readers who cannot see it (alt text), which
+travels inside the saved PNG.
 
 On pictures the painting keeps its colours. A *verdict* is a tint with a solid outline, only where an anomaly map
 exceeds its limit; the *truth* is a thin dashed line. A map is never stretched by its own range, which would paint a
@@ -28,25 +28,16 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
 
-from helpers import files
-from helpers.data import mask_of
+from helpers import data, files
 from helpers.data.images import load_image
 from helpers.results import MethodResult, category_label, method_label
 
 METHOD_COLORS: Mapping[str, str] = {
-    "clip_resnet50": "#0072b2",
-    "clip_cross_entropy": "#e69f00",
-    "clip_isolation_forest": "#009e73",
-    "clip_lof": "#b8589b",
-    "clip_patch_knn": "#4fb3e8",
-    "anomalyclip": "#d55e00",
-    "aligned": "#8a1538",
-    "dinov2_memory": "#3f3d9e",
-    "dinov2_subspace": "#8d86d6",
-    "anomalygpt": "#222222",
-    "anomalygpt_aligned": "#6f7a3a",
-    "always_anomaly": "#9a9a9a",
-}
+    "clip_resnet50": "#0072b2", "clip_cross_entropy": "#e69f00", "clip_isolation_forest": "#009e73",
+    "clip_lof": "#b8589b", "clip_patch_knn": "#4fb3e8", "anomalyclip": "#d55e00", "aligned": "#8a1538",
+    "dinov2_memory": "#3f3d9e", "dinov2_subspace": "#8d86d6", "anomalygpt": "#222222",
+    "anomalygpt_aligned": "#6f7a3a", "always_anomaly": "#9a9a9a",
+}  # fmt: skip
 """One colour per method, after Okabe and Ito (2008): distinguishable with every common kind of colour blindness."""
 
 _MARKERS = dict(zip(METHOD_COLORS, "osD^vPh<>*dX"))
@@ -57,55 +48,18 @@ VERDICT_COLOR = (214, 0, 110)
 """RGB of what exceeds a limit: a magenta that paintings seldom use."""
 MAP_COLORS = "inferno"
 """Colour map of anomaly maps: dark to bright, readable in grey print."""
-PAINTINGS_PER_PAGE = 6
-"""More panels than this in one figure cannot be read: draw a page for each so many paintings."""
-
 _CJK_FONTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans JP", "WenQuanYi Zen Hei", "Droid Sans Fallback",
               "IPAGothic", "Hiragino Sans", "Microsoft YaHei", "Arial Unicode MS")  # fmt: skip
-_STYLE = {
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",  # never transparent: dark pages would swallow the black text
-    "figure.dpi": 100,
-    "savefig.dpi": 144,
-    "figure.constrained_layout.use": True,
-    "font.family": ["DejaVu Sans"],
-    "font.size": 11,
-    "text.color": INK,
-    "text.parse_math": False,  # names come from folders; a "$" in one is a dollar sign
-    "axes.edgecolor": "#b6bdc3",
-    "axes.labelcolor": INK,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": "#e8ebee",
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "legend.frameon": False,
-    "lines.linewidth": 2.0,
-}
-plt.rcParams.update(_STYLE)
-
-
-# ---------------------------------------------------------------------------------------------------------- saving
+plt.style.use(Path(__file__).parent / "templates" / "figures.mplstyle")
 
 
 def save_figure(fig: Figure, name: str, folder: Path, footer: str = "", *, close: bool = False) -> Path:
-    """Write the figure as ``folder/name.png``, atomically, on white.
+    """Write the figure as ``folder/name.png`` (returned), atomically, with its alt text inside.
 
     Args:
-        fig: the figure; its alt text is stored in the PNG, see :func:`alt_text`.
-        name: file name without suffix.
-        folder: created when missing.
+        fig, name, folder: the figure, the file's name without suffix, a folder that is made when missing.
         footer: small line below, for example profile, dataset hash and number of images.
         close: free the figure. Notebooks leave it open, so that the cell shows it.
-    Returns:
-        path of the PNG.
     """
     if footer:
         fig.text(0.01, -0.01, footer, fontsize=8.5, color=MUTED, va="top")
@@ -133,14 +87,12 @@ def method_color(method: str) -> str:
 def _glyphs() -> frozenset[int]:
     """Code points of the fonts in use; a CJK font joins when the machine has one."""
     known = {font.name for font in font_manager.fontManager.ttflist}
-    found = ["DejaVu Sans", *[name for name in _CJK_FONTS if name in known][:1]]
-    plt.rcParams["font.family"] = found
-    maps = [ft2font.FT2Font(font_manager.findfont(name)).get_charmap() for name in found]
-    return frozenset(code for one in maps for code in one)
+    plt.rcParams["font.family"] = found = ["DejaVu Sans", *[name for name in _CJK_FONTS if name in known][:1]]
+    return frozenset().union(*(ft2font.FT2Font(font_manager.findfont(name)).get_charmap() for name in found))
 
 
 def painting_name(category: str, categories: Sequence[str], width: int = 26) -> str:
-    """The painting's label on a figure, wrapped; its number where no font has the letters, as pages and tables show it.
+    """The painting's label on a figure, wrapped; where no font has its letters its number in the page's last table.
 
     >>> painting_name("mona_lisa", ["mona_lisa"])
     'Mona Lisa'
@@ -185,13 +137,11 @@ def map_scale(genuine_maps: Iterable[np.ndarray]) -> Scale:
     The limit is what 99.8 % of their pixels stay below. A scale over all pictures would be set by the loudest forgery,
     and every small mark would stay dark.
     """
-    values = []
-    for anomaly_map in genuine_maps:
-        flat = np.asarray(anomaly_map, dtype=np.float32).ravel()
-        values.append(flat[:: max(1, math.ceil(flat.size / 4096))])
-    if not values:
+    flat = [np.asarray(one, dtype=np.float32).ravel() for one in genuine_maps]
+    if not flat:
         return Scale(0.0, 0.5, 1.0)
-    low, limit = map(float, np.percentile(np.concatenate(values), [1.0, 99.8]))
+    values = np.concatenate([one[:: max(1, math.ceil(one.size / 4096))] for one in flat])
+    low, limit = map(float, np.percentile(values, [1.0, 99.8]))
     limit = limit if limit > low else low + 0.5
     return Scale(low, limit, 2 * limit - low)
 
@@ -214,17 +164,14 @@ def marked(
     if anomaly_map is not None:
         above = cv2.resize(np.asarray(anomaly_map, dtype=np.float32), size) > limit
         out[above] = (0.62 * out[above] + 0.38 * np.array(VERDICT_COLOR)).astype(np.uint8)
-        outlines = _outlines(above)
-        cv2.drawContours(out, outlines, -1, (255, 255, 255), width + 2, cv2.LINE_AA)
-        cv2.drawContours(out, outlines, -1, VERDICT_COLOR, width, cv2.LINE_AA)
+        for color, thickness in (((255, 255, 255), width + 2), (VERDICT_COLOR, width)):
+            cv2.drawContours(out, _outlines(above), -1, color, thickness, cv2.LINE_AA)
     if mask is not None and mask.any() and not mask.all():
         thin, dash = max(1, width // 2), 7 * width
         for outline in _outlines(cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)):
-            points = outline[:, 0]
-            for start in range(0, len(points), dash):
-                whole, part = points[start : start + dash + 1], points[start : start + dash // 2 + 1]
-                cv2.polylines(out, [whole], False, (255, 255, 255), thin, cv2.LINE_AA)
-                cv2.polylines(out, [part], False, (0, 0, 0), thin, cv2.LINE_AA)
+            for start in range(0, len(outline), dash):
+                for color, end in (((255, 255, 255), dash), ((0, 0, 0), dash // 2)):  # readable on any ground
+                    cv2.polylines(out, [outline[start : start + end + 1, 0]], False, color, thin, cv2.LINE_AA)
     return out
 
 
@@ -233,32 +180,23 @@ def _outlines(mask: np.ndarray) -> Sequence[np.ndarray]:
 
 
 def map_rows(panels: Sequence[Panel], *, scale: Scale, title: str) -> Figure:
-    """Rows of picture | anomaly map | marked picture, all maps on one colour scale.
-
-    Args:
-        panels: one row each; at most 8 read well.
-        scale: of the method, see :func:`map_scale`.
-        title: the finding.
-    """
+    """Rows of picture | anomaly map | marked picture, all maps on one colour scale; at most 8 panels read well."""
     if not panels:
         raise ValueError("map_rows got no panel; choose at least one picture.")
     heights = [min(1.5, panel.image.shape[0] / panel.image.shape[1]) for panel in panels]
-    fig, axes = plt.subplots(
-        len(panels), 3, figsize=(9.6, 0.8 + sum(2.25 * height + 0.1 for height in heights)), squeeze=False,
-        gridspec_kw={"height_ratios": heights},
-    )  # fmt: skip
+    size = (9.6, 0.8 + sum(2.25 * height + 0.1 for height in heights))
+    fig, axes = plt.subplots(len(panels), 3, figsize=size, squeeze=False, gridspec_kw={"height_ratios": heights})
     drawn = None
-    for panel, line in zip(panels, axes):
+    for panel, (left, middle, right) in zip(panels, axes):
         height, width = panel.image.shape[:2]
-        _bare(line[0]).imshow(panel.image)
-        line[0].set_ylabel(_wrap(panel.caption, 24), rotation=0, ha="right", va="center", labelpad=8, fontsize=10)
-        _bare(line[2]).imshow(marked(panel.image, panel.anomaly_map, scale.limit, panel.mask))
-        _bare(line[1])
+        _bare(left).imshow(panel.image)
+        left.set_ylabel(_wrap(panel.caption, 24), rotation=0, ha="right", va="center", labelpad=8, fontsize=10)
+        _bare(right).imshow(marked(panel.image, panel.anomaly_map, scale.limit, panel.mask))
         if panel.anomaly_map is None:
-            line[1].text(0.5, 0.5, "no map", transform=line[1].transAxes, ha="center", color=MUTED)
+            _bare(middle).text(0.5, 0.5, "no map", transform=middle.transAxes, ha="center", color=MUTED)
         else:
             limits = {"vmin": scale.low, "vmax": scale.high, "extent": (0, width, height, 0)}
-            drawn = line[1].imshow(panel.anomaly_map, cmap=MAP_COLORS, **limits)
+            drawn = _bare(middle).imshow(panel.anomaly_map, cmap=MAP_COLORS, **limits)
     for ax, name in zip(axes[0], ("picture", "anomaly map", "marked (dashed: truth)")):
         ax.set_title(name, fontsize=10.5, loc="center")
     if drawn is not None:
@@ -277,25 +215,24 @@ def map_examples(result: MethodResult, category: str) -> tuple[list[Panel], Scal
     best; what did not happen is left out.
     """
     mine = sorted((p for p in result.predictions if p.sample.category == category), key=lambda p: p.anomaly_score)
-    maps = {id(p): result.anomaly_map(p) for p in mine}
-    scale = map_scale(maps[id(p)] for p in mine if not p.sample.is_anomalous)
-    groups: dict[str, list[Any]] = {"found": [], "missed": [], "genuine, most marked": []}
-    for one in mine:
-        mask = mask_of(one.sample) if one.sample.is_anomalous else None
-        if not one.sample.is_anomalous:
-            best = [*groups["genuine, most marked"], one]
-            groups["genuine, most marked"] = [max(best, key=lambda p: maps[id(p)].max())]
-        elif mask is not None:
-            marked_here = cv2.resize(maps[id(one)], mask.shape[::-1])[mask].max() > scale.limit
-            groups["found" if marked_here else "missed"].append(one)
+    maps = [result.anomaly_map(prediction) for prediction in mine]
+    scale = map_scale(one for p, one in zip(mine, maps) if not p.sample.is_anomalous)
+    groups: dict[str, list[tuple[Any, np.ndarray]]] = {"found": [], "missed": [], "genuine, most marked": []}
+    for p, one in zip(mine, maps):
+        mask = data.mask_of(p.sample) if p.sample.is_anomalous else None
+        if mask is not None:
+            inside = cv2.resize(one, mask.shape[::-1])[mask].max()
+            groups["found" if inside > scale.limit else "missed"].append((p, one))
+        elif not p.sample.is_anomalous:
+            both = [*groups["genuine, most marked"], (p, one)]
+            groups["genuine, most marked"] = [max(both, key=lambda pair: pair[1].max())]
     panels = []
     for words, found in groups.items():
-        for one in found[len(found) // 2 : len(found) // 2 + 1]:
-            kind = f"{one.sample.kind.replace('_', ' ')}, " if one.sample.is_anomalous else ""
-            verdict = "anomalous" if one.is_predicted_anomalous else "genuine"
-            image = load_image(one.sample.image_path, max_side=512)
-            caption = f"{kind}{words}; called {verdict}"
-            panels.append(Panel(image, mask_of(one.sample, image.shape[:2]), maps[id(one)], caption))
+        for p, one in found[len(found) // 2 : len(found) // 2 + 1]:
+            kind = f"{p.sample.kind.replace('_', ' ')}, " if p.sample.is_anomalous else ""
+            caption = f"{kind}{words}; called {'anomalous' if p.is_predicted_anomalous else 'genuine'}"
+            image = load_image(p.sample.image_path, max_side=512)
+            panels.append(Panel(image, data.mask_of(p.sample, image.shape[:2]), one, caption))
     return panels, scale
 
 
@@ -304,17 +241,14 @@ def picture_grid(panels: Sequence[Panel], *, title: str, n_columns: int = 5, lim
     if not panels:
         raise ValueError("picture_grid got no picture; choose at least one.")
     n_columns = min(n_columns, len(panels))
-    n_rows = math.ceil(len(panels) / n_columns)
-    ratio = min(1.5, max(panel.image.shape[0] / panel.image.shape[1] for panel in panels))
     side = min(3.6, 11.0 / n_columns)
-    lines = max(_wrap(panel.caption, int(10.5 * side)).count("\n") + 1 for panel in panels)
-    size = (side * n_columns, 0.5 + n_rows * (side * ratio + 0.2 * lines))
-    fig, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False)
-    for ax in axes.flat[len(panels) :]:
-        ax.set_visible(False)
-    for ax, panel in zip(axes.flat, panels):
+    ratio = min(1.5, max(panel.image.shape[0] / panel.image.shape[1] for panel in panels))
+    captions = [_wrap(panel.caption, int(10.5 * side)) for panel in panels]
+    height = side * ratio + 0.2 * max(caption.count("\n") + 1 for caption in captions)
+    fig, axes = _grid(len(panels), n_columns, (side, height), (0, 0.5))
+    for ax, panel, caption in zip(axes, panels, captions):
         _bare(ax).imshow(marked(panel.image, panel.anomaly_map, limit, panel.mask))
-        ax.set_xlabel(_wrap(panel.caption, int(10.5 * side)), fontsize=9.5, loc="left", linespacing=1.25)
+        ax.set_xlabel(caption, fontsize=9.5, loc="left", linespacing=1.25)
     return _finish(fig, title, f"{len(panels)} pictures with captions.")
 
 
@@ -334,28 +268,26 @@ def scores(frame: pd.DataFrame, *, title: str) -> Figure:
     size = (2.4 + 4.2 * len(categories), 0.9 + 0.95 * len(methods))
     fig, axes = plt.subplots(len(methods), len(categories), figsize=size, squeeze=False)
     jitter = np.random.default_rng(0)
-    for (row, method), (column, category) in ((a, b) for a in enumerate(methods) for b in enumerate(categories)):
-        ax = axes[row, column]
+    for place, ax in np.ndenumerate(axes):
+        method, category = methods[place[0]], categories[place[1]]
         mine = frame[(frame.method == method) & (frame.category == category)]
-        threshold = mine.threshold.max() if len(mine) else math.nan
+        threshold = mine.threshold.max()
         for is_anomalous, y, color in ((False, 1, GENUINE_COLOR), (True, 0, ANOMALOUS_COLOR)):
             x = mine.anomaly_score[mine.is_anomalous == is_anomalous].to_numpy(float)
             heights = y + jitter.uniform(-0.26, 0.26, len(x))
             ax.plot(x, heights, "o", color=color, alpha=0.55, markersize=5, markeredgewidth=0)
-            wrong = (x > threshold) != is_anomalous if math.isfinite(threshold) else np.zeros(len(x), bool)
+            wrong = ((x > threshold) != is_anomalous) & math.isfinite(threshold)
             ax.plot(x[wrong], heights[wrong], "o", color=INK, fillstyle="none", markersize=6.5, markeredgewidth=1.1)
-        if math.isfinite(threshold):
-            ax.axvline(threshold, color=INK, linewidth=1.5)
+        ax.axvline(threshold, color=INK, linewidth=1.5)
         ax.set_ylim(-0.5, 1.5)
-        ax.set_yticks([1, 0], ["genuine", "anomalous"] if column == 0 else ["", ""], fontsize=9)
+        ax.set_yticks([1, 0], ["genuine", "anomalous"] if place[1] == 0 else ["", ""], fontsize=9)
         ax.grid(axis="y", visible=False)
         ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5))
         ax.tick_params(axis="x", labelsize=8.5)
-        if row == 0:
+        if place[0] == 0:
             ax.set_title(painting_name(category, categories, 34))
-        if column == 0:
-            label = _wrap(method_label(method), 15)
-            ax.set_ylabel(label, rotation=0, ha="right", va="center", color=_text_color(method), fontweight="bold")
+        if place[1] == 0:
+            ax.set_ylabel(_wrap(method_label(method), 15), rotation=0, ha="right", va="center", fontweight="bold")
     fig.supxlabel("anomaly score (each method's own scale); line: threshold, ring: wrong side", fontsize=10)
     return _finish(fig, title, f"Scores of genuine and anomalous pictures with the threshold, {len(methods)} methods.")
 
@@ -364,92 +296,83 @@ def intervals(frame: pd.DataFrame, *, title: str, x_label: str, chance: float | 
     """Value and interval: a panel per group, a row per method (or any other name).
 
     Args:
-        frame: ``panel, method, value, low, high`` and, when known, ``n``; values in [0, 1], nan ends draw no interval.
-        title: the finding.
-        x_label: what the values are.
+        frame: ``panel, method, value, low, high``; values in [0, 1], nan ends draw no interval.
+        title, x_label: the finding, and what the values are.
         chance: value of guessing, drawn as a dotted line.
     """
     methods, panels = (list(dict.fromkeys(frame[name])) for name in ("method", "panel"))
-    n_columns = min(3, len(panels))
-    n_rows = math.ceil(len(panels) / n_columns)
-    size = (2.6 + 3.2 * n_columns, 0.7 + n_rows * (0.9 + 0.36 * len(methods)))
-    fig, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, sharey=True)
-    for ax in axes.flat[len(panels) :]:
-        ax.set_visible(False)
-    left = min(0.4, *frame.low.fillna(1).tolist(), *frame.value.tolist(), 0.4)
-    for ax, panel in zip(axes.flat, panels):
+    fig, axes = _grid(len(panels), 3, (3.2, 0.9 + 0.36 * len(methods)), (2.6, 0.7), sharey=True)
+    for ax, panel in zip(axes, panels):
         for row in frame[frame.panel == panel].itertuples():
             y, color = methods.index(row.method), method_color(row.method)
             ax.plot([row.low, row.high], [y, y], color=color, linewidth=3.2, alpha=0.45, solid_capstyle="round")
             ax.plot(row.value, y, _MARKERS.get(row.method, "o"), color=color, markersize=8, clip_on=False, zorder=3)
         if chance is not None:
             ax.axvline(chance, color=MUTED, linewidth=1.2, linestyle=(0, (2, 3)))
-        ax.set_title(_wrap(panel, 34))
-        ax.set(xlim=(left - 0.02, 1.0), ylim=(len(methods) - 0.4, -0.6), xlabel=x_label)
+        left = min(0.4, *frame.low.fillna(1), *frame.value) - 0.02
+        ax.set(title=_wrap(panel, 34), xlim=(left, 1.0), ylim=(len(methods) - 0.4, -0.6), xlabel=x_label)
         ax.set_yticks(range(len(methods)), [_wrap(method_label(method), 26) for method in methods])
         ax.grid(axis="y", visible=False)
         ax.tick_params(axis="y", length=0)
     return _finish(fig, title, f"{x_label}: {len(methods)} methods, {len(panels)} panels.")
 
 
-def lines(frame: pd.DataFrame, *, title: str, x_label: str, y_label: str = "", log_x: bool = False,
-          y_limits: tuple[float, float] | None = None) -> Figure:  # fmt: skip
+def lines(frame: pd.DataFrame, *, title: str, x_label: str, y_label: str = "", log_x: bool = False) -> Figure:
     """Values along an axis (epoch, strength, seconds, evaluation): a panel per measure, a line per method or name.
 
     Args:
         frame: ``series, x, value``; optional ``panel``, ``low`` and ``high`` (interval), ``part`` (points of different
             parts are not joined) and ``ring`` (bool, encircled).
         title: the finding.
-        x_label, y_label: names of the axes, with units.
-        log_x: logarithmic x axis.
-        y_limits: of all panels; by default as the values need.
+        x_label, y_label: names of the axes, with units; ``log_x`` makes the first one logarithmic.
     """
-    frame = frame.assign(**{key: value for key, value in _LINE_DEFAULTS.items() if key not in frame})
+    optional = {"panel": "", "low": math.nan, "high": math.nan, "part": 0, "ring": False}
+    frame = frame.assign(**{key: value for key, value in optional.items() if key not in frame})
     panels, series = (list(dict.fromkeys(frame[name])) for name in ("panel", "series"))
     others = [name for name in series if name not in METHOD_COLORS]
-    colors = dict(zip(others, list(METHOD_COLORS.values())[: len(others)] if len(others) > 1 else [INK]))
-    n_columns = min(3, len(panels))
-    n_rows = math.ceil(len(panels) / n_columns)
-    size = (2.2 + 4.0 * n_columns, 0.6 + 3.5 * n_rows)
-    fig, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False)
-    for ax in axes.flat[len(panels) :]:
-        ax.set_visible(False)
-    for ax, panel in zip(axes.flat, panels):
+    colors = dict(zip(others, [INK] if len(others) == 1 else METHOD_COLORS.values())) | dict(METHOD_COLORS)
+    fig, axes = _grid(len(panels), 3, (4.0, 3.5), (2.2, 0.6))
+    for ax, panel in zip(axes, panels):
         for name, rows in frame[frame.panel == panel].groupby("series", sort=False):
-            color = method_color(name) if name in METHOD_COLORS else colors.get(name, INK)
-            marker = _MARKERS.get(name, "o") if len(rows) <= 24 else ""
+            color, marker = colors.get(name, OTHER_COLOR), _MARKERS.get(name, "o") if len(rows) <= 24 else ""
             for place, (_, part) in enumerate(rows.groupby("part", sort=False)):
-                label = method_label(name) if place == 0 else None
+                label = None if place else method_label(name)
                 ax.plot(part.x, part.value, color=color, marker=marker, markersize=6, label=label)
                 ax.vlines(part.x, part.low, part.high, color=color, linewidth=1.2, alpha=0.7)
             ringed = rows[rows.ring.astype(bool)]
             ax.plot(ringed.x, ringed.value, "o", markersize=15, color=INK, fillstyle="none", markeredgewidth=1.6)
-        ax.set_title(_wrap(panel, 36))
-        ax.set(xlabel=x_label, ylabel=y_label)
+        ax.set(title=_wrap(panel, 36), xlabel=x_label, ylabel=y_label)
         if log_x:
             ax.set_xscale("log")
             ax.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
         elif (frame.x == frame.x.round()).all():
             ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(6, integer=True))
-        if y_limits is not None:
-            ax.set_ylim(*y_limits)
-    handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels())}
+    handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
     if len(handles) > 1:
         fig.legend(handles.values(), handles.keys(), loc="outside right center")
     return _finish(fig, title, f"{y_label or ', '.join(panels)} against {x_label}, {len(series)} lines.")
 
 
-_LINE_DEFAULTS = {"panel": "", "low": math.nan, "high": math.nan, "part": 0, "ring": False}
-
-
 # -------------------------------------------------------------------------------------------------------------- details
+
+
+def _grid(
+    n: int, most: int, cell: tuple[float, float], frame: tuple[float, float], **options: Any
+) -> tuple[Figure, list]:
+    """A figure of ``n`` axes in rows of at most ``most``; ``cell`` and ``frame`` are sizes in inches."""
+    n_columns = min(most, n)
+    n_rows = math.ceil(n / n_columns)
+    size = (frame[0] + cell[0] * n_columns, frame[1] + cell[1] * n_rows)
+    fig, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False, **options)
+    for ax in axes.flat[n:]:
+        ax.set_visible(False)
+    return fig, list(axes.flat[:n])
 
 
 def _finish(fig: Figure, title: str, words: str) -> Figure:
     """Title at the left, wrapped to the figure's width, and alt text."""
     _glyphs()
-    n_letters = int(fig.get_figwidth() * 10.5)
-    fig.suptitle(textwrap.fill(title, n_letters), x=0.01, ha="left", fontsize=13, fontweight="bold")
+    fig.suptitle(_wrap(title, int(fig.get_figwidth() * 10.5)), x=0.01, ha="left", fontsize=13, fontweight="bold")
     fig.set_label(f"{words} {title}".strip())
     return fig
 
@@ -459,23 +382,10 @@ def _wrap(text: str, width: int) -> str:
     return "\n".join(line for part in str(text).split("\n") for line in textwrap.wrap(part, width) or [""])
 
 
-def _text_color(method: str) -> str:
-    """The method's colour, darkened until it reads on white (contrast of at least 4.5)."""
-    color = np.array(mpl.colors.to_rgb(method_color(method)))
-    while True:
-        linear = np.where(color <= 0.04045, color / 12.92, ((color + 0.055) / 1.055) ** 2.4)
-        if 1.05 / (linear @ [0.2126, 0.7152, 0.0722] + 0.05) >= 4.5:
-            return mpl.colors.to_hex(color)
-        color = color * 0.93
-
-
 def _bare(ax: Any) -> Any:
     """Axes without ticks, grid and frame."""
-    ax.set_xticks([])
-    ax.set_yticks([])
+    ax.set(xticks=[], yticks=[], frame_on=False)
     ax.grid(visible=False)
-    for spine in ax.spines.values():
-        spine.set_visible(False)
     return ax
 
 
