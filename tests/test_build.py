@@ -82,7 +82,7 @@ def test_counts_splits_and_layout(built: tuple[list[Sample], data.Dataset]) -> N
     assert not set(information(dataset)["training_kinds"]) & set(dataset.kinds_held_out)
 
 
-def test_synthetic_anomalies_are_test_normals_with_known_damage(built: tuple[list[Sample], data.Dataset]) -> None:
+def test_what_is_made_can_be_made_again_from_its_seed(built: tuple[list[Sample], data.Dataset]) -> None:
     _, dataset = built
     records = overview.read_records(dataset)
     by_path = {sample.image_path: sample for sample in dataset.samples}
@@ -96,22 +96,15 @@ def test_synthetic_anomalies_are_test_normals_with_known_damage(built: tuple[lis
         assert mask.any() and (before[~mask] == after[~mask]).all() and (before[mask] != after[mask]).any()
         again, _, _ = synthesis.synthesize(before, sample.kind, np.random.default_rng(sample.synthesis_seed))
         assert (again == after).all() and sample.visibility == records[sample.image_path]["visibility"] > 0
-
-
-def test_rephotographs_can_be_made_again_and_spread_over_groups(built: tuple[list[Sample], data.Dataset]) -> None:
-    samples, dataset = built
-    records = overview.read_records(dataset)
+    shots = [s for s in dataset.samples if records[s.image_path]["origin"] == "rephotographed"]
+    for sample in shots:
+        model = images.load_image(dataset.folder / records[sample.image_path]["source_path"])
+        again, names = synthesis.rephotograph(model, np.random.default_rng(sample.synthesis_seed))
+        assert names == records[sample.image_path]["variations"]
+        assert (again == images.load_image(sample.image_path)).all()
     for split in SPLITS:
-        rows = [records[s.image_path] for s in dataset.select(split=split, is_anomalous=False)]
-        per_group = Counter(row["group"] for row in rows)
+        per_group = Counter(s.group for s in dataset.select(split=split, is_anomalous=False))
         assert max(per_group.values()) - min(per_group.values()) <= 1
-        for row in (row for row in rows if row["origin"] == "rephotographed"):
-            model = images.load_image(dataset.folder / row["source_path"])
-            again, names = synthesis.rephotograph(model, np.random.default_rng(row["synthesis_seed"]))
-            assert names == row["variations"]
-            assert (again == images.load_image(dataset.folder / row["image_path"])).all()
-    genuine = [row["source_path"] for row in records.values() if row["origin"] == "genuine"]
-    assert sorted(genuine) == sorted(s.image_path.as_posix() for s in samples if not s.is_anomalous)
 
 
 def test_real_anomalies_and_their_masks_are_kept_for_testing(built: tuple[list[Sample], data.Dataset]) -> None:
@@ -140,14 +133,6 @@ def test_the_report_s_changes_of_the_whole_picture_are_tested_without_masks(tmp_
     for kind, original, anomalous, mask in examples:
         assert original.shape == anomalous.shape and (mask is None) == (kind in synthesis.REPORT_VARIATIONS)
         assert mask is None or (original[~mask] == anomalous[~mask]).all()
-
-
-def test_real_anomalies_may_count_towards_the_number(tmp_path: Path) -> None:
-    samples = source_tree(tmp_path / "source", train=4, real=3)
-    wrong = [replace(s, split="train") if s.is_anomalous else s for s in samples]  # they are tested on all the same
-    dataset = make(wrong, tmp_path / "a", count_real=True)
-    assert len(dataset.select(split="test", is_anomalous=True)) == 5
-    assert not any(s.is_anomalous for s in dataset.samples if s.split != "test")
 
 
 @pytest.mark.parametrize("n", [1, 5, 8, 26, 34])
@@ -185,7 +170,7 @@ def source_samples(draw: st.DrawFn) -> list[Sample]:
 
 def planned(samples: list[Sample], seed: int, n: tuple[int, int, int, int]):
     names = ("n_train", "n_calibration", "n_test_normal", "n_test_anomalous")
-    options = dict(zip(names, n, strict=True)) | {"seed": seed, "kinds": build.TEST_KINDS, "count_real": False}
+    options = dict(zip(names, n, strict=True)) | {"seed": seed, "kinds": build.TEST_KINDS, "count_real": seed % 2 == 1}
     return splits.plan(samples, options)
 
 
@@ -207,7 +192,8 @@ def test_no_group_crosses_splits_unless_a_limit_says_so(samples, seed, n) -> Non
     assert all(job.split == "test" for job in jobs if job.kind != NORMAL_KIND)
     assert len({job.image_path for job in jobs}) == len(jobs)
     assert sum(job.origin == "real anomaly" for job in jobs) == sum(sample.is_anomalous for sample in samples)
-    assert sum(job.origin == "synthetic anomaly" for job in jobs) == n[3]
+    n_counted = sum(sample.is_anomalous for sample in samples) * (seed % 2)
+    assert sum(job.origin == "synthetic anomaly" for job in jobs) == max(0, n[3] - n_counted)
     genuine = [job.source_path for job in jobs if job.origin == "genuine"]
     assert len(set(genuine)) == len(genuine)
     for split, asked in zip(SPLITS, n, strict=False):
@@ -239,23 +225,6 @@ def test_few_pictures_make_a_dataset_with_its_limits_said(
     limit = dataset.limits.get("saint", "")
     assert words in limit and ("optimistic" in limit) == (train + good <= 2)
     assert bool(words) == (f"Limit of saint: {limit}" in capsys.readouterr().out)
-
-
-def test_a_test_pictures_twin_is_not_learnt_from(tmp_path: Path) -> None:
-    samples = source_tree(tmp_path / "source", train=5, good=2)
-    tested = next(s for s in samples if s.split == "test")
-    samples = [replace(s, group=tested.group) if s.image_path.stem == "photo 3" else s for s in samples]
-    dataset = make(samples, tmp_path / "dataset")
-    assert next(s for s in dataset.samples if s.image_path.stem == "photo_3").split == "test"
-    assert any("became test pictures" in note for note in information(dataset)["notes"])
-
-
-def test_many_genuine_pictures_are_used_up_to_a_limit(tmp_path: Path) -> None:
-    samples = source_tree(tmp_path / "source", train=16, good=9)
-    dataset = make(samples, tmp_path / "dataset", sizes=replace(SIZES, n_train=3, n_calibration=2))
-    found = counts(dataset.samples)["saint"]
-    assert [found[split][NORMAL_KIND] for split in SPLITS] == [9, 5, 9]  # 11 of them, at most 3 x 3; 5; 9
-    assert "9 of 11 genuine pictures for train are used" in " ".join(information(dataset)["notes"])
 
 
 # --- what is kept, and what is made again ----------------------------------------------------------------------------
@@ -372,11 +341,3 @@ def test_two_artworks_with_names_alike_stay_apart(tmp_path: Path) -> None:
     dataset = make([*samples, *twins], tmp_path / "dataset")
     assert dataset.categories == ("Saint?", "saint?")
     assert {s.image_path.relative_to(dataset.folder).parts[0] for s in dataset.samples} == {"Saint", "saint_2"}
-
-
-def test_source_for_a_folder_describes_it(tmp_path: Path) -> None:
-    samples = source_tree(tmp_path / "mine", train=3, real=1)
-    source = build.source_for(tmp_path / "mine", builtin="embedded", target=tmp_path / "s", max_side=64, seed=1)
-    assert list(source.samples) == samples and not source.count_real and not (tmp_path / "s").exists()
-    with pytest.raises(ValueError, match="'embedded' and 'wikimedia'"):
-        build.source_for(None, builtin="louvre", target=tmp_path, max_side=64, seed=1)

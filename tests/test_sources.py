@@ -244,11 +244,14 @@ def test_a_stopped_call_goes_on(commons: Commons, tmp_path: Path) -> None:
     assert len(fetch(commons, tmp_path)[0]) == 3 and commons.asked == ["api", WORKS[2].file]
 
 
-def test_what_may_not_be_used_is_skipped(commons: Commons, tmp_path: Path) -> None:
+def test_what_may_not_be_used_is_skipped(commons: Commons, tmp_path: Path, monkeypatch) -> None:
     commons.licences[WORKS[1].file] = "Fair use"
     commons.mimes[WORKS[2].file] = "application/pdf"
     commons.files["huge.tif"], commons.without_rendering = jpeg(9), {"huge.tif"}
-    works = (*WORKS, Work("huge.tif", "mona_lisa"), Work("Gone.jpg", "mona_lisa", REPLICA))
+    commons.files |= {"other.jpg": jpeg(8), "large.jpg": jpeg(7) + bytes(3 << 20)}
+    commons.originals, commons.wrong_sha1 = {"other.jpg", WORKS[0].file}, {"other.jpg"}
+    monkeypatch.setattr(sources, "MAX_DOWNLOAD_BYTES", 2 << 20)
+    works = (*WORKS, *(Work(name, "mona_lisa") for name in ("huge.tif", "Gone.jpg", "other.jpg", "large.jpg")))
     samples, log = fetch(commons, tmp_path, works)
     assert [s.kind for s in samples] == ["good"]
     for words in (
@@ -258,7 +261,8 @@ def test_what_may_not_be_used_is_skipped(commons: Commons, tmp_path: Path) -> No
         "no file of this",
     ):
         assert words in log
-    assert commons.asked == ["api", WORKS[0].file]  # nothing of theirs was fetched
+    assert "SHA-1 differs" in log and "is larger than" in log
+    assert commons.asked == ["api", WORKS[0].file, "other.jpg", "large.jpg"]  # nothing of the others was fetched
 
 
 @pytest.mark.parametrize(
@@ -270,20 +274,6 @@ def test_free_licences(licence: str, addition: str) -> None:
     assert not any(
         sources._FREE_LICENCE.fullmatch(words) for words in ("Fair use", "pdf licence", "CC BY-NC-SA 4.0", "")
     )
-
-
-def test_originals_are_checked_against_their_sha1(commons: Commons, tmp_path: Path) -> None:
-    commons.originals = {work.file for work in WORKS}
-    commons.wrong_sha1 = {WORKS[1].file}
-    samples, log = fetch(commons, tmp_path)
-    assert len(samples) == 2 and "SHA-1 differs" in log
-
-
-def test_too_large_a_file_is_skipped(commons: Commons, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commons.files[WORKS[1].file] = jpeg(7, (2400, 1800)) + bytes(3 << 20)
-    monkeypatch.setattr(sources, "MAX_DOWNLOAD_BYTES", 2 << 20)
-    samples, log = fetch(commons, tmp_path)
-    assert len(samples) == 2 and "is larger than" in log
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,6 @@ from hypothesis import strategies as st
 from helpers import synthesis
 from helpers.synthesis import colours, marks
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-
 
 def _noise(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8)
@@ -43,52 +41,28 @@ PICTURES = {
 @pytest.mark.parametrize("kind", synthesis.LOCAL_KINDS)
 @settings(max_examples=12, deadline=None)
 @given(
-    height=st.integers(16, 90),
-    width=st.integers(16, 90),
+    shape=st.tuples(st.integers(16, 90), st.integers(16, 90)) | st.sampled_from([(16, 700), (700, 16), (240, 180)]),
     picture=st.sampled_from(sorted(PICTURES)),
     seed=st.integers(0, 2**32),
 )
-def test_pixels_outside_the_mask_are_untouched(kind, height, width, picture, seed):
-    image = PICTURES[picture]((height, width))
+def test_pixels_outside_the_mask_are_untouched(kind, shape, picture, seed):
+    image = PICTURES[picture](shape)
     before = image.copy()
     result, mask, record = synthesis.synthesize(image, kind, np.random.default_rng(seed))
     np.testing.assert_array_equal(image, before)
     np.testing.assert_array_equal(result[~mask], image[~mask])
-    assert (mask.dtype, mask.shape, result.dtype, result.shape) == (np.bool_, (height, width), np.uint8, image.shape)
+    assert (mask.dtype, mask.shape, result.dtype, result.shape) == (np.bool_, shape, np.uint8, image.shape)
     assert mask.any() and record["delta_e"] >= marks.MIN_DELTA_E
-
-
-@pytest.mark.parametrize("shape", [(16, 16), (16, 700), (700, 16), (37, 51), (240, 180)])
-@pytest.mark.parametrize("picture", sorted(PICTURES))
-def test_every_kind_fits_every_size(shape, picture):
-    image = PICTURES[picture](shape)
-    for kind in synthesis.LOCAL_KINDS:
-        result, mask, _ = synthesis.synthesize(image, kind, synthesis.rng_for(1, kind))
-        assert mask.any()
-        np.testing.assert_array_equal(result[~mask], image[~mask])
+    assert record["visibility"] == pytest.approx(synthesis.visibility(image, result, mask), abs=1e-4)
+    assert json.loads(json.dumps(record)) == record and record["kind"] == kind
 
 
 def test_what_cannot_be_seen_is_tinted_and_says_so():
-    for image, expected in ((PICTURES["black"]((64, 64)), True), (_painting(), False)):
-        assert synthesis.synthesize(image, "moved", np.random.default_rng(0))[2]["tinted"] is expected
+    def tinted(image: np.ndarray, kind: str, seed: int = 0) -> bool:
+        return synthesis.synthesize(image, kind, np.random.default_rng(seed))[2]["tinted"]
 
-
-@pytest.mark.parametrize("side", [16, 33, 64])
-def test_poisson_blends_small_parts_instead_of_tinting_them(side):
-    tinted = [
-        synthesis.synthesize(_noise((side, side)), "poisson", np.random.default_rng(s))[2]["tinted"] for s in range(5)
-    ]
-    assert not any(tinted)
-
-
-@pytest.mark.parametrize("kind", synthesis.LOCAL_KINDS)
-def test_record_describes_the_change(kind):
-    image = _painting()
-    result, mask, record = synthesis.synthesize(image, kind, synthesis.rng_for(3, kind))
-    seen = synthesis.visibility(image, result, mask)
-    assert record["visibility"] == pytest.approx(seen, abs=1e-4)
-    assert record["visibility_bin"] == synthesis.visibility_bin(seen)
-    assert json.loads(json.dumps(record)) == record and record["kind"] == kind
+    assert tinted(PICTURES["black"]((64, 64)), "moved") and not tinted(_painting(), "moved")
+    assert not any(tinted(_noise((side, side)), "poisson", seed) for side in (16, 33, 64) for seed in range(5))
 
 
 @pytest.mark.parametrize("kind", synthesis.REPORT_KINDS)
@@ -127,7 +101,7 @@ print(digest.hexdigest())
 def test_bytes_are_the_same_in_every_process():
     found = set()
     for hash_seed in ("1", "2"):  # Python's own hash() differs between these processes
-        environment = {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(REPOSITORY), "PATH": ""}
+        environment = {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(Path(__file__).parent.parent), "PATH": ""}
         run = [sys.executable, "-c", _HASH]
         found.add(subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout)
     assert len(found) == 1 and len(found.pop().strip()) == 64
@@ -137,19 +111,15 @@ def test_seeds_stay_what_they_were():
     """The first 8 bytes of the hash of seed, line break and name, without the last bit; seed and name both matter."""
     expected = int.from_bytes(hashlib.sha256(b"1\na.png").digest()[:8], "big") // 2
     assert synthesis.seed_for(1, "a.png") == expected < 2**63
-    made = [
-        synthesis.synthesize(_painting(), "box", synthesis.rng_for(*key))[0] for key in ((1, "a"), (2, "a"), (1, "b"))
-    ]
+    keys = ((1, "a"), (2, "a"), (1, "b"))
+    made = [synthesis.synthesize(_painting(), "box", synthesis.rng_for(*key))[0] for key in keys]
     assert (made[0] != made[1]).any() and (made[0] != made[2]).any()
 
 
 def test_marks_range_from_hidden_to_plain():
     image = _painting((256, 256))
-    records = [
-        synthesis.synthesize(image, kind, synthesis.rng_for(seed, kind))[2]
-        for kind in synthesis.REPORT_KINDS
-        for seed in range(12)
-    ]
+    keys = [(kind, seed) for kind in synthesis.REPORT_KINDS for seed in range(12)]
+    records = [synthesis.synthesize(image, kind, synthesis.rng_for(seed, kind))[2] for kind, seed in keys]
     assert {record["visibility_bin"] for record in records} == set(synthesis.VISIBILITY_BINS)
     contrasts = [record["delta_e"] for record in records]
     assert np.median(contrasts) > 10 and np.percentile(contrasts, 10) < 10
@@ -159,24 +129,17 @@ def test_visibility_is_difference_times_root_of_area():
     original = np.full((100, 100, 3), 120, np.uint8)
     changed, mask = original.copy(), np.zeros((100, 100), bool)
     mask[:10, :10] = True  # one per cent: the value is the difference itself
-    changed[mask] = (200, 60, 60)
+    changed[:20, :20] = (200, 60, 60)
     one = synthesis.visibility(original, changed, mask)
     lab = colours.rgb_to_lab(np.array([[120, 120, 120], [200, 60, 60]], np.uint8))
     assert one == pytest.approx(float(colours.delta_e2000(lab[0], lab[1])))
     mask[:20, :20] = True
-    changed[mask] = (200, 60, 60)
     assert synthesis.visibility(original, changed, mask) == pytest.approx(2 * one)
-    striped = original.copy()
-    striped[::, ::2] = (200, 60, 60)  # every second column: the mean over all pixels, not over a sample of one column
-    assert synthesis.visibility(original, striped, np.ones((100, 100), bool)) == pytest.approx(10 * one / 2)
+    changed = original.copy()
+    changed[:, ::2] = (200, 60, 60)  # every second column: the mean over all pixels, not over a sample of one column
+    assert synthesis.visibility(original, changed, np.ones((100, 100), bool)) == pytest.approx(10 * one / 2)
     with pytest.raises(ValueError, match="empty"):
         synthesis.visibility(original, changed, np.zeros((100, 100), bool))
-
-
-def test_lab_goes_there_and_back():
-    rgb = _noise((20, 20))
-    np.testing.assert_array_equal(colours.lab_to_rgb(colours.rgb_to_lab(rgb)), rgb)
-    assert colours.palette(_painting()).shape == (8, 3) and colours.palette(PICTURES["black"]((3, 2))).max() < 1e-6
 
 
 @pytest.mark.parametrize("variation", synthesis.VARIATIONS)
@@ -190,7 +153,6 @@ def test_every_variation_changes_a_picture_and_not_its_input(variation):
 
 
 def test_rephotographs_use_normal_variations_only():
-    assert {*synthesis.NORMAL_VARIATIONS, *synthesis.ANOMALOUS_VARIATIONS} == set(synthesis.VARIATIONS)
     assert set(synthesis.REPORT_VARIATIONS) <= set(synthesis.ANOMALOUS_VARIATIONS)
     for seed in range(20):
         _, names = synthesis.rephotograph(_painting(), np.random.default_rng(seed))
@@ -206,7 +168,6 @@ def test_a_damaged_view_is_a_rephotograph_with_damage(kind):
     assert (mask is None) == (kind != "stain") and (view == plain).all() == (kind is None)
     if mask is not None:
         assert record["kind"] == kind and (view[~mask] == plain[~mask]).all() and (view[mask] != plain[mask]).any()
-    np.testing.assert_array_equal(view, synthesis.damaged_view(image, seed=5, kind=kind, max_side=64)[0])
 
 
 @pytest.mark.parametrize(
@@ -223,8 +184,3 @@ def test_wrong_input_is_refused_in_words(image, kind, message):
         synthesis.synthesize(image, kind, np.random.default_rng(0))
     with pytest.raises(ValueError, match="allowed are crop"):
         synthesis.vary(_painting(), "sharpen", np.random.default_rng(0))
-
-
-@pytest.mark.parametrize(("value", "name"), [(0.0, "faint"), (4.99, "faint"), (14.9, "moderate"), (15.0, "plain")])
-def test_visibility_bins(value, name):
-    assert synthesis.visibility_bin(value) == name

@@ -107,11 +107,10 @@ def build_dataset(
     """Make and freeze a dataset. A frozen one of the same source and settings is kept, whatever library or machine
     made it; it is made again, and that is said, when source pictures or settings changed or a file is gone.
 
-    Pictures of one source picture (``group``) stay in one split. Where there are fewer genuine pictures than asked
-    for, they are photographed again. Damage is done to test normals only, to each source picture about equally often,
-    so that an anomalous picture differs from a normal one by the damage. The source's own anomalous pictures are all
-    kept, for testing only. With one or two genuine pictures of an artwork, splits share a source picture: ``limits``
-    in ``manifest.json`` says so. An artwork or a file that cannot be used is left out by name.
+    Pictures of one source picture (``group``) stay in one split; with one or two of them splits share one, and
+    ``limits`` in ``manifest.json`` says so. Damage is done to test normals only, to each source picture about equally
+    often, so that an anomalous picture differs from a normal one by the damage. The source's own anomalous pictures
+    are all kept, for testing only. An artwork or a file that cannot be used is left out by name.
 
     Args:
         source: see :class:`Source`.
@@ -146,18 +145,11 @@ def build_dataset(
             f"None of the {len(samples)} source pictures is a readable normal one, so there is nothing to learn from."
             + "".join(f"\n  {path}: {why}" for path, why in left_out[:12])
         )
-    info = {
-        "made_by": _MADE_BY[0],
-        "settings": settings,
-        "sources_hash": identity,
-        "kinds_held_out": settings["kinds_held_out"],
-        "training_kinds": [kind for kind in synthesis.LOCAL_KINDS if kind not in kinds_held_out],
-        "test_kinds": settings["kinds"],
-        "notes": [*source.notes, *notes],
-        "limits": limits,
-        "left_out": [{"path": str(path), "reason": why} for path, why in left_out],
-        "machine": _machine(),
-    }
+    training_kinds = [kind for kind in synthesis.LOCAL_KINDS if kind not in kinds_held_out]
+    info = {"made_by": _MADE_BY[0], "settings": settings, "sources_hash": identity, "machine": _machine()}
+    info |= {"kinds_held_out": settings["kinds_held_out"], "training_kinds": training_kinds, "test_kinds": list(kinds)}
+    info |= {"notes": [*source.notes, *notes], "limits": limits}
+    info["left_out"] = [{"path": str(path), "reason": why} for path, why in left_out]
     _write(jobs, target, info)
     _print_outcome(info)
     return target / manifest.MANIFEST_CSV
