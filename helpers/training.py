@@ -36,36 +36,25 @@ class TrainingStopped(RuntimeError):
     """Training cannot go on (the loss or a parameter is nan or infinite); the last good checkpoint is kept."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrainingResult:
-    """What a finished training leaves behind; the module holds the best parameters (the last without tuning).
+    """Where a run is, as every checkpoint says; at the end the module holds the best parameters (or the last).
 
     ``history`` has rows ``{"epoch", "step", "loss", <parts>, "learning_rate", "seconds"}`` per optimiser step and rows
-    ``{"epoch", "step", "score"}`` per tuning score. ``seconds`` counts training over all resumed runs; nothing else
-    differs between two equal runs.
+    ``{"epoch", "step", "score"}`` per tuning score; only ``seconds`` differ between two equal runs.
     """
 
-    history: Sequence[Mapping[str, Any]]
-    best_score: float | None  # None without tuning
-    best_epoch: int  # 1-based, of the parameters that the module holds
-    n_steps: int  # over all resumed runs
-    reason: str  # "all epochs" or "early stopping"
-    checkpoint: Path  # whose parameters the module holds
-
-
-@dataclass
-class _Progress:
-    """Where a run is: everything of a checkpoint that is not a tensor."""
-
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best_score: float | None = None  # None without tuning
+    best_epoch: int = 0  # 1-based, of the parameters that the module holds
+    n_steps: int = 0  # over all resumed runs, as are the seconds
+    reason: str = ""  # why it ended: "all epochs" or "early stopping"
+    checkpoint: Path | None = None  # folder of the parameters that the module holds
     epoch: int = 0  # finished epochs
     n_seen: int = 0  # samples of the running epoch that are done
-    step: int = 0
-    seconds: float = 0.0
-    best_score: float | None = None
-    best_step: int | None = None
-    best_epoch: int | None = None
     n_stale: int = 0  # tuning scores since the best one
-    history: list[dict[str, Any]] = field(default_factory=list)
+    best_step: int = 0
+    seconds: float = 0.0
 
 
 def train(
@@ -161,7 +150,7 @@ class _Run(SimpleNamespace):
 
     def resume(self) -> None:
         """Prepare and seed everything, or load the newest checkpoint of the same run."""
-        self.folder, self.progress = Path(self.folder), _Progress()
+        self.folder, self.progress = Path(self.folder), TrainingResult()
         self.accelerator = accelerator = Accelerator(cpu=self.device == "cpu", mixed_precision="no")
         # Not wrapped for distributed training: loss_of may call any method of it, _step sums the gradients.
         self.module = accelerator.prepare_model(self.module, evaluation_mode=True)
@@ -186,13 +175,13 @@ class _Run(SimpleNamespace):
                 f"{self.folder} to train anew."
             )
         accelerator.load_state(str(found[-1]))
-        self.progress = _Progress(**saved["progress"])
+        self.progress = TrainingResult(**saved["progress"])
 
     def loop(self) -> None:
         """Train until the last epoch, or until the tuning score has stopped rising."""
-        progress, n_steps = self.progress, self.n_epochs * math.ceil(len(self.dataset) / self.per_step)
+        progress, total = self.progress, self.n_epochs * math.ceil(len(self.dataset) / self.per_step)
         is_hidden = not self.accelerator.is_main_process
-        with tqdm(total=n_steps, initial=progress.step, desc=self.title, unit="step", disable=is_hidden) as bar:
+        with tqdm(total=total, initial=progress.n_steps, desc=self.title, unit="step", disable=is_hidden) as bar:
             while progress.epoch < self.n_epochs and not self._is_stale():
                 if hasattr(self.dataset, "set_epoch"):
                     self.dataset.set_epoch(progress.epoch)
@@ -200,13 +189,13 @@ class _Run(SimpleNamespace):
                 started = time.monotonic() - progress.seconds
                 for n_samples, batches in self._steps():
                     losses = self._step(batches)
-                    progress.step, progress.n_seen = progress.step + 1, progress.n_seen + n_samples
+                    progress.n_steps, progress.n_seen = progress.n_steps + 1, progress.n_seen + n_samples
                     progress.seconds = round(time.monotonic() - started, 3)
                     rate = float(self.optimizer.param_groups[0]["lr"])
                     self._log(progress.epoch + 1, losses | {"learning_rate": rate, "seconds": progress.seconds})
                     bar.update()
                     bar.set_postfix(epoch=progress.epoch + 1, loss=f"{losses['loss']:.4f}", refresh=False)
-                    is_due = self.checkpoint_every and progress.step % self.checkpoint_every == 0
+                    is_due = self.checkpoint_every and progress.n_steps % self.checkpoint_every == 0
                     if is_due and progress.n_seen < len(self.dataset):
                         self.save()
                 progress.epoch, progress.n_seen = progress.epoch + 1, 0
@@ -217,11 +206,12 @@ class _Run(SimpleNamespace):
     def result(self) -> TrainingResult:
         """Load the best parameters and say how it went."""
         progress = self.progress
-        kept = self.folder / _name(progress.step if progress.best_step is None else progress.best_step)
-        load_parameters(kept, self.module)
-        best_epoch = progress.epoch if progress.best_epoch is None else progress.best_epoch
-        reason = "early stopping" if self._is_stale() else "all epochs"
-        return TrainingResult(progress.history, progress.best_score, best_epoch, progress.step, reason, kept)
+        if self.evaluate is None:
+            progress.best_step, progress.best_epoch = progress.n_steps, progress.epoch
+        progress.checkpoint = self.folder / _name(progress.best_step)
+        load_parameters(progress.checkpoint, self.module)
+        progress.reason = "early stopping" if self._is_stale() else "all epochs"
+        return progress
 
     def save(self) -> None:
         """Write a checkpoint folder under a temporary name, rename it, drop all but the last two and the best."""
@@ -231,7 +221,7 @@ class _Run(SimpleNamespace):
                 f"{broken[0]} is not finite: nothing was saved, the last checkpoint is good. Lower the learning rate "
                 "or set max_grad_norm=1.0, then train again."
             )
-        target, temporary = self.folder / _name(self.progress.step), self.folder / ".partial"
+        target, temporary = self.folder / _name(self.progress.n_steps), self.folder / ".partial"
         if self.accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -242,9 +232,8 @@ class _Run(SimpleNamespace):
         files.write_json(temporary / _CARD, {"identity": self.identity, "progress": asdict(self.progress)})
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
-        best = None if self.progress.best_step is None else _name(self.progress.best_step)
         for old in checkpoints(self.folder)[:-2]:
-            if old.name != best:
+            if old.name != _name(self.progress.best_step):
                 shutil.rmtree(old)
         if self.on_checkpoint is not None:
             try:
@@ -312,14 +301,14 @@ class _Run(SimpleNamespace):
             raise ValueError("The tuning score is nan. The tuning split needs normal and anomalous pictures.")
         progress = self.progress
         if progress.best_score is None or box[0] > progress.best_score:
-            progress.best_score, progress.best_step, progress.best_epoch = box[0], progress.step, progress.epoch
+            progress.best_score, progress.best_step, progress.best_epoch = box[0], progress.n_steps, progress.epoch
             progress.n_stale = 0
         else:
             progress.n_stale += 1
         self._log(progress.epoch, {"score": box[0]})
 
     def _log(self, epoch: int, values: Mapping[str, Any]) -> None:
-        self.progress.history.append({"epoch": epoch, "step": self.progress.step, **values})
+        self.progress.history.append({"epoch": epoch, "step": self.progress.n_steps, **values})
         if self.on_history is not None and self.accelerator.is_main_process:
             self.on_history(self.progress.history)
 

@@ -126,7 +126,7 @@ def test_killed_process_resumes_to_the_same_parameters(tmp_path: Path) -> None:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    assert files.read_json(checkpoints(folder)[-1] / "checkpoint.json")["progress"]["step"] < 9
+    assert files.read_json(checkpoints(folder)[-1] / "checkpoint.json")["progress"]["n_steps"] < 9
     resumed, rest = run(folder)
     uninterrupted, whole = run(tmp_path / "whole")
     assert_same_state(resumed, uninterrupted)
