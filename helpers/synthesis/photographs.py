@@ -14,26 +14,19 @@ import numpy as np
 
 from helpers.synthesis import marks
 
+Rng = np.random.Generator
 _GREY = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 class Variation(NamedTuple):
-    """One change of a whole picture.
+    """One change of a whole picture: ``apply(uint8 RGB (H, W, 3), rng)`` gives RGB in grey levels, perhaps of another
+    size; ``what`` says what is done and why it counts as genuine or not."""
 
-    Attributes:
-        apply: (uint8 RGB ``(H, W, 3)``, rng) -> RGB in grey levels; may change the size.
-        is_anomalous: False when the result still counts as the genuine artwork.
-        what: what is done, with its range.
-        reason: why it counts as normal or not.
-    """
-
-    apply: Callable[[np.ndarray, np.random.Generator], np.ndarray]
-    is_anomalous: bool
+    apply: Callable[[np.ndarray, Rng], np.ndarray]
     what: str
-    reason: str
 
 
-def vary(image: np.ndarray, variation: str, rng: np.random.Generator) -> np.ndarray:
+def vary(image: np.ndarray, variation: str, rng: Rng) -> np.ndarray:
     """Change a whole picture.
 
     Args:
@@ -54,9 +47,7 @@ def vary(image: np.ndarray, variation: str, rng: np.random.Generator) -> np.ndar
     return np.ascontiguousarray(changed, np.uint8)
 
 
-def rephotograph(
-    image: np.ndarray, rng: np.random.Generator, *, changes: Sequence[str] | None = None
-) -> tuple[np.ndarray, list[str]]:
+def rephotograph(image: np.ndarray, rng: Rng, *, changes: Sequence[str] | None = None) -> tuple[np.ndarray, list[str]]:
     """Another photograph of the same artwork: two to four normal variations, one after the other.
 
     Args:
@@ -108,14 +99,14 @@ def damaged_view(
 # -------------------------------------------------------------------------------------------------------- geometry
 
 
-def _crop(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _crop(image: np.ndarray, rng: Rng) -> np.ndarray:
     height, width = image.shape[:2]
     top, bottom = (rng.uniform(0, 0.05, 2) * height).astype(int)
     left, right = (rng.uniform(0, 0.05, 2) * width).astype(int)
     return image[top : height - bottom, left : width - right]
 
 
-def _perspective(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _perspective(image: np.ndarray, rng: Rng) -> np.ndarray:
     height, width = image.shape[:2]
     corners = np.array([[0, 0], [width - 1, 0], [width - 1, height - 1], [0, height - 1]], np.float32)
     inwards = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]], np.float32)
@@ -124,7 +115,7 @@ def _perspective(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return cv2.warpPerspective(image, matrix, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
-def _turned(image: np.ndarray, rng: np.random.Generator, low: float, high: float) -> np.ndarray:
+def _turned(image: np.ndarray, rng: Rng, low: float, high: float) -> np.ndarray:
     """Turn around the centre; up to 5 degrees enlarged so that no border shows, else with a mirrored border."""
     height, width = image.shape[:2]
     degrees = rng.uniform(low, high) * rng.choice([-1, 1])
@@ -132,10 +123,6 @@ def _turned(image: np.ndarray, rng: np.random.Generator, low: float, high: float
     zoom = np.cos(np.radians(degrees)) + ratio * np.sin(np.radians(abs(degrees))) if high <= 5 else 1.0
     matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), degrees, zoom)
     return cv2.warpAffine(image, matrix, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
-
-
-def _flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return image[:, ::-1] if rng.random() < 0.7 else image[::-1]
 
 
 # --------------------------------------------------------------------------------------- light, colour, sharpness
@@ -146,18 +133,14 @@ def _saturated(image: np.ndarray, factor: float) -> np.ndarray:
     return grey + (image - grey) * np.float32(factor)
 
 
-def _strong_saturation(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return _saturated(image, rng.uniform(0.0, 0.2) if rng.random() < 0.5 else rng.uniform(2.2, 3.5))
-
-
-def _colour_jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _colour_jitter(image: np.ndarray, rng: Rng) -> np.ndarray:
     """White balance, brightness and contrast of another camera."""
     gain = rng.uniform(0.94, 1.06, 3).astype(np.float32) * np.float32(rng.uniform(0.9, 1.1))
     mean = np.float32(image.mean())
     return ((image - mean) * np.float32(rng.uniform(0.9, 1.1)) + mean) * gain
 
 
-def _different_colour(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _different_colour(image: np.ndarray, rng: Rng) -> np.ndarray:
     """Turn all hues by a quarter to three quarters of the circle, keeping lightness."""
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
     hsv[..., 0] = (hsv[..., 0].astype(np.int16) + int(rng.integers(40, 140))) % 180
@@ -165,7 +148,7 @@ def _different_colour(image: np.ndarray, rng: np.random.Generator) -> np.ndarray
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
 
 
-def _lighting(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _lighting(image: np.ndarray, rng: Rng) -> np.ndarray:
     """A lamp from one side: up to a fifth darker across the picture."""
     height, width = image.shape[:2]
     angle = rng.uniform(0, 2 * np.pi)
@@ -178,56 +161,52 @@ def _blurred(image: np.ndarray, share: float) -> np.ndarray:
     return cv2.GaussianBlur(image, (0, 0), max(0.3, share * min(image.shape[:2])))
 
 
-def _jpeg(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _jpeg(image: np.ndarray, rng: Rng) -> np.ndarray:
     quality = int(rng.integers(45, 90))
     _, encoded = cv2.imencode(".jpg", np.ascontiguousarray(image[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, quality])
     return cv2.imdecode(encoded, cv2.IMREAD_COLOR)[..., ::-1]
 
 
-VARIATIONS: dict[str, Variation] = {
-    "crop": Variation(_crop, False, "cut off up to 5 % of each side", "photographs rarely show the exact edge"),
-    "perspective": Variation(
-        _perspective, False, "corners shifted by up to 4 %", "the camera did not stand straight in front"
-    ),
+_GENUINE = {
+    "crop": Variation(_crop, "up to 5 % of each side cut off: photographs rarely show the exact edge"),
+    "perspective": Variation(_perspective, "corners shifted by up to 4 %: the camera did not stand straight in front"),
     "tilt": Variation(
-        lambda image, rng: _turned(image, rng, 0.5, 2.5),
-        *(False, "turned by 0.5 to 2.5 degrees", "the camera was held slightly askew"),
+        lambda image, rng: _turned(image, rng, 0.5, 2.5), "turned by 0.5 to 2.5 degrees: the camera was held askew"
     ),
-    "lighting": Variation(_lighting, False, "5 to 20 % darker towards one side", "gallery light comes from one side"),
-    "colour_jitter": Variation(
-        _colour_jitter, False, "brightness, contrast within 10 %, white balance within 6 %", "cameras differ"
-    ),
+    "lighting": Variation(_lighting, "5 to 20 % darker towards one side: gallery light comes from one side"),
+    "colour_jitter": Variation(_colour_jitter, "brightness, contrast +-10 %, white balance +-6 %: cameras differ"),
     "saturation": Variation(
-        lambda image, rng: _saturated(image, rng.uniform(0.8, 1.2)),
-        *(False, "colour strength x 0.8 to 1.2", "cameras and screens differ"),
+        lambda image, rng: _saturated(image, rng.uniform(0.8, 1.2)), "colour strength x 0.8 to 1.2: screens differ"
     ),
     "blur": Variation(
         lambda image, rng: _blurred(image, rng.uniform(0.001, 0.003)),
-        *(False, "Gaussian blur, 0.1 to 0.3 % of the shorter side", "focus and rescaling differ"),
+        "blurred by 0.1 to 0.3 % of the shorter side: focus and rescaling differ",
     ),
-    "jpeg": Variation(_jpeg, False, "JPEG at quality 45 to 89", "pictures on the web are compressed"),
+    "jpeg": Variation(_jpeg, "JPEG at quality 45 to 89: pictures on the web are compressed"),
+}
+_ANOMALOUS = {
     "different_colour": Variation(
-        _different_colour, True, "hues turned by 80 to 280 degrees", "the report names another colour an anomaly"
+        _different_colour, "hues turned by 80 to 280 degrees: the report names it an anomaly"
     ),
     "fuzziness": Variation(
         lambda image, rng: _blurred(image, rng.uniform(0.015, 0.04)),
-        *(True, "Gaussian blur, 1.5 to 4 % of the shorter side", "the report names fuzziness an anomaly"),
+        "blurred by 1.5 to 4 % of the shorter side: the report names it an anomaly",
     ),
-    "invert": Variation(
-        lambda image, rng: 255 - image, True, "negative", "no photograph of the genuine artwork looks so"
+    "invert": Variation(lambda image, rng: 255 - image, "negative: no photograph of the genuine artwork looks so"),
+    "flip": Variation(
+        lambda image, rng: image[:, ::-1] if rng.random() < 0.7 else image[::-1],
+        "mirrored or upside down: the genuine artwork has one handedness",
     ),
-    "flip": Variation(_flip, True, "mirrored or upside down", "the genuine artwork has one handedness"),
     "strong_tilt": Variation(
-        lambda image, rng: _turned(image, rng, 12, 35),
-        *(True, "turned by 12 to 35 degrees", "the composition is no longer upright"),
+        lambda image, rng: _turned(image, rng, 12, 35), "turned by 12 to 35 degrees: no longer upright"
     ),
     "strong_saturation": Variation(
-        _strong_saturation, True, "colour strength below 0.2 or above 2.2", "colours that the artist did not paint"
+        lambda image, rng: _saturated(image, rng.uniform(*((0.0, 0.2) if rng.random() < 0.5 else (2.2, 3.5)))),
+        "colour strength below 0.2 or above 2.2: the artist did not paint so",
     ),
 }
-"""Every change of a whole picture by name, normal ones first; the one place that says which counts as what."""
-
-NORMAL_VARIATIONS = tuple(name for name, variation in VARIATIONS.items() if not variation.is_anomalous)
-ANOMALOUS_VARIATIONS = tuple(name for name, variation in VARIATIONS.items() if variation.is_anomalous)
+VARIATIONS = {**_GENUINE, **_ANOMALOUS}
+"""Every change of a whole picture by name; the one place that says which counts as what."""
+NORMAL_VARIATIONS, ANOMALOUS_VARIATIONS = tuple(_GENUINE), tuple(_ANOMALOUS)
 REPORT_VARIATIONS = ("different_colour", "fuzziness")
 """What the source report names among its anomalies and changes the whole picture; part of the default test set."""
