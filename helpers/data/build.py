@@ -148,7 +148,7 @@ def build_dataset(
     training_kinds = [kind for kind in synthesis.LOCAL_KINDS if kind not in kinds_held_out]
     info = {"made_by": _MADE_BY[0], "settings": settings, "sources_hash": identity, "machine": _machine()}
     info |= {"kinds_held_out": settings["kinds_held_out"], "training_kinds": training_kinds, "test_kinds": list(kinds)}
-    info |= {"notes": [*source.notes, *notes], "limits": limits}
+    info |= {"notes": notes, "source_notes": list(source.notes), "limits": limits}
     info["left_out"] = [{"path": str(path), "reason": why} for path, why in left_out]
     _write(jobs, target, info)
     _print_outcome(info)
