@@ -20,7 +20,7 @@ from helpers.anomalyclip import model as anomalyclip
 from helpers.anomalyclip import review as anomalyclip_review
 from helpers.anomalyclip import training as prompts
 from helpers.anomalyclip.model import DetectorSettings, PromptLearner
-from helpers.clip.backbones import Clip, clip_tokenizer, square_preprocess
+from helpers.clip.backbones import Clip, square_preprocess
 from helpers.data import images
 from helpers.data import manifest as data
 from helpers.judge import figures
@@ -46,7 +46,7 @@ def tiny_clip(*, seed: int = 0, quick_gelu: bool = True, width: int = 32) -> Cli
         quick_gelu=quick_gelu,
     )
     model = model.eval().requires_grad_(False)
-    return Clip(model, clip_tokenizer(), square_preprocess(24), f"tiny/seed {seed}/24")
+    return Clip(model, open_clip.get_tokenizer("ViT-B-32"), square_preprocess(24), f"tiny/seed {seed}/24")
 
 
 @pytest.fixture(scope="module")

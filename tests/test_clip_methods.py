@@ -1,32 +1,28 @@
-"""The CLIP methods on a tiny real dataset on disk: thresholds before test pictures, results, resume, sorted folders."""
+"""The CLIP methods on a tiny real dataset on disk: what is learnt from, results, what is loaded, the report of 2024."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import inspect
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
 import pytest
 import tiny_clip
-import torch
+from tiny_clip import draw
 
-from helpers import results, synthesis
-from helpers.clip import features, one_class, tuning
-from helpers.clip import methods as clip_methods
-from helpers.data import manifest as data
+from helpers import data, files, results, synthesis
+from helpers.clip import features, methods, one_class, report_2024, tuning
+from helpers.clip.one_class import VIEW
+from helpers.data import images
 from helpers.judge import metrics
 
-QUICK = {
-    "clip_cross_entropy": one_class.HeadSettings(n_hidden=16, n_components=8, max_epochs=15),
-    "clip_isolation_forest": one_class.ForestSettings(n_trees=20),
-}
+ALL = one_class.METHODS
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict:
+def models(tmp_path_factory) -> features.Models:
     return tiny_clip.models(tmp_path_factory.mktemp("features"))
 
 
@@ -37,185 +33,183 @@ def dataset(tmp_path_factory) -> data.Dataset:
 
 @pytest.fixture(scope="module")
 def embedded(dataset, models) -> features.Features:
-    return features.embed_samples(dataset.samples, **models)
+    return features.embed_samples(dataset.samples, models)
 
 
 @pytest.fixture(scope="module")
-def learn_from(dataset, embedded, models) -> dict[str, one_class.Training]:
-    return clip_methods.trainings(dataset, embedded, **models, n_anomalies=60, seed=1)
+def learn_from(dataset, embedded, models) -> dict[str, one_class.Rows]:
+    return methods.learning_rows(dataset, embedded, models, n_anomalies=60, seed=1)
 
 
-def fit(method: str, learn_from, folder: Path | None, **changes):
-    options = {"n_trials": 3, "alpha": 0.1, "seed": 0, "base": QUICK.get(method)} | changes
-    return clip_methods.fit_all(method, learn_from, checkpoint_dir=folder, **options)
-
-
-def predict(method: str, fitted, dataset, embedded, folder: Path) -> results.MethodResult:
-    return clip_methods.predict(method, fitted, dataset, embedded, alpha=0.1, results_dir=folder, profile="mini")
-
-
-# ------------------------------------------------------------------------------------------------- synthetic anomalies
-
-
-def test_kinds_and_pictures_come_equally_often(dataset):
-    normals = dataset.select(category="harbour", split="train")
-    made = list(clip_methods.synthetic_anomalies(normals, n_anomalies=45, seed=2))
-    kinds = collections.Counter(kind for _, _, kind in made)
-    assert set(kinds) == {*synthesis.LOCAL_KINDS, clip_methods.GLOBAL_KIND}
-    assert set(kinds.values()) == {3}
-    sources = collections.Counter(sample.image_path for _, sample, _ in made)
-    assert set(sources.values()) == {5, 6}
-    assert all(picture.dtype == np.uint8 for picture, _, _ in made)
-    again = clip_methods.synthetic_anomalies(normals, n_anomalies=45, seed=2)
-    assert all((a == b).all() for (a, _, _), (b, _, _) in zip(made, again, strict=True))
-
-
-def test_kinds_do_not_repeat_with_the_groups(dataset):
-    """4 per picture of 15 kinds, counted through, gave the pictures of one group the same 4 kinds each time."""
-    normals = (dataset.select(category="harbour", split="train") * 8)[:60]
-    made = clip_methods.synthetic_anomalies(normals, n_anomalies=240, seed=2)
-    by_place = collections.defaultdict(set)
-    for i, (_, _, kind) in enumerate(made):
-        by_place[i // 4 % 15].add(kind)
-    assert min(map(len, by_place.values())) > 4
-
-
-@pytest.mark.parametrize("wrong", [{"split": "test", "is_anomalous": False}, {"split": "test", "is_anomalous": True}])
-def test_anomalies_are_never_made_from_test_pictures(dataset, wrong):
-    with pytest.raises(ValueError, match="anomalous or test picture"):
-        next(clip_methods.synthetic_anomalies(dataset.select(**wrong), n_anomalies=3, seed=0))
-
-
-def test_trainings_hold_no_test_picture(learn_from, dataset):
-    tested = {sample.sha256 for sample in dataset.select(split="test")}
-    for category, training in learn_from.items():
-        assert tested.isdisjoint(training.normals.ids)
-        assert tested.isdisjoint(training.anomalies.ids)
-        assert (len(training.samples), len(training.kinds)) == (12, 60)
-        assert training.category == category
-
-
-def test_painting_without_normals_is_named(tmp_path, models):
-    complete = tiny_clip.write_dataset(tmp_path, ("harbour",))
-    data.write_manifest(tmp_path / "manifest.csv", complete.select(split="test"))
-    dataset = data.open_dataset(tmp_path)
-    embedded = features.embed_samples(dataset.samples, **models)
-    with pytest.raises(ValueError, match="harbour has no normal picture outside the test split"):
-        clip_methods.trainings(dataset, embedded, **models, n_anomalies=5, seed=0)
-
-
-# ------------------------------------------------------------------------------------------------- fit and predict
-
-
-def test_fitting_has_no_way_to_see_test_pictures():
-    assert not {"dataset", "embedded", "samples", "test"} & set(inspect.signature(clip_methods.fit_all).parameters)
-
-
-@pytest.mark.parametrize("method", one_class.METHODS)
-def test_results_are_read_back_as_the_detector_scored(method, learn_from, dataset, embedded, tmp_path):
-    fitted = fit(method, learn_from, tmp_path / "checkpoints")
-    found = predict(method, fitted, dataset, embedded, tmp_path / "results")
-    assert [p.sample for p in found.predictions] == dataset.select(split="test")
-    for category, one in fitted.items():
-        chosen = [p for p in found.predictions if p.sample.category == category]
-        scores = one.detector.score(embedded.of([p.sample for p in chosen]))
-        np.testing.assert_allclose([p.anomaly_score for p in chosen], scores, rtol=1e-6)
-        assert {p.threshold for p in chosen} == {one.threshold}
-        assert all(0 < p.p_value <= 1 and p.seconds > 0 for p in chosen)
-        assert len(one.normal_scores) == 12
-    has_map = found.anomaly_map(found.predictions[0]) is not None
-    assert has_map == (method == "clip_patch_knn")
-    assert found.manifest["settings"]["harbour"]["threshold"] == fitted["harbour"].threshold
-
-
-def test_a_negative_of_the_painting_is_found(learn_from, dataset, embedded, tmp_path):
-    found = predict("clip_resnet50", fit("clip_resnet50", learn_from, tmp_path), dataset, embedded, tmp_path / "r")
-    replicas = [p for p in found.predictions if p.sample.kind == "replica"]
-    assert len(replicas) == 2
-    assert all(p.is_predicted_anomalous for p in replicas)
-
-
-def test_search_is_kept_until_something_changes(learn_from, tmp_path, monkeypatch):
-    first = fit("clip_lof", learn_from, tmp_path)
-    monkeypatch.setattr(tuning, "tune", None)  # a search would now fail
-    again = fit("clip_lof", learn_from, tmp_path)
-    for category in first:
-        np.testing.assert_equal(dataclasses.asdict(again[category].tuned), dataclasses.asdict(first[category].tuned))
-        assert again[category].threshold == first[category].threshold
-    for change in ({"seed": 1}, {"n_trials": 2}):
-        with pytest.raises(TypeError):
-            fit("clip_lof", learn_from, tmp_path, **change)
-
-
-def test_complete_results_are_not_made_again(learn_from, dataset, embedded, tmp_path):
-    fitted = fit("clip_resnet50", learn_from, tmp_path / "c")
-    predict("clip_resnet50", fitted, dataset, embedded, tmp_path / "r")
-    before = (tmp_path / "r" / results.MANIFEST).stat().st_mtime_ns
-    predict("clip_resnet50", fitted, dataset, embedded, tmp_path / "r")
-    assert (tmp_path / "r" / results.MANIFEST).stat().st_mtime_ns == before
-    other = fit("clip_resnet50", learn_from, tmp_path / "c", alpha=0.5)
-    found = predict("clip_resnet50", other, dataset, embedded, tmp_path / "r")
-    assert found.predictions[0].threshold == other["harbour"].threshold != fitted["harbour"].threshold
-
-
-def test_trained_head_lies_beside_its_record(learn_from, tmp_path):
-    from safetensors.torch import load_file
-
-    fitted = fit("clip_cross_entropy", learn_from, tmp_path)
-    state = load_file(tmp_path / "harbour.safetensors")
-    for name, tensor in fitted["harbour"].detector.state().items():
-        assert torch.equal(state[name], tensor)
-
-
-# ------------------------------------------------------------------------------------------------- report, tables
-
-
-@pytest.mark.parametrize("method", ["clip_resnet50", "clip_cross_entropy", "clip_isolation_forest", "clip_lof"])
-def test_report_rows_are_written_apart(method, dataset, embedded, models, tmp_path):
-    options = {name: value for name, value in models.items() if name != "cnn"}
-    folder = tmp_path / "results" / "report_2024" / method
-    found = clip_methods.run_report_2024(
-        method, dataset, embedded, **options, seed=0, results_dir=folder, profile="mini"
+def profile_of(home: Path, seed: int = 1) -> SimpleNamespace:
+    return SimpleNamespace(
+        name="mini",
+        device="cpu",
+        seed=seed,
+        clip=SimpleNamespace(max_epochs=15, max_bank_rows=200),
+        checkpoint_dir=lambda method: home / "checkpoints" / method,
+        results_dir=lambda method: home / "results" / method,
     )
-    assert len(found.predictions) == 10
-    assert found.manifest["settings"]["preset"] == "report_2024"
-    assert any("not stated in source" in str(value) for value in found.manifest["settings"].values())
-    if method == "clip_isolation_forest":
-        assert sum(p.is_predicted_anomalous for p in found.predictions) == 6
 
 
-def test_tables_count_what_was_predicted(learn_from, dataset, embedded, models, tmp_path):
-    fitted = {"clip_resnet50": fit("clip_resnet50", learn_from, tmp_path / "c")}
-    found = {"clip_resnet50": predict("clip_resnet50", fitted["clip_resnet50"], dataset, embedded, tmp_path / "r")}
-    right = sum(p.is_predicted_anomalous == p.sample.is_anomalous for p in found["clip_resnet50"].predictions)
-    table = clip_methods.side_by_side({}, found)
-    assert f"= {right}/10 [" in table.loc[("clip_resnet50", "sound"), "accuracy"]
-    assert table.loc[("clip_resnet50", "sound"), "normals passed"].endswith("/6")
-    assert list(clip_methods.per_painting(found, fitted).index.get_level_values("painting")) == ["harbour", "portrait"]
-    assert len(clip_methods.search_table(fitted)) == 2
-    sets = clip_methods.score_sets(found)
-    assert [(s.category, len(s.scores), int(s.labels.sum())) for s in sets] == [("harbour", 5, 2), ("portrait", 5, 2)]
+def test_many(names, dataset, learn_from, embedded, home, **changes):
+    options = {"n_trials": 2, "alpha": 0.1} | changes
+    return methods.fit_and_test(names, dataset, learn_from, embedded, profile=profile_of(home), **options)
 
 
-def test_map_examples_show_a_normal_and_masked_pictures(learn_from, dataset, embedded, tmp_path):
-    fitted = fit("clip_patch_knn", learn_from, tmp_path / "c")
-    found = predict("clip_patch_knn", fitted, dataset, embedded, tmp_path / "r")
-    panels = clip_methods.map_examples(found, n_per_painting=3)
-    assert [panel.caption.split(", ")[0] for panel in panels] == [
-        "Harbour: good",
-        "Harbour: box",
-        "Portrait: good",
-        "Portrait: box",
-    ]
-    assert all(panel.anomaly_map.shape == (4, 4) for panel in panels)
-    assert not panels[0].mask.any()
-    assert panels[1].mask.any()
+test_many.__test__ = False
+
+
+@pytest.fixture(scope="module")
+def home(dataset, learn_from, embedded, tmp_path_factory) -> Path:
+    """What notebook 03 leaves behind."""
+    home = tmp_path_factory.mktemp("home")
+    test_many(ALL, dataset, learn_from, embedded, home)
+    return home
+
+
+def result_of(method: str, home: Path, dataset: data.Dataset) -> results.MethodResult:
+    return results.read(home / "results" / method, dataset.samples, dataset.folder, dataset.hash)
+
+
+# ------------------------------------------------------------------------------------------------- what is learnt from
+
+
+def test_kinds_come_equally_often_and_held_out_ones_never(dataset):
+    held = dataclasses.replace(dataset, kinds_held_out=("box", "tear", "invert"))
+    n = 4 * (len(synthesis.LOCAL_KINDS) - 2 + 1)
+    kinds = collections.Counter(methods.deal_kinds(held, n, seed=2))
+    local = {kind: n for kind, n in kinds.items() if kind in synthesis.LOCAL_KINDS}
+    assert set(local) == set(synthesis.LOCAL_KINDS) - {"box", "tear"}
+    assert set(local.values()) == {4} and sum(kinds.values()) == n
+    assert kinds.keys() - local.keys() <= set(synthesis.ANOMALOUS_VARIATIONS) - {"invert"}
+    assert methods.deal_kinds(held, n, seed=2) == methods.deal_kinds(held, n, seed=2)
+
+
+def test_rows_hold_no_test_picture_and_every_picture_as_often(learn_from, dataset):
+    tested = {sample.sha256 for sample in dataset.select(split="test")}
+    for category, rows in learn_from.items():
+        assert not {key.split("/")[0] for key in rows.features.ids} & tested
+        assert rows.category == category
+        assert (rows.has("kind", "good").sum(), rows.has("kind", VIEW).sum(), rows.is_anomaly.sum()) == (12, 8, 60)
+        assert set(rows.table["group"][rows.is_anomaly].value_counts()) == {5}
+
+
+def test_made_pictures_repeat_and_are_not_made_twice(learn_from, dataset, embedded, models, monkeypatch):
+    sample = dataset.select(split="train")[0]
+    first, again = (methods.make_picture(sample, "box", 4, 1) for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    assert (first != methods.make_picture(sample, VIEW, 4, 1)).any()
+    monkeypatch.setattr(methods, "make_picture", None)  # it would fail
+    again = methods.learning_rows(dataset, embedded, models, n_anomalies=60, seed=1)
+    np.testing.assert_array_equal(again["harbour"].features.clip, learn_from["harbour"].features.clip)
+
+
+def test_a_painting_without_genuine_pictures_is_named_and_stops_no_other(dataset, embedded, models, capsys):
+    kept = [s for s in dataset.samples if s.category == "portrait" or s.split == "test"]
+    poor = dataclasses.replace(dataset, samples=tuple(kept))
+    assert list(methods.learning_rows(poor, embedded, models, n_anomalies=5, seed=0)) == ["portrait"]
+    assert "harbour is left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("n_pictures", [1, 2, 3, 5, 9])
+def test_few_genuine_pictures_beside_a_rich_painting(n_pictures, dataset, embedded, models, tmp_path, capsys):
+    few = [s for s in dataset.select(category="harbour", is_anomalous=False) if s.split != "test"][:n_pictures]
+    kept = [s for s in dataset.samples if s.category == "portrait" or s.split == "test"]
+    poor = dataclasses.replace(dataset, samples=(*few, *kept))
+    rows = methods.learning_rows(poor, embedded, models, n_anomalies=30, seed=0)
+    assert rows["harbour"].has("kind", "good").sum() == 12
+    found = test_many(ALL, poor, rows, embedded, tmp_path, n_trials=2)
+    said = capsys.readouterr().out
+    assert f"harbour: {n_pictures} genuine pictures only; {12 - n_pictures} re-photographs" in said
+    assert "leaves out" not in said
+    for method, result in found.items():
+        assert len(result.predictions) == 10
+        facts = result.manifest["calibration"]["harbour"]
+        assert (facts["n"], facts["n_sources"]) == (12, n_pictures)
+        kept = files.read_json(tmp_path / "checkpoints" / method / "fitted.json")
+        search = kept["harbour"]
+        assert bool(search["trials"]) == (n_pictures >= tuning.MIN_SOURCES)
+        assert search["trials"] or search["note"].startswith("harbour: ")
+        assert kept["portrait"]["trials"]
+
+
+# ------------------------------------------------------------------------------------------------- fit, test, load
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_results_are_what_the_loaded_detector_says(method, home, dataset, models):
+    found = result_of(method, home, dataset)
+    assert [p.sample for p in found.predictions] == dataset.select(split="test")
+    assert all(0 < p.p_value <= 1 and p.seconds > 0 for p in found.predictions)
+    assert (found.anomaly_map(found.predictions[0]) is not None) == (method == "clip_patch_knn")
+    loaded = methods.load(dataset, models, checkpoint_dir=profile_of(home).checkpoint_dir, seed=1)[method]
+    for prediction in found.predictions[::3]:
+        sample = prediction.sample
+        (one,) = loaded.score(sample.category, [images.load_image(sample.image_path)])
+        assert one.anomaly_score == pytest.approx(prediction.anomaly_score, rel=1e-4)
+        assert (one.anomaly_map is not None) == (method == "clip_patch_knn")
+
+
+def test_what_a_row_was_trained_on_stands_beside_it(home, dataset, learn_from):
+    found = result_of("clip_cross_entropy", home, dataset).manifest
+    assert found["trained_on"].startswith("genuine pictures and synthetic anomalies; settings searched")
+    assert set(found["trained_on_kinds"]) == {k for r in learn_from.values() for k in r.table["kind"][r.is_anomaly]}
+    assert found["calibration"]["harbour"]["n_sources"] == 12
+
+
+def test_a_row_that_learnt_no_anomaly_says_so(dataset, learn_from, embedded, tmp_path):
+    found = test_many(["clip_lof"], dataset, learn_from, embedded, tmp_path, n_trials=1)["clip_lof"].manifest
+    assert (found["trained_on"], found["trained_on_kinds"]) == ("genuine pictures", [])
+
+
+def test_searches_and_results_are_kept_until_something_changes(
+    home, dataset, learn_from, embedded, tmp_path, monkeypatch
+):
+    test_many(["clip_lof"], dataset, learn_from, embedded, tmp_path)
+    monkeypatch.setattr(tuning, "tune", None)  # a search would now fail
+    monkeypatch.setattr(methods.Fitted, "score", None)  # and so would scoring
+    again = test_many(["clip_lof"], dataset, learn_from, embedded, tmp_path)
+    assert len(again["clip_lof"].predictions) == 10
+    with pytest.raises(TypeError):
+        test_many(["clip_lof"], dataset, learn_from, embedded, tmp_path, n_trials=3)
+
+
+def test_one_painting_that_cannot_be_fitted_stops_no_other(dataset, learn_from, embedded, tmp_path, capsys):
+    rows = dict(learn_from)
+    flat = rows["harbour"].features
+    flat = dataclasses.replace(flat, clip=np.ones_like(flat.clip), cnn=np.ones_like(flat.cnn))
+    rows["harbour"] = dataclasses.replace(rows["harbour"], features=flat)
+    found = test_many(["clip_lof"], dataset, rows, embedded, tmp_path)["clip_lof"]
+    assert {p.sample.category for p in found.predictions} == {"portrait"}
+    assert "CLIP LOF leaves out Harbour: harbour: Lof needs at least 3 different" in capsys.readouterr().out
+
+
+def test_paths_hold_no_name_of_a_painting(home):
+    for method in ALL:
+        names = {path.name for path in (home / "checkpoints" / method).iterdir()}
+        assert names == {"fitted.json"} | ({"heads.safetensors"} if method == "clip_cross_entropy" else set())
+
+
+# ------------------------------------------------------------------------------------------------- tables and folders
+
+
+def test_table_counts_what_was_predicted(home, dataset):
+    frame = result_of("clip_resnet50", home, dataset).frame()
+    row = methods.table(frame).loc[("CLIP + CNN similarity", "Harbour")]
+    mine = frame[frame["category"] == "harbour"]
+    n_found = int((mine["is_predicted_anomalous"] & mine["is_anomalous"]).sum())
+    assert row["anomalies found"] == f"{n_found} of 2" and row["genuine passed"].endswith("of 3")
+    assert row["AUROC"].startswith(f"{metrics.image_auroc(mine['anomaly_score'], mine['is_anomalous']):.3f} [")
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_sorted_folders_hold_every_picture_once(learn_from, dataset, embedded, tmp_path, monkeypatch, links):
-    fitted = fit("clip_resnet50", learn_from, tmp_path / "c")
-    found = predict("clip_resnet50", fitted, dataset, embedded, tmp_path / "r")
+def test_sorted_folders_hold_every_picture_once_and_stay_inside(home, dataset, tmp_path, monkeypatch, links):
+    found = result_of("clip_resnet50", home, dataset)
+    evil = [
+        dataclasses.replace(p, sample=dataclasses.replace(p.sample, category="../../evil")) for p in found.predictions
+    ]
+    found = dataclasses.replace(found, predictions=evil)
     if not links:  # as on Google Drive
 
         def refuse(self, target, target_is_directory=False):
@@ -223,51 +217,56 @@ def test_sorted_folders_hold_every_picture_once(learn_from, dataset, embedded, t
 
         monkeypatch.setattr(Path, "symlink_to", refuse)
     for _ in range(2):  # the second sorting replaces the first
-        folder = clip_methods.sort_pictures(found, tmp_path / "sorted")
-        files = {name: sorted((folder / name).iterdir()) for name in clip_methods.SORTED_FOLDERS}
+        folder = methods.sort_pictures(found, tmp_path / "sorted")
+        sorted_ = {name: sorted((folder / name).iterdir()) for name in ("anomaly", "non_anomaly")}
         n_anomalous = sum(p.is_predicted_anomalous for p in found.predictions)
-        assert (len(files["anomaly"]), len(files["non_anomaly"])) == (n_anomalous, 10 - n_anomalous)
-    contents = sorted(path.read_bytes() for paths in files.values() for path in paths)
+        assert (len(sorted_["anomaly"]), len(sorted_["non_anomaly"])) == (n_anomalous, 10 - n_anomalous)
+    contents = sorted(path.read_bytes() for paths in sorted_.values() for path in paths)
     assert contents == sorted(p.sample.image_path.read_bytes() for p in found.predictions)
-    assert all(path.is_symlink() == links for path in files["anomaly"])
-    assert any(path.name.startswith("harbour__replica__") for path in files["anomaly"])
+    assert all(path.is_symlink() == links and "__replica__" in path.name for path in sorted_["anomaly"][-1:])
 
 
-# ------------------------------------------------------------------------------------------------- tuning, new pictures
+# ------------------------------------------------------------------------------------------------- the report of 2024
 
 
-def test_tuned_is_measured_against_default_on_the_test_pictures(learn_from, dataset, embedded, tmp_path):
-    tuned = {"clip_lof": fit("clip_lof", learn_from, tmp_path, n_trials=6)}
-    default = {"clip_lof": fit("clip_lof", learn_from, None, n_trials=1)}
-    bought = clip_methods.what_tuning_bought(default, tuned, dataset, embedded)
-    for (_, category), row in bought.iterrows():
-        samples = dataset.select(split="test", category=category)
-        labels = [sample.is_anomalous for sample in samples]
-        for name, found in (("tuned", tuned), ("default", default)):
-            scores = found["clip_lof"][category].detector.score(embedded.of(samples))
-            assert row[name] == pytest.approx(metrics.image_auroc(scores, labels))
-        assert row["difference"] == pytest.approx(row["tuned"] - row["default"])
-    assert default["clip_lof"]["harbour"].tuned.settings == one_class.DEFAULTS["clip_lof"]
-    assert len(clip_methods.tuning_sets(tuned)) == 2 and not clip_methods.tuning_sets(default)
+def test_similarity_of_one_accepts_copies_only():
+    """The report's 100 % row: genuine pictures that are not byte copies are all called forged."""
+    train, fresh = draw(20, 0, "n", 1), draw(30, 0, "t", 2)
+    scores, threshold = report_2024.verdicts("clip_resnet50", train=train, views=None, test=fresh)
+    assert (scores > threshold).all()
+    scores, _ = report_2024.verdicts("clip_resnet50", train=train, views=None, test=train)
+    assert scores.max() < 1e-6  # copies reach 1 up to rounding
 
 
-def test_tuning_verdict_says_what_the_table_shows():
-    index = pd.MultiIndex.from_product([["clip_lof", "clip_resnet50"], ["a", "b"]], names=["method", "painting"])
-    bought = pd.DataFrame({"difference": [0.1, -0.02, -0.3, 0.1], "p_holm": [0.01, 0.9, 0.02, 0.5]}, index=index)
-    words = clip_methods.tuning_verdict(bought)
-    assert "in 1 of 2 methods (CLIP LOF)" in words
-    assert "Of 4 comparisons, 1 are better and 1 worse than luck explains." in words
+@pytest.mark.parametrize("shift", [0.0, 5.0])
+def test_percentile_60_calls_60_per_cent_anomalous_whatever_is_shown(shift):
+    scores, threshold = report_2024.verdicts(
+        "clip_isolation_forest", train=draw(40, 0, "n", 1), views=None, test=draw(50, shift, "t", 2)
+    )
+    assert (scores > threshold).sum() == 30
 
 
-def test_scorer_scores_any_picture_of_its_paintings(learn_from, dataset, embedded, models, tmp_path):
-    fitted = fit("clip_resnet50", learn_from, tmp_path)
-    samples = [*dataset.select(split="test", category="portrait"), *dataset.select(split="test", category="harbour")]
-    found = {p.sample.sha256: p for p in clip_methods.scorer(fitted, **models)(samples)}
-    for sample in samples:
-        one = fitted[sample.category]
-        assert found[sample.sha256].anomaly_score == pytest.approx(one.detector.score(embedded.of([sample]))[0])
-        assert found[sample.sha256].threshold == one.threshold
-    again = fit("clip_resnet50", learn_from, tmp_path)
-    assert clip_methods.fitted_id(again) == clip_methods.fitted_id(fitted)
-    other = fit("clip_resnet50", learn_from, tmp_path, alpha=0.4)
-    assert clip_methods.fitted_id(other) != clip_methods.fitted_id(fitted)
+def test_contamination_045_is_sklearns_predict_and_flags_normals():
+    from sklearn.neighbors import LocalOutlierFactor
+    from sklearn.preprocessing import normalize
+
+    views, fresh = draw(80, 0, "n", 1), draw(400, 0, "t", 2)
+    scores, threshold = report_2024.verdicts("clip_lof", train=views, views=views, test=fresh)
+    lof = LocalOutlierFactor(n_neighbors=20, contamination=0.45, novelty=True).fit(normalize(views.clip))
+    np.testing.assert_array_equal(scores > threshold, lof.predict(normalize(fresh.clip)) == -1)
+    assert 0.35 < np.mean(scores > threshold) < 0.7  # 46.5 % in a simulation
+
+
+def test_report_head_is_argmax_and_repeats():
+    train, views, test = draw(40, 0, "n", 1), draw(40, 3, "v", 2), draw(30, 3, "t", 3)
+    first, again = (report_2024.verdicts("clip_cross_entropy", train=train, views=views, test=test) for _ in range(2))
+    np.testing.assert_array_equal(first[0], again[0])
+    assert first[1] == 0.0 and np.abs(first[0]).max() <= 0.5
+
+
+def test_rows_of_the_report_are_made_apart(dataset, embedded, models):
+    found = report_2024.predictions(dataset, embedded, models, seed=0)
+    assert list(found["method"].unique()) == list(report_2024.PRESETS.index)
+    assert len(found) == 4 * 10 and np.isfinite(found["anomaly_score"]).all()
+    assert len(methods.table(found)) == 8
+    assert found[found["method"] == "clip_isolation_forest"]["is_predicted_anomalous"].sum() == 6

@@ -1,16 +1,18 @@
-"""Features: same numbers from the cache, never old ones, and the towers' own outputs."""
+"""Features: same numbers from the cache, never old ones, the towers' own outputs, and honest seconds."""
 
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
 import torch
+from tiny_clip import draw
 
-from helpers import files as storage
+from helpers import files
 from helpers.clip import backbones, features
-from helpers.clip.features import Features
+from helpers.clip.features import STEPS, Features, Models
 from helpers.data import images
 from helpers.records import Sample
 
@@ -28,8 +30,12 @@ def cnn() -> backbones.Cnn:
         net = torch.nn.Sequential(
             torch.nn.Conv2d(3, 8, 3, stride=4), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
         )
-    net = net.eval().requires_grad_(False)
-    return backbones.Cnn(net, backbones.square_preprocess(32), "small/seed 3/32", 8)
+    return backbones.Cnn(net.eval().requires_grad_(False), backbones.square_preprocess(32), "small/seed 3/32", 8)
+
+
+@pytest.fixture
+def models(clip, cnn, tmp_path) -> Models:
+    return Models(clip, cnn, tmp_path / "cache", 3)
 
 
 @pytest.fixture
@@ -44,18 +50,16 @@ def samples(pictures, tmp_path) -> list[Sample]:
     for i, picture in enumerate(pictures):
         path = tmp_path / f"picture {i}.png"
         images.save_png(path, picture)
-        made.append(Sample(path, "art", False, split="train", sha256=storage.sha256_file(path)))
+        made.append(Sample(path, "art", False, split="train", sha256=files.sha256_file(path)))
     return made
 
 
-def test_features_are_the_towers_own_outputs(clip, cnn, pictures):
-    found = features.embed_images(pictures, clip=clip, cnn=cnn, batch_size=3, patches=True)
+def test_features_are_the_towers_own_outputs(models, samples, pictures):
+    found, clip, cnn = features.embed_samples(samples, models), models.clip, models.cnn
     batch = torch.stack([clip.preprocess(picture) for picture in pictures])
     with torch.inference_mode():
         np.testing.assert_allclose(found.clip, clip.model.encode_image(batch).numpy(), atol=1e-5)
-        # Naive patch tokens: run the tower block by block.
-        x = clip.model.visual._embeds(batch)
-        layers = {}
+        x, layers = clip.model.visual._embeds(batch), {}  # naive patch tokens: run the tower block by block
         for i, block in enumerate(clip.model.visual.transformer.resblocks):
             layers[i] = x = block(x)
         wanted = [layers[i][:, 1:] for i in features.patch_layers(len(layers))]
@@ -65,139 +69,95 @@ def test_features_are_the_towers_own_outputs(clip, cnn, pictures):
     np.testing.assert_allclose(found.cnn, pooled, atol=1e-5)
     assert (found.patches.dtype, found.clip.dtype, found.cnn.dtype) == (np.float16, np.float32, np.float32)
     assert found.patches.shape == (7, 14, 14, 2 * 256)
-    assert (found.seconds > 0).all()
+    assert found.seconds.shape == (7, 4) and (found.seconds > 0).all()
 
 
-def test_cache_round_trip_is_identity_in_any_order(clip, cnn, samples, tmp_path):
-    options = {"clip": clip, "cnn": cnn, "cache_dir": tmp_path / "cache", "batch_size": 3}
-    first = features.embed_samples(samples, **options)
+def test_the_time_to_read_is_counted_for_the_picture_that_took_it(models, pictures):
+    def read(row: int) -> np.ndarray:
+        time.sleep(0.3 if row == 1 else 0.0)
+        return pictures[row]
+
+    seconds = features.embed(["a", "b", "c"], read, models).seconds
+    assert seconds[1, STEPS.index("read")] >= 0.3
+    assert seconds[[0, 2], STEPS.index("read")].max() < 0.1
+
+
+def test_cache_round_trip_is_identity_in_any_order_and_needs_no_files(models, samples):
+    first = features.embed_samples(samples, models)
+    for sample in samples:
+        sample.image_path.unlink()
     order = [4, 0, 6, 6, 1]
-    again = features.embed_samples([samples[i] for i in order], **options)
+    again = features.embed_samples([samples[i] for i in order], models)
     for name in ("clip", "cnn", "patches", "seconds"):
         np.testing.assert_array_equal(getattr(again, name), getattr(first, name)[order])
     assert again.ids == tuple(samples[i].sha256 for i in order)
 
 
-def test_the_cache_is_read_and_not_only_written(clip, cnn, samples, tmp_path):
-    options = {"clip": clip, "cnn": cnn, "cache_dir": tmp_path / "cache", "batch_size": 3}
-    features.embed_samples(samples, **options)
-    for sample in samples:
-        sample.image_path.unlink()
-    assert len(features.embed_samples(samples, **options)) == 7
-
-
-def test_interrupted_pass_resumes_where_it_stopped(clip, cnn, samples, tmp_path):
-    options = {"clip": clip, "cnn": cnn, "cache_dir": tmp_path / "cache", "batch_size": 3}
-    whole = features.embed_samples(samples, clip=clip, cnn=cnn, cache_dir=tmp_path / "other", batch_size=3)
+def test_interrupted_pass_resumes_where_it_stopped(models, samples, tmp_path):
+    whole = features.embed_samples(samples, dataclasses.replace(models, cache_dir=tmp_path / "other"))
     content = samples[4].image_path.read_bytes()
     samples[4].image_path.write_bytes(b"")
     with pytest.raises(images.ImageError):
-        features.embed_samples(samples, **options)
+        features.embed_samples(samples, models)
     samples[4].image_path.write_bytes(content)
     for sample in samples[:3]:  # the first batch is done and needs its files no more
         sample.image_path.unlink()
-    found = features.embed_samples(samples, **options)
-    np.testing.assert_allclose(found.clip, whole.clip, atol=1e-5)
+    np.testing.assert_allclose(features.embed_samples(samples, models).clip, whole.clip, atol=1e-5)
 
 
-@pytest.mark.parametrize("part", ["picture", "clip", "cnn", "patches"])
-def test_another_key_never_gets_old_features(clip, cnn, pictures, tmp_path, part):
-    features.embed_images(pictures, clip=clip, cnn=cnn, cache_dir=tmp_path)
-    options = {"clip": clip, "cnn": cnn, "cache_dir": tmp_path}
+@pytest.mark.parametrize("part", ["picture", "clip", "cnn"])
+def test_another_key_never_gets_old_features(models, pictures, tmp_path, part):
+    def embed(models: Models) -> Features:
+        ids = [images.pixel_hash(picture) for picture in pictures]
+        return features.embed(ids, lambda row: pictures[row], models)
+
+    embed(models)
     if part == "picture":
         pictures = [picture ^ 1 for picture in pictures]
     elif part == "clip":
         other = backbones.load_clip("art-vit-mini", pretrained=None, image_size=224, device="cpu")
         with torch.no_grad():
             other.model.visual.proj.mul_(-1)
-        options["clip"] = dataclasses.replace(other, model_id="art-vit-mini/negative/224")
-    elif part == "cnn":
-        double = torch.nn.Sequential(cnn.model, _Double())
-        options["cnn"] = dataclasses.replace(cnn, model=double, model_id="double")
+        models = dataclasses.replace(models, clip=dataclasses.replace(other, model_id="art-vit-mini/negative/224"))
     else:
-        options["patches"] = True
-    found = features.embed_images(pictures, **options)
-    fresh = features.embed_images(pictures, **{**options, "cache_dir": None})
+        flipped = torch.nn.Sequential(models.cnn.model, torch.nn.Hardtanh(-1e-3, 1e-3))
+        models = dataclasses.replace(models, cnn=dataclasses.replace(models.cnn, model=flipped, model_id="flat"))
+    found, fresh = embed(models), embed(dataclasses.replace(models, cache_dir=tmp_path / "fresh"))
     np.testing.assert_allclose(found.clip, fresh.clip, atol=1e-5)
     np.testing.assert_allclose(found.cnn, fresh.cnn, atol=1e-5)
-    assert (found.patches is None) == (part != "patches")
 
 
-class _Double(torch.nn.Module):
-    def forward(self, x):
-        return 2 * x
-
-
-def test_damaged_cache_file_is_named_and_made_again(clip, cnn, pictures, tmp_path, capsys):
-    first = features.embed_images(pictures, clip=clip, cnn=cnn, cache_dir=tmp_path)
-    (shard,) = tmp_path.glob("*/*.npz")
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    shard.write_bytes(content)
-    again = features.embed_images(pictures, clip=clip, cnn=cnn, cache_dir=tmp_path)
-    np.testing.assert_allclose(again.clip, first.clip, atol=1e-6)
-    assert "damaged" in capsys.readouterr().out
-
-
-def test_pictures_may_stream(clip, cnn, pictures):
-    held = features.embed_images(pictures, clip=clip, cnn=cnn, batch_size=2)
-    streamed = features.embed_images((p for p in pictures), clip=clip, cnn=cnn, batch_size=2, n_pictures=7)
-    np.testing.assert_array_equal(streamed.clip, held.clip)
-
-
-def test_without_a_cnn_only_clip_looks(clip, cnn, pictures, tmp_path):
-    whole = features.embed_images(pictures, clip=clip, cnn=cnn, cache_dir=tmp_path)
-    found = features.embed_images(pictures, clip=clip, cnn=None, cache_dir=tmp_path)
-    assert found.cnn.shape == (7, 0)
+def test_without_a_cnn_only_clip_looks(models, samples):
+    whole = features.embed_samples(samples, models)
+    found = features.embed_samples(samples, dataclasses.replace(models, cnn=None))
+    assert not found.cnn.any()
     np.testing.assert_allclose(found.clip, whole.clip, atol=1e-6)
 
 
-def test_select_by_sample(clip, cnn, samples, tmp_path):
-    found = features.embed_samples(samples, clip=clip, cnn=cnn, cache_dir=tmp_path / "c")
-    np.testing.assert_array_equal(found.of([samples[5], samples[2]]).clip, found.clip[[5, 2]])
-    assert len(found.of([])) == 0
-    with pytest.raises(KeyError, match="1 pictures have no features"):
-        found.of([dataclasses.replace(samples[0], sha256="0" * 64)])
+def test_rows_stay_together():
+    joined = Features.join([draw(2, 0, "a", 1), draw(3, 5, "b", 2)])
+    assert joined.take([4, 0]).ids == ("b2", "a0")
+    mask = np.array([0, 0, 1, 0, 1], bool)
+    np.testing.assert_array_equal(joined.take(mask).clip, joined.clip[[2, 4]])
+    samples = [Sample("x", "art", False, sha256=key) for key in ("b1", "a1")]
+    np.testing.assert_array_equal(joined.of(samples).cnn, joined.cnn[[3, 1]])
+    with pytest.raises(KeyError, match="0000"):
+        joined.of([Sample("x", "art", False, sha256="0000")])
 
 
-def test_join_and_take_keep_rows_together():
-    def rows(n, shift):
-        return Features(
-            tuple(f"{shift + i}" for i in range(n)),
-            np.arange(n, dtype=np.float32)[:, None] + shift,
-            np.zeros((n, 2), np.float32),
-            None,
-            np.ones(n, np.float32),
-        )
-
-    joined = Features.join([rows(2, 0), rows(3, 10)])
-    assert joined.take([4, 0]).ids == ("12", "0")
-    np.testing.assert_array_equal(joined.take(np.array([0, 0, 1, 0, 1], bool)).clip[:, 0], [10, 12])
-
-
-@pytest.mark.parametrize(("layers", "wanted"), [(24, (11, 17)), (6, (2, 3)), (1, (0, 0)), (2, (0, 0))])
+@pytest.mark.parametrize(("layers", "wanted"), [(24, (11, 17)), (6, (2, 3)), (1, (0,)), (2, (0,))])
 def test_patch_layers(layers, wanted):
     assert features.patch_layers(layers) == wanted
 
 
-def test_refusals(clip, cnn, samples, pictures, tmp_path):
-    nameless = dataclasses.replace(samples[0], sha256="")
-    with pytest.raises(ValueError, match="no sha256"):
-        features.embed_samples([nameless], clip=clip, cnn=cnn, cache_dir=tmp_path)
-    with pytest.raises(ValueError, match="selection is empty"):
-        features.embed_samples([], clip=clip, cnn=cnn, cache_dir=tmp_path)
-    with pytest.raises(ValueError, match="uint8 RGB"):
-        features.embed_images([pictures[0].astype(np.float32)], clip=clip, cnn=cnn)
-    with pytest.raises(ValueError, match="at least 1"):
-        features.embed_images(pictures, clip=clip, cnn=cnn, batch_size=0)
-    with pytest.raises(ValueError, match="Load it with image_size=224"):
-        small = backbones.load_clip("art-vit-mini", pretrained=None, image_size=64, device="cpu")
-        features.embed_images(pictures, clip=small, cnn=cnn)
-    with pytest.raises(ValueError, match="cnn has 1 rows"):
-        Features(("a", "b"), np.zeros((2, 1)), np.zeros((1, 1)), None, np.zeros(2))
+@pytest.mark.parametrize("ids", [[], ["a", ""]])
+def test_pictures_without_names_are_refused(models, ids):
+    with pytest.raises(ValueError, match="sha256 for each"):
+        features.embed(ids, lambda row: None, models)
 
 
-def test_features_that_are_not_finite_are_refused(clip, pictures):
+@pytest.mark.parametrize("without_cnn", [False, True])
+def test_features_that_are_not_finite_are_refused_by_name(models, pictures, without_cnn):
     class Broken(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -206,6 +166,13 @@ def test_features_that_are_not_finite_are_refused(clip, pictures):
         def forward(self, x):
             return x.flatten(1)[:, :4] * self.weight
 
-    broken = backbones.Cnn(Broken(), backbones.square_preprocess(32), "broken", 4)
-    with pytest.raises(ValueError, match="cnn features are not finite"):
-        features.embed_images(pictures, clip=clip, cnn=broken)
+    if without_cnn:
+        other = backbones.load_clip("art-vit-mini", pretrained=None, image_size=224, device="cpu")
+        with torch.no_grad():
+            other.model.visual.proj.mul_(float("nan"))
+        models, name = dataclasses.replace(models, clip=other, cnn=None), "art-vit-mini"
+    else:
+        cnn = backbones.Cnn(Broken(), backbones.square_preprocess(32), "broken", 4)
+        models, name = dataclasses.replace(models, cnn=cnn), "broken"
+    with pytest.raises(ValueError, match=f"2 pictures are not finite, first a. Check the weights of {name}"):
+        features.embed(["a", "b"], lambda row: pictures[row], models)

@@ -13,8 +13,8 @@ import tiny_comparison as tiny
 
 from helpers import files as journal
 from helpers import files as storage
+from helpers.chat import _old_clip_features as features
 from helpers.chat import feedback
-from helpers.clip import features
 from helpers.data import images
 from helpers.data import manifest as data
 

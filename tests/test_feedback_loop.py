@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import tiny_clip
 
+from helpers.chat import _old_clip_one_class as one_class
+from helpers.chat import _old_clip_tuning as tuning
 from helpers.chat import feedback, feedback_loop
 from helpers.chat.feedback_loop import Loop
-from helpers.clip import one_class, tuning
 from helpers.data import images
 from helpers.data import manifest as data
 from helpers.judge import statistics as calibration
@@ -31,7 +32,7 @@ def loop(dataset, tmp_path_factory) -> Loop:
     folder = tmp_path_factory.mktemp("home")
     return feedback_loop.open_loop(
         dataset,
-        models=tiny_clip.models(folder / "features"),
+        models=vars(tiny_clip.models(folder / "features")),
         checkpoint_dir=lambda method: folder / "checkpoints" / method,
         n_anomalies=45,
         n_trials=2,

@@ -20,7 +20,7 @@ from helpers import profiles
 from helpers.anomalyclip import model as anomalyclip
 from helpers.anomalygpt import evaluation as anomalygpt_testing
 from helpers.anomalygpt import language, pairs
-from helpers.clip import backbones, features, one_class
+from helpers.clip import backbones, features
 from helpers.colab import preflight
 from helpers.weights import catalog, mini, steps
 
@@ -61,8 +61,6 @@ def test_settings_of_the_profile_are_accepted(full: profiles.Profile) -> None:
     training = pairs.from_preset(full.anomalygpt.preset, **full.anomalygpt.training)
     assert training.batch_size % training.micro_batch == 0 and training.n_epochs == 15
     anomalygpt_testing.EvaluationSettings(alpha=full.alpha, seed=full.seed, **full.anomalygpt.testing)
-    one_class.HeadSettings(max_epochs=full.max_epochs)
-    one_class.PatchKnnSettings(max_bank_rows=full.max_bank_rows)
     assert {full.anomalygpt.precision, full.anomalygpt.training_precision} <= set(language.BYTES_PER_WEIGHT)
     assert full.anomalyclip_row in ("published", "own", "best")
 
@@ -112,11 +110,11 @@ def clip_large() -> backbones.Clip:
         return backbones.load_clip("ViT-L-14-336-quickgelu", pretrained=None, image_size=336, device="cpu")
 
 
-def test_clip_large_embeds_a_picture(clip_large: backbones.Clip, full: profiles.Profile) -> None:
+def test_clip_large_embeds_a_picture(clip_large: backbones.Clip, full: profiles.Profile, tmp_path: Path) -> None:
     assert clip_large.model_id == f"{full.clip_model}/random/{full.clip_image_size}"
     assert sum(p.numel() for p in clip_large.model.parameters()) == 427_944_193
     picture = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
-    found = features.embed_images([picture], clip=clip_large, cnn=None, patches=True)
+    found = features.embed(["one"], lambda row: picture, features.Models(clip_large, None, tmp_path))
     assert (found.clip.shape, found.clip.dtype) == ((1, 768), np.float32)
     assert (found.patches.shape, found.patches.dtype) == ((1, 24, 24, 2048), np.float16)
     norms = np.linalg.norm(found.patches.astype(np.float32).reshape(-1, 2, 1024), axis=-1)

@@ -15,10 +15,12 @@ import torch
 from helpers import files as storage
 from helpers.anomalyclip import model as anomalyclip
 from helpers.anomalyclip import training as anomalyclip_training
+from helpers.chat import _old_clip_features as features
+from helpers.chat import _old_clip_methods as clip_methods
+from helpers.chat import _old_clip_one_class as one_class
 from helpers.chat import detectors as verdicts
 from helpers.chat.detectors import Verdict
-from helpers.clip import backbones, features, one_class
-from helpers.clip import methods as clip_methods
+from helpers.clip import backbones
 from helpers.data import images
 
 SEED = 3
@@ -42,7 +44,9 @@ def tiny_clip(seed: int = 0) -> backbones.Clip:
             quick_gelu=True,
         )
     model = model.eval().requires_grad_(False)
-    return backbones.Clip(model, backbones.clip_tokenizer(), backbones.square_preprocess(24), f"tiny/{seed}/24")
+    return backbones.Clip(
+        model, open_clip.get_tokenizer("ViT-B-32"), backbones.square_preprocess(24), f"tiny/{seed}/24"
+    )
 
 
 def tiny_cnn() -> backbones.Cnn:

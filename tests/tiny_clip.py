@@ -8,11 +8,13 @@ import numpy as np
 import open_clip
 import torch
 
-from helpers import synthesis
-from helpers.clip import backbones
+from helpers.clip import backbones, one_class
+from helpers.clip.features import Features, Models
+from helpers.clip.one_class import VIEW, Rows
 from helpers.data import images
 from helpers.data import manifest as data
 from helpers.records import Sample
+from helpers.synthesis import marks as synthesis
 
 SHAPE = (40, 32)
 
@@ -42,17 +44,57 @@ def write_dataset(folder: Path, categories: tuple[str, ...] = ("harbour", "portr
     return data.open_dataset(folder)
 
 
-def models(cache_dir: Path) -> dict:
-    """A CLIP of 32 px and 4 x 4 patches and a CNN, with the options of :func:`helpers.clip.features.embed_images`."""
+def models(cache_dir: Path) -> Models:
+    """A CLIP of 32 px and 4 x 4 patches and a CNN."""
     vision = {"layers": 4, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}
     text = {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 2, "layers": 1}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         net = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 5, stride=4), torch.nn.ReLU(), torch.nn.Flatten())
         clip = open_clip.CLIP(16, vision, text)
-    return {
-        "clip": backbones.Clip(clip.eval().requires_grad_(False), None, backbones.square_preprocess(32), "tiny"),
-        "cnn": backbones.Cnn(net.eval().requires_grad_(False), backbones.square_preprocess(20), "small", 16 * 16),
-        "cache_dir": cache_dir,
-        "batch_size": 64,
-    }
+    clip = backbones.Clip(clip.eval().requires_grad_(False), None, backbones.square_preprocess(32), "tiny")
+    cnn = backbones.Cnn(net.eval().requires_grad_(False), backbones.square_preprocess(20), "small", 16 * 16)
+    return Models(clip, cnn, cache_dir, 64)
+
+
+# ------------------------------------------------------------------------------------------------- made-up features
+
+KINDS = ("box", "line", "letter", "stain", "tear", "global")
+QUICK = {
+    "clip_resnet50": one_class.Cosine(),
+    "clip_cross_entropy": one_class.Head(n_hidden=32, n_components=16, max_epochs=40),
+    "clip_isolation_forest": one_class.Forest(n_trees=50),
+    "clip_lof": one_class.Lof(),
+    "clip_patch_knn": one_class.PatchKnn(),
+}
+
+
+def features_of(rows: np.ndarray, tag: str, seed: int = 0) -> Features:
+    """Features whose three parts all carry ``rows`` ``(n, 6)`` in different directions."""
+    rng, noise = np.random.default_rng(99), np.random.default_rng(seed)
+    clip = 20.0 + rows @ rng.normal(size=(6, 24))
+    cnn = 20.0 + rows @ rng.normal(size=(6, 40))
+    patches = 3.0 + noise.normal(size=(len(rows), 4, 4, 12)) + 0.5 * (rows @ rng.normal(size=(6, 12)))[:, None, None]
+    parts = clip.astype(np.float32), cnn.astype(np.float32), patches.astype(np.float16)
+    return Features(tuple(f"{tag}{i}" for i in range(len(rows))), *parts, np.full((len(rows), 4), 0.01, np.float32))
+
+
+def draw(n: int, shift: float, tag: str, seed: int) -> Features:
+    rows = np.random.default_rng(seed).normal(size=(n, 6))
+    rows[:, 0] += shift
+    return features_of(rows, tag, seed)
+
+
+def sample_of(i: int, *, split: str = "train", group: str | None = None, category: str = "art") -> Sample:
+    return Sample(Path(f"{i}.png"), category, False, split=split, sha256=f"n{i}", group=group or f"g{i}")
+
+
+def rows_of(n_train: int = 30, n_calibration: int = 10, *, n_sources: int | None = None, shift: float = 3.0) -> Rows:
+    """Normals, a view of each training picture, and three anomalies of each, of 6 kinds in turn."""
+    n = n_train + n_calibration
+    groups = [f"g{i % (n_sources or n)}" for i in range(n)]
+    samples = [sample_of(i, split="train" if i < n_train else "calibration", group=groups[i]) for i in range(n)]
+    kinds = [KINDS[i % 6] for i in range(3 * n)]
+    marks = Rows.of([samples[i // 3] for i in range(3 * n)], draw(3 * n, shift, "a", 2), kinds)
+    views = Rows.of(samples[:n_train], draw(n_train, 0, "v", 21), [VIEW] * n_train)
+    return Rows.join([Rows.of(samples, draw(n, 0, "n", 1)), views, marks])

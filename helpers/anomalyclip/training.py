@@ -7,6 +7,7 @@ on their training split is few-shot learning, has to be asked for, and is labell
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -337,7 +338,7 @@ def tower_features(
     """
     from tqdm.auto import tqdm
 
-    from helpers.clip.backbones import square_preprocess, weights_hash
+    from helpers.clip.backbones import square_preprocess
 
     if mask_rule not in MASK_RULES or dtype not in ("float32", "float16"):
         raise ValueError(
@@ -573,10 +574,17 @@ def choose_prompts(
     return (max(scores, key=scores.__getitem__) if row == "best" else row), scores
 
 
+def weights_hash(model: torch.nn.Module) -> str:
+    """SHA-256 over a model's parameter names and bytes, for checkpoints that depend on it."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def prompts_hash(learner: PromptLearner) -> str:
     """SHA-256 of prompts, independent of how a file stores them."""
-    from helpers.clip.backbones import weights_hash
-
     return weights_hash(learner)
 
 

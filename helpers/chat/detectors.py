@@ -21,9 +21,10 @@ from helpers import files as storage
 from helpers import results
 from helpers.anomalyclip import model as anomalyclip
 from helpers.anomalyclip import training as anomalyclip_training
-from helpers.clip import features, one_class
-from helpers.clip import methods as clip_methods
-from helpers.clip.features import Features
+from helpers.chat import _old_clip_features as features
+from helpers.chat import _old_clip_methods as clip_methods
+from helpers.chat import _old_clip_one_class as one_class
+from helpers.chat._old_clip_features import Features
 from helpers.data import images
 from helpers.data.manifest import Dataset
 from helpers.judge import figures

@@ -19,7 +19,7 @@ import numpy as np
 
 from helpers import files as journal
 from helpers import files as storage
-from helpers.clip import features
+from helpers.chat import _old_clip_features as features
 from helpers.data import images
 from helpers.data.manifest import Dataset
 from helpers.records import Sample

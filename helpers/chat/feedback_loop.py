@@ -21,13 +21,15 @@ import numpy as np
 import pandas as pd
 
 from helpers import results, synthesis
+from helpers.chat import _old_clip_features as features
+from helpers.chat import _old_clip_methods as clip_methods
+from helpers.chat import _old_clip_one_class as one_class
+from helpers.chat import _old_clip_tuning as tuning
 from helpers.chat import feedback
+from helpers.chat._old_clip_features import Features
+from helpers.chat._old_clip_methods import Fitted
+from helpers.chat._old_clip_one_class import CONFIRMED, Settings, Training
 from helpers.chat.feedback import Confirmed, FeedbackLog
-from helpers.clip import features, one_class, tuning
-from helpers.clip import methods as clip_methods
-from helpers.clip.features import Features
-from helpers.clip.methods import Fitted
-from helpers.clip.one_class import CONFIRMED, Settings, Training
 from helpers.data import images
 from helpers.data import manifest as data
 from helpers.judge import metrics, statistics

@@ -1,673 +1,271 @@
-"""The CLIP methods on a dataset: synthetic anomalies, one detector per painting, results on disk, sorted folders.
+"""The CLIP methods on a dataset: what they learn from, one detector per painting, results on disk, sorted folders.
 
-Joins :mod:`features` and :mod:`helpers.clip.one_class` with datasets and results; notebook 03 calls it. The order is
-the argument: detectors and thresholds are made from training and calibration pictures in :func:`fit_all`, which gets
-no test picture; :func:`predict` reads the test pictures afterwards and can change nothing any more.
+The order is the argument: detectors and thresholds are made of :class:`~helpers.clip.one_class.Rows`, which refuse test
+pictures; the test pictures are scored afterwards and can change nothing any more.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 import os
+import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from sklearn.base import clone
 
-from helpers import files as storage
-from helpers import results, synthesis
-from helpers.clip import features, one_class, report_2024, tuning
-from helpers.clip.features import Features
-from helpers.clip.one_class import Settings, Training
-from helpers.clip.tuning import Tuned
-from helpers.data import images
-from helpers.data import manifest as data
-from helpers.judge import figures, metrics, statistics
-from helpers.judge import statistics as calibration
-from helpers.records import NORMAL_KIND, Prediction, Sample
+from helpers import files, results, synthesis
+from helpers.clip import features, one_class, tuning
+from helpers.clip.features import Features, Models
+from helpers.clip.one_class import VIEW, Detector, Rows
+from helpers.data import Dataset, images
+from helpers.judge import metrics, statistics
+from helpers.records import NORMAL_KIND, Sample, Scored
 from helpers.results import MethodResult
 
-if TYPE_CHECKING:
-    from helpers.clip.backbones import Clip, Cnn
-
-SORTED_FOLDERS = ("anomaly", "non_anomaly")
-"""The report's two output folders."""
-
-SEARCH_FORMAT = 2
+FORMAT = 3
 """Part of the key of every kept search; raised when the same options search otherwise."""
-_AUROCS = ("auroc", "default_auroc", "nested_auroc")
-
-GLOBAL_KIND = "global"
-"""Family of all changes of the whole picture (blur, inversion, colours): one family, so that it weighs no more than a
-kind of mark."""
+MIN_PICTURES = 12
+"""Genuine pictures of a painting; where there are fewer, re-photographs of them fill up to this number."""
 
 
 # ------------------------------------------------------------------------------------------------- what is learnt from
 
 
-def synthetic_anomalies(
-    samples: Sequence[Sample], *, n_anomalies: int, seed: int
-) -> Iterator[tuple[np.ndarray, Sample, str]]:
-    """Anomalies made from normal pictures: every picture and every kind as often as the others, give or take one.
+def learning_rows(
+    dataset: Dataset, embedded: Features, models: Models, *, n_anomalies: int, seed: int
+) -> dict[str, Rows]:
+    """What each painting's detectors may learn from: its genuine pictures outside the test split, one more photograph
+    (view) of each training picture, and anomalies made from them, every picture and kind as often as the others.
 
-    Kinds are those of :data:`helpers.synthesis.marks.LOCAL_KINDS` and, as one more, the anomalous changes of the whole
-    picture. They are dealt to the pictures like cards from shuffled decks: counted through in order, pictures of one
-    group would get the same kinds again and again. The same seed and pictures give the same anomalies.
+    Kinds that the dataset holds out for the test are not made. A painting without a genuine picture is named and left
+    out; one with fewer than :data:`MIN_PICTURES` gets re-photographs of them as further genuine pictures.
 
     Args:
-        samples: normal pictures of the splits ``train`` and ``calibration``.
-        n_anomalies: anomalies made in all.
+        dataset, embedded: the dataset and features of (at least) its normal pictures.
+        models: see :class:`helpers.clip.features.Models`.
+        n_anomalies: for each painting; 0 for detectors that need none.
         seed: of everything random.
-    Returns:
-        uint8 RGB picture, the sample it was made from, and the kind; ordered by sample.
-    Raises:
-        ValueError: a sample is anomalous or a test picture.
-    """
-    wrong = [sample for sample in samples if sample.is_anomalous or sample.split == "test"]
-    if wrong:
-        raise ValueError(
-            f"{wrong[0].image_path} is an anomalous or test picture. Anomalies to train on are made from normal "
-            "pictures of 'train' and 'calibration' only."
-        )
-    deck = _deck([*synthesis.LOCAL_KINDS, GLOBAL_KIND], seed)
-    for i, sample in enumerate(samples):
-        n_here = len(range(i, n_anomalies, len(samples)))
-        picture = images.load_image(sample.image_path) if n_here else None
-        rng = synthesis.rng_for(seed, sample.sha256)
-        for kind in itertools.islice(deck, n_here):
-            if kind == GLOBAL_KIND:
-                yield synthesis.vary(picture, str(rng.choice(synthesis.ANOMALOUS_VARIATIONS)), rng), sample, kind
-            else:
-                yield synthesis.synthesize(picture, kind, rng)[0], sample, kind
-
-
-def _deck(kinds: Sequence[str], seed: int) -> Iterator[str]:
-    rng = np.random.default_rng(seed)
-    while True:
-        yield from rng.permutation(kinds).tolist()
-
-
-def trainings(
-    dataset: data.Dataset,
-    embedded: Features,
-    *,
-    clip: Clip,
-    cnn: Cnn,
-    cache_dir: Path,
-    batch_size: int,
-    n_anomalies: int,
-    seed: int,
-) -> dict[str, Training]:
-    """What each painting's detectors may learn from: its normals outside the test split, and anomalies made from them.
-
-    Args:
-        dataset: from :func:`helpers.data.manifest.open_dataset`.
-        embedded: features of its pictures, from :func:`helpers.clip.features.embed_samples`.
-        clip, cnn, cache_dir, batch_size: as for :func:`helpers.clip.features.embed_images`.
-        n_anomalies, seed: as for :func:`synthetic_anomalies`, for each painting.
-    Raises:
-        ValueError: a painting has no normal picture to learn from.
     """
     found = {}
     for category in dataset.categories:
         normals = [s for s in dataset.select(category=category, is_anomalous=False) if s.split != "test"]
         if not normals:
-            raise ValueError(
-                f"{category} has no normal picture outside the test split. Put genuine pictures of it into "
-                f"{category}/train/good and run notebook 02 again."
-            )
-        sources: list[Sample] = []
-        kinds: list[str] = []
-        models = {"clip": clip, "cnn": cnn, "cache_dir": cache_dir, "batch_size": batch_size}
-        views, view_sources = embed_views(normals, **models, seed=seed)
-        anomalies = features.embed_images(
-            _noting(synthetic_anomalies(normals, n_anomalies=n_anomalies, seed=seed), sources, kinds),
-            **models,
-            patches=True,
-            n_pictures=n_anomalies,
-        )
-        found[category] = Training(
-            tuple(normals), embedded.of(normals), anomalies, tuple(sources), tuple(kinds), views, view_sources
-        )
+            print(f"{category} is left out: it has no genuine picture to learn from. Put some into train/good.")
+            continue
+        again = [normals[i % len(normals)] for i in range(MIN_PICTURES - len(normals))]
+        if again:
+            print(f"{category}: {len(normals)} genuine pictures only; {len(again)} re-photographs of them join.")
+        seen = [sample for sample in normals if sample.split == "train"]
+        sources = [s for i, s in enumerate(normals) for _ in range(i, n_anomalies, len(normals))]
+        kinds = [NORMAL_KIND] * len(again) + [VIEW] * len(seen) + deal_kinds(dataset, n_anomalies, seed)
+        made = [*again, *seen, *sources]
+        parts = [Rows.of(normals, embedded.of(normals))]
+        if made:
+            parts.append(Rows.of(made, _made(made, kinds, models, seed), kinds))
+        found[category] = Rows.join(parts)
     return found
 
 
-def embed_views(
-    normals: Sequence[Sample], *, clip: Clip, cnn: Cnn, cache_dir: Path, batch_size: int, seed: int
-) -> tuple[Features | None, tuple[Sample, ...]]:
-    """One more photograph of each training picture (other light, crop, stand, compression) for ``augment``.
+def deal_kinds(dataset: Dataset, n: int, seed: int) -> list[str]:
+    """``n`` kinds of anomaly to train on, like cards from shuffled decks; none that the dataset holds out.
 
-    Args:
-        normals: normal pictures; those of split ``calibration`` get none.
-        clip, cnn, cache_dir, batch_size: as for :func:`helpers.clip.features.embed_images`.
-        seed: of the photographs; the same seed and picture give the same view.
-    Returns:
-        features with patches, and the picture each was made from; None and () without training pictures.
+    Counted through in order, the pictures of one source would get the same kinds again and again. Changes of the whole
+    picture share one card, so that together they weigh no more than a kind of mark.
     """
-    learnt = tuple(sample for sample in normals if sample.split == "train")
-    if not learnt:
-        return None, ()
-    pictures = (
-        synthesis.rephotograph(images.load_image(s.image_path), synthesis.rng_for(seed, f"view/{s.sha256}"))[0]
-        for s in learnt
-    )
-    models = {"clip": clip, "cnn": cnn, "cache_dir": cache_dir, "batch_size": batch_size}
-    return features.embed_images(pictures, **models, patches=True, n_pictures=len(learnt)), learnt
+    rng = np.random.default_rng(seed)
+    whole = sorted(set(synthesis.ANOMALOUS_VARIATIONS) - set(dataset.kinds_held_out))
+    deck = [kind for kind in synthesis.LOCAL_KINDS if kind not in dataset.kinds_held_out] + [""] * bool(whole)
+    cards = [card for _ in range(0, n, len(deck)) for card in rng.permutation(deck).tolist()][:n]
+    return [card or str(rng.choice(whole)) for card in cards]
 
 
-def _noting(
-    made: Iterator[tuple[np.ndarray, Sample, str]], sources: list[Sample], kinds: list[str]
-) -> Iterator[np.ndarray]:
-    for picture, source, kind in made:
-        sources.append(source)
-        kinds.append(kind)
-        yield picture
+def make_picture(sample: Sample, kind: str, seed: int, number: int = 0) -> np.ndarray:
+    """Another photograph of a genuine picture, uint8 RGB, damaged unless ``kind`` is good or a view."""
+    damage = None if kind in (NORMAL_KIND, VIEW) else kind
+    seed = synthesis.seed_for(seed, f"{number}/{kind}/{sample.sha256}")
+    return synthesis.damaged_view(_read(sample.image_path), seed=seed, kind=damage)[0]
 
 
-# ------------------------------------------------------------------------------------------------- fit
+_read = lru_cache(maxsize=2)(images.load_image)
+
+
+def _made(sources: Sequence[Sample], kinds: Sequence[str], models: Models, seed: int) -> Features:
+    """Features of pictures made from others, kept by how they are made: a known one is not made again."""
+    code = [files.sha256_file(path) for path in sorted(Path(synthesis.__file__).parent.glob("*.py"))]
+    recipe = files.sha256_json([seed, code])[:16]
+    ids = [f"{s.sha256}/{kind}/{row}/{recipe}" for row, (s, kind) in enumerate(zip(sources, kinds, strict=True))]
+    return features.embed(ids, lambda row: make_picture(sources[row], kinds[row], seed, row), models)
+
+
+# ------------------------------------------------------------------------------------------------- fit and test
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A painting's detector, ready for test pictures.
+    """A painting's detector, ready for test pictures; scores ``(n,)`` of its genuine pictures by detectors that had not
+    seen their sources; and what :func:`helpers.clip.tuning.tune` found."""
 
-    Attributes:
-        tuned: how its settings were chosen.
-        detector: see :mod:`helpers.clip.one_class`.
-        normal_scores: float64 ``(n,)``, scores of normal pictures by detectors that had not seen them.
-        threshold: conformal threshold of these scores.
-        seconds: time to tune, fit and calibrate.
-    """
-
-    tuned: Tuned
-    detector: one_class.Detector
+    detector: Detector
     normal_scores: np.ndarray
-    threshold: float
-    seconds: float
+    search: Mapping[str, Any]
+
+    def score(self, embedded: Features) -> list[Scored]:
+        """Scores (and maps of the patch memory), with the seconds of reading and of the networks that were used."""
+        start, maps = time.perf_counter(), [None] * len(embedded)
+        if isinstance(self.detector, one_class.PatchKnn):
+            maps = self.detector.maps(embedded)
+            scores = self.detector.score_maps(maps)
+        else:
+            scores = self.detector.score(embedded)
+        seconds = (time.perf_counter() - start) / len(embedded) + embedded.seconds_of(self.detector.steps())
+        return [Scored(float(s), m, float(spent)) for s, m, spent in zip(scores, maps, seconds, strict=True)]
 
 
-def fit_all(
-    method: str,
-    learn_from: Mapping[str, Training],
-    *,
-    n_trials: int,
-    alpha: float,
-    seed: int,
-    checkpoint_dir: Path | None,
-    strategy: str = "random",
-    base: Settings | None = None,
-    device: str = "cpu",
-) -> dict[str, Fitted]:
-    """Tune, fit and calibrate one method for every painting.
+def fit(detector: Detector, space: Mapping[str, list], rows: Rows, *, kept: Mapping[str, Any], **options) -> Fitted:
+    """Search settings, fit and calibrate a detector of one painting; ``options`` as for
+    :func:`helpers.clip.tuning.tune`, ``kept`` an earlier search, taken up again when everything is the same."""
+    facts = [list(rows.features.ids), rows.table.to_csv(), [rows.features.clip.shape[1], rows.features.cnn.shape[1]]]
+    key = files.sha256_json([FORMAT, facts, detector.get_params(), dict(space), options])
+    search = kept if kept.get("key") == key else {**tuning.tune(detector, space, rows, **options), "key": key}
+    chosen = clone(detector).set_params(**search["parameters"])
+    chosen, scores = tuning.calibrate(chosen, rows, seed=options["seed"])
+    return Fitted(chosen, scores[rows.has("kind", NORMAL_KIND)], search)
 
-    The outcome of each search is kept in ``checkpoint_dir/<painting>.json`` and taken up again when pictures, features
-    and options are the same; a trained head is written beside it as safetensors.
+
+def fit_and_test(
+    methods: Sequence[str], dataset: Dataset, learn_from: Mapping[str, Rows], embedded: Features, *, profile: Any,
+    n_trials: int, strategy: str = "random", alpha: float = 0.05,
+) -> dict[str, MethodResult]:  # fmt: skip
+    """Fit some methods for every painting, then score the test pictures and write ``results/<method>/``.
+
+    A painting that cannot be fitted is named and stops no other. What was found is kept in
+    ``checkpoints/<method>/fitted.json``, trained heads in ``heads.safetensors``, for :func:`load`.
 
     Args:
-        method: one of :data:`helpers.clip.one_class.METHODS`.
-        learn_from: painting -> what its detector may learn from, see :func:`trainings`.
-        n_trials, strategy, seed: as for :func:`helpers.clip.tuning.tune`; one trial takes the default settings.
-        alpha: false-alarm rate that the thresholds aim at.
-        checkpoint_dir: ``profile.checkpoint_dir(method)``; None keeps nothing.
-        base: the default settings, and the values of fields that are not searched.
-        device: torch device of the memory bank.
+        methods: of :data:`helpers.clip.one_class.METHODS`.
+        dataset, learn_from, embedded: the dataset, its :func:`learning_rows` and its features.
+        profile: gives folders, device, seed and sizes.
+        n_trials, strategy: as for :func:`helpers.clip.tuning.tune`.
+        alpha: false-alarm rate that the conformal thresholds aim at.
     """
-    fitted = {}
-    default = base or one_class.DEFAULTS[method]
-    options = {"n_trials": n_trials, "strategy": strategy, "seed": seed}
-    for category, training in learn_from.items():
-        start = time.perf_counter()
-        key = _search_key(method, training, default, options)
-        path = None if checkpoint_dir is None else Path(checkpoint_dir) / f"{category}.json"
-        tuned = None if path is None else _kept_search(path, key, type(default))
-        if tuned is None:
-            tuned = tuning.tune(method, training, default=default, device=device, **options)
-        with tuning.one_thread():
-            calibrated = one_class.calibrate(tuned.settings, training, seed=seed, device=device)
-        threshold = calibration.conformal_threshold(calibrated.normal_scores, alpha)
-        seconds = time.perf_counter() - start
-        fitted[category] = Fitted(tuned, calibrated.detector, calibrated.normal_scores, threshold, seconds)
-        if path is not None:
-            _keep(path, key, method, fitted[category], alpha)
-    return fitted
+    own = {"seed": profile.seed, "max_epochs": profile.clip.max_epochs, "max_bank_rows": profile.clip.max_bank_rows}
+    found = {}
+    for method in methods:
+        detector, path = clone(one_class.DETECTORS[method]), profile.checkpoint_dir(method) / "fitted.json"
+        changed = {name: value for name, value in (own | {"device": profile.device}).items() if hasattr(detector, name)}
+        detector.set_params(**changed)
+        kept, fitted = files.read_json(path) if path.exists() else {}, {}
+        options = {"n_trials": n_trials, "strategy": strategy, "seed": profile.seed}
+        for category, rows in learn_from.items():
+            try:
+                earlier = kept.get(category, {})
+                fitted[category] = fit(detector, one_class.SPACES[method], rows, kept=earlier, **options)
+            except ValueError as error:
+                print(f"{results.method_label(method)} leaves out {results.category_label(category)}: {error}")
+        if not fitted:
+            raise ValueError(f"{results.method_label(method)}: no painting could be learnt; the reasons stand above.")
+        _keep(path, fitted)
+        kinds = sorted({k for rows in learn_from.values() for k in rows.table["kind"][rows.is_anomaly]})
+        learns, searched = method == "clip_cross_entropy", any(one.search["trials"] for one in fitted.values())
+        words = "genuine pictures" + " and synthetic anomalies" * learns
+        found[method] = results.predict(
+            profile.results_dir(method),
+            method=method,
+            dataset=replace(dataset, samples=tuple(s for s in dataset.samples if s.category in fitted)),
+            score=lambda category, samples, fitted=fitted: fitted[category].score(embedded.of(samples)),
+            calibration={category: one.normal_scores for category, one in fitted.items()},
+            calibration_groups={
+                c: rows.table["group"][rows.has("kind", NORMAL_KIND)].tolist() for c, rows in learn_from.items()
+            },
+            alpha=alpha,
+            profile=profile.name,
+            settings={c: {**one.detector.get_params(), "key": one.search["key"]} for c, one in fitted.items()},
+            trained_on=words + "; settings searched with synthetic anomalies" * searched,
+            trained_on_kinds=kinds if searched or learns else (),
+            batch_size=64,
+        )
+    return found
 
 
-def _keep(path: Path, key: str, method: str, one: Fitted, alpha: float) -> None:
-    if isinstance(one.detector, one_class.HeadDetector):
-        _write_head(path.with_suffix(".safetensors"), one.detector)
-    tuned = one.tuned
-    storage.write_json(
-        path,
-        {
-            "key": key,
-            "method": method,
-            "settings": asdict(tuned.settings),
-            **{name: _or_none(getattr(tuned, name)) for name in _AUROCS},
-            "strategy": tuned.strategy,
-            "note": tuned.note,
-            "trials": [dict(trial) for trial in tuned.trials],
-            "alpha": alpha,
-            "threshold": one.threshold,
-            "normal_scores": one.normal_scores.tolist(),
-        },
-    )
-
-
-def _search_key(method: str, training: Training, default: Settings, options: Mapping[str, Any]) -> str:
-    """Hash of everything a search depends on; features by their values, so that another backbone counts."""
-    parts = [training.normals, training.anomalies, training.views]
-    rows = [row for part in parts if part is not None for row in (part.clip, part.cnn, part.patches) if row is not None]
-    return storage.sha256_json(
-        {
-            "format": SEARCH_FORMAT,
-            "method": method,
-            "pictures": [(s.sha256, s.split, s.group) for s in training.samples],
-            "anomalies": [(s.sha256, kind) for s, kind in zip(training.sources, training.kinds, strict=True)],
-            "features": [float(np.abs(row).sum(dtype=np.float64)) for row in rows],
-            "options": [dict(options), asdict(default), one_class.SPACES[method]],
-        }
-    )
-
-
-def _kept_search(path: Path, key: str, settings_type: type) -> Tuned | None:
-    if not path.exists():
-        return None
-    kept = storage.read_json(path)
-    if kept["key"] != key:
-        return None
-    aurocs = {name: math.nan if kept[name] is None else kept[name] for name in _AUROCS}
-    settings = settings_type(**kept["settings"])
-    return Tuned(settings, **aurocs, strategy=kept["strategy"], trials=tuple(kept["trials"]), note=kept["note"])
-
-
-def _write_head(path: Path, detector: one_class.HeadDetector) -> None:
+def _keep(path: Path, fitted: Mapping[str, Fitted]) -> None:
     from safetensors.torch import save_file
 
-    with storage.atomic_path(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in detector.state().items()}, temporary)
+    detectors = {category: fitted[category].detector for category in sorted(fitted)}  # the order of the file
+    nets = [detector.net for detector in detectors.values() if isinstance(detector, one_class.Head)]
+    if nets:
+        with files.atomic_path(path.with_name("heads.safetensors")) as temporary:
+            save_file({f"{n}/{k}": t for n, net in enumerate(nets) for k, t in net.state_dict().items()}, temporary)
+    files.write_json(path, {c: {"settings": d.get_params(), **fitted[c].search} for c, d in detectors.items()})
 
 
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value
+@dataclass(frozen=True)
+class Loaded:
+    """A method as notebook 03 saved it: painting -> detector, and how pictures become features."""
+
+    detectors: Mapping[str, Fitted]
+    embed: Callable[[Sequence[np.ndarray]], Features]
+
+    def score(self, category: str, pictures: Sequence[np.ndarray]) -> list[Scored]:
+        """Scores of pictures uint8 RGB ``(H, W, 3)`` that should show the painting ``category``."""
+        return self.detectors[category].score(self.embed(pictures))
 
 
-# ------------------------------------------------------------------------------------------------- predict
-
-
-def predict(
-    method: str,
-    fitted: Mapping[str, Fitted],
-    dataset: data.Dataset,
-    embedded: Features,
-    *,
-    alpha: float,
-    results_dir: Path,
-    profile: str,
-) -> MethodResult:
-    """Score the test pictures and write ``results/<method>/``; nothing is done when they are there already.
+def load(dataset: Dataset, models: Models, *, checkpoint_dir: Callable[[str], Path], seed: int) -> dict[str, Loaded]:
+    """The detectors of notebook 03: stored heads, the others fitted again with the kept settings on the same pictures.
 
     Args:
-        method: name of the row.
-        fitted: from :func:`fit_all`, a detector for every painting of the test split.
-        dataset, embedded: the dataset and its features.
-        alpha: recorded with the thresholds.
-        results_dir: ``profile.results_dir(method)``.
-        profile: name of the profile, recorded.
-    Returns:
-        the results as the comparison reads them.
+        dataset, models, seed: as in notebook 03; features come from its cache.
+        checkpoint_dir: method -> folder, ``profile.checkpoint_dir``; a method with nothing saved is left out.
     """
-    samples = _test_samples(dataset)
-    settings = {
-        category: {
-            **asdict(one.tuned.settings),
-            "threshold": one.threshold,
-            "alpha": alpha,
-            "n_calibration_scores": len(one.normal_scores),
-            **{f"search_{name}": _or_none(getattr(one.tuned, name)) for name in _AUROCS},
+    from safetensors.torch import load_file
+
+    normals = [s for s in dataset.samples if not s.is_anomalous and s.split != "test"]
+    learn_from = learning_rows(dataset, features.embed_samples(normals, models), models, n_anomalies=0, seed=seed)
+
+    def embed(pictures: Sequence[np.ndarray]) -> Features:
+        ids = [images.pixel_hash(picture) for picture in pictures]
+        return features.embed(ids, lambda row: pictures[row], models)
+
+    found = {}
+    for method in one_class.METHODS:
+        path, detectors = Path(checkpoint_dir(method)) / "fitted.json", {}
+        for number, (category, kept) in enumerate((files.read_json(path) if path.exists() else {}).items()):
+            detector = clone(one_class.DETECTORS[method]).set_params(**kept["settings"])
+            if isinstance(detector, one_class.Head):
+                tensors, mark = load_file(path.with_name("heads.safetensors")), f"{number}/"
+                detector.with_state({k.removeprefix(mark): t for k, t in tensors.items() if k.startswith(mark)})
+            else:
+                detector.fit(learn_from[category])
+            detectors[category] = Fitted(detector, np.empty(0), kept)
+        if detectors:
+            found[method] = Loaded(detectors, embed)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- tables and folders
+
+
+def table(predictions: pd.DataFrame) -> pd.DataFrame:
+    """AUROC with its 95 % interval, what was found and what was passed, by method and painting."""
+    rows = {}
+    for (method, category), mine in predictions.groupby(["method", "category"], sort=False):
+        labels, called = mine["is_anomalous"].to_numpy(), mine["is_predicted_anomalous"].to_numpy()
+        auroc = metrics.image_auroc(mine["anomaly_score"], labels)
+        low, high = statistics.auroc_interval(mine["anomaly_score"], labels)
+        rows[results.method_label(method), results.category_label(category)] = {
+            "AUROC": f"{auroc:.3f} [{low:.3f}, {high:.3f}]",
+            "anomalies found": f"{(called & labels).sum()} of {labels.sum()}",
+            "genuine passed": f"{(~called & ~labels).sum()} of {(~labels).sum()}",
+            "accuracy": f"{(called == labels).mean():.1%}",
         }
-        for category, one in fitted.items()
-    }
-    if not results.is_complete(results_dir, dataset_hash=dataset.hash, settings=settings):
-        with results.Writer(
-            results_dir,
-            method=method,
-            samples=samples,
-            dataset_dir=dataset.folder,
-            dataset_hash=dataset.hash,
-            profile=profile,
-            settings=settings,
-        ) as writer:
-            for category in sorted({sample.category for sample in samples}):
-                chosen = [s for s in samples if s.category == category and s.image_path not in writer.done]
-                for prediction in predictions(fitted[category], chosen, embedded.of(chosen)):
-                    writer.add(prediction)
-    return results.read(results_dir, samples, dataset.folder, dataset.hash)
-
-
-def predictions(one: Fitted, samples: Sequence[Sample], rows: Features) -> Iterator[Prediction]:
-    """A detector's verdicts on pictures of its painting, one by one, written nowhere.
-
-    Args:
-        one: the painting's detector.
-        samples: the pictures.
-        rows: their features, row by row.
-    """
-    if not samples:
-        return
-    start = time.perf_counter()
-    maps: Sequence[np.ndarray | None] = [None] * len(samples)
-    if isinstance(one.detector, one_class.PatchKnnDetector):
-        maps = one.detector.maps(rows)
-        scores = one.detector.score_maps(maps)
-    else:
-        scores = one.detector.score(rows)
-    p_values = calibration.p_values(one.normal_scores, scores)
-    seconds = (time.perf_counter() - start) / len(samples) + rows.seconds
-    for values in zip(samples, scores, maps, p_values, seconds, strict=True):
-        sample, score, anomaly_map, p_value, spent = values
-        yield Prediction(sample, float(score), anomaly_map, one.threshold, float(p_value), float(spent))
-
-
-def scorer(fitted: Mapping[str, Fitted], **models: Any) -> Callable[[Sequence[Sample]], Iterator[Prediction]]:
-    """A function that embeds and scores any pictures of the paintings, for :func:`helpers.judge.inbox.look`.
-
-    Args:
-        fitted: from :func:`fit_all`.
-        models: ``clip, cnn, cache_dir, batch_size``, as for :func:`helpers.clip.features.embed_samples`.
-    """
-
-    def score(samples: Sequence[Sample]) -> Iterator[Prediction]:
-        for category in sorted({sample.category for sample in samples}):
-            chosen = [sample for sample in samples if sample.category == category]
-            yield from predictions(fitted[category], chosen, features.embed_samples(chosen, **models))
-
-    return score
-
-
-def fitted_id(fitted: Mapping[str, Fitted]) -> str:
-    """Identifies detectors by settings, calibration scores and thresholds: 16 hexadecimal digits."""
-    parts = [
-        (category, asdict(one.tuned.settings), one.threshold, np.round(one.normal_scores, 6).tolist())
-        for category, one in sorted(fitted.items())
-    ]
-    return storage.sha256_json(parts)[:16]
-
-
-def _test_samples(dataset: data.Dataset) -> list[Sample]:
-    samples = dataset.select(split="test")
-    if not samples:
-        raise ValueError(f"{dataset.folder} has no test picture. Add some below <painting>/test and run notebook 02.")
-    return samples
-
-
-# ------------------------------------------------------------------------------------------------- the report of 2024
-
-
-def run_report_2024(
-    method: str,
-    dataset: data.Dataset,
-    embedded: Features,
-    *,
-    clip: Clip,
-    cache_dir: Path,
-    batch_size: int,
-    seed: int,
-    results_dir: Path,
-    profile: str,
-) -> MethodResult:
-    """One method as the report of 2024 used it, thresholds from the test pictures included; see
-    :mod:`helpers.clip.report_2024`.
-
-    ``results_dir`` must not lie directly in the folder that the comparison reads (``results/report_2024/<method>`` is
-    fine): these rows are no honest competitors.
-    """
-    preset = report_2024.PRESETS[method]
-    samples = _test_samples(dataset)
-    settings = {"preset": "report_2024", "decision": preset.decision, "flaw": preset.flaw, "seed": seed}
-    settings |= preset.describe()
-    if not results.is_complete(results_dir, dataset_hash=dataset.hash, settings=settings):
-        train = dataset.select(split="train", is_anomalous=False)
-        views = None
-        if method in ("clip_cross_entropy", "clip_lof"):
-            pictures = (images.load_image(sample.image_path) for sample in train)
-            views = features.embed_images(
-                report_2024.altered_views(pictures, method, seed=seed),
-                clip=clip,
-                cnn=None,
-                cache_dir=cache_dir,
-                batch_size=batch_size,
-                n_pictures=len(train),
-            )
-        start = time.perf_counter()
-        test = embedded.of(samples)
-        scores, threshold = report_2024.verdicts(method, train=embedded.of(train), views=views, test=test, seed=seed)
-        spent = (time.perf_counter() - start) / len(samples) + test.seconds
-        with results.Writer(
-            results_dir,
-            method=method,
-            samples=samples,
-            dataset_dir=dataset.folder,
-            dataset_hash=dataset.hash,
-            profile=profile,
-            settings=settings,
-        ) as writer:
-            for sample, score, seconds in zip(samples, scores, spent, strict=True):
-                if sample.image_path not in writer.done:
-                    writer.add(Prediction(sample, float(score), threshold=threshold, seconds=float(seconds)))
-    return results.read(results_dir, samples, dataset.folder, dataset.hash)
-
-
-# ------------------------------------------------------------------------------------------------- tables and figures
-
-
-def search_table(fitted: Mapping[str, Mapping[str, Fitted]]) -> pd.DataFrame:
-    """What each search chose, and what it is worth.
-
-    Returns:
-        one row per method and painting. ``chosen`` lists the searched fields that differ from the default. AUROCs on
-        held-out pictures: of the default settings, of the chosen ones (the number that was maximised), and nested.
-    """
-    rows = []
-    for method, paintings in fitted.items():
-        for category, one in paintings.items():
-            default = one.tuned.trials[0] if one.tuned.trials else asdict(one.tuned.settings)
-            chosen = {name: getattr(one.tuned.settings, name) for name in one_class.SPACES[method]}
-            changed = [f"{name} {value}" for name, value in chosen.items() if value != default[name]]
-            rows.append(
-                {
-                    "method": method,
-                    "painting": category,
-                    "chosen": ", ".join(changed) or "the default",
-                    "default": one.tuned.default_auroc,
-                    "chosen, flatters": one.tuned.auroc,
-                    "nested": one.tuned.nested_auroc,
-                    "settings tried": max(1, len(one.tuned.trials)),
-                    "seconds": one.seconds,
-                }
-            )
-    return pd.DataFrame(rows).set_index(["method", "painting"]).round(3)
-
-
-def tuning_sets(fitted: Mapping[str, Mapping[str, Fitted]]) -> list[figures.TuningSet]:
-    """Searches by method and painting, for :func:`helpers.judge.figures.tuning`."""
-    return [
-        figures.TuningSet(
-            method,
-            category,
-            [trial["auroc"] for trial in one.tuned.trials],
-            one.tuned.default_auroc,
-            one.tuned.auroc,
-            one.tuned.nested_auroc,
-        )
-        for method, paintings in fitted.items()
-        for category, one in paintings.items()
-        if one.tuned.trials
-    ]
-
-
-def what_tuning_bought(
-    default: Mapping[str, Mapping[str, Fitted]],
-    fitted: Mapping[str, Mapping[str, Fitted]],
-    dataset: data.Dataset,
-    embedded: Features,
-) -> pd.DataFrame:
-    """Default against tuned settings on the test pictures; both were fixed before, and nothing is chosen here.
-
-    Args:
-        default: from :func:`fit_all` with one trial.
-        fitted: the tuned detectors.
-        dataset, embedded: the dataset and its features.
-    Returns:
-        one row per method and painting: image AUROC of both on the test pictures, DeLong's paired test with
-        Holm's correction over all rows, and the nested estimate that the search had promised.
-    """
-    rows = []
-    for method, paintings in fitted.items():
-        for category, one in paintings.items():
-            samples = dataset.select(split="test", category=category)
-            labels = np.array([sample.is_anomalous for sample in samples])
-            queries = embedded.of(samples)
-            scores = [found.detector.score(queries) for found in (one, default[method][category])]
-            test = statistics.delong_paired(*scores, labels)
-            rows.append(
-                {
-                    "method": method,
-                    "painting": category,
-                    "default": test.value_b,
-                    "tuned": test.value_a,
-                    "difference": test.difference,
-                    "promised (nested)": one.tuned.nested_auroc,
-                    "p_value": test.p_value,
-                }
-            )
-    table = pd.DataFrame(rows).set_index(["method", "painting"])
-    table["p_holm"] = statistics.holm(table.pop("p_value"))
-    return table
-
-
-def tuning_verdict(bought: pd.DataFrame) -> str:
-    """What :func:`what_tuning_bought` shows, in two sentences, whichever way it went."""
-    means = bought["difference"].groupby("method", sort=False).mean()
-    better = [results.method_label(method) for method, value in means.items() if value > 0]
-    names = f" ({', '.join(better)})" if better else ""
-    significant = bought[bought["p_holm"] < 0.05]
-    n_better, n_worse = int((significant["difference"] > 0).sum()), int((significant["difference"] < 0).sum())
-    return (
-        f"On the test pictures the tuned settings have a higher mean AUROC than the default ones in {len(better)} of "
-        f"{len(means)} methods{names}. Of {len(bought)} comparisons, {n_better} are better and {n_worse} worse than "
-        "luck explains."
-    )
-
-
-def side_by_side(report: Mapping[str, MethodResult], sound: Mapping[str, MethodResult]) -> pd.DataFrame:
-    """Rates of the report's presets and of the sound defaults on the same test pictures, with their counts.
-
-    Returns:
-        one row per method and preset: accuracy with its 95 % interval, anomalies found, normals called normal.
-    """
-    rows = []
-    for method, result in sound.items():
-        for preset, one in (("report_2024", report.get(method)), ("sound", result)):
-            if one is not None:
-                rows.append({"method": method, "preset": preset, **_rates_in_words(one.predictions)})
-    return pd.DataFrame(rows).set_index(["method", "preset"])
-
-
-def per_painting(found: Mapping[str, MethodResult], fitted: Mapping[str, Mapping[str, Fitted]]) -> pd.DataFrame:
-    """AUROC and rates of each method and painting, with the AUROC that the search's nested estimate expects."""
-    rows = []
-    for method, result in found.items():
-        for category in sorted({p.sample.category for p in result.predictions}):
-            chosen = [p for p in result.predictions if p.sample.category == category]
-            scores, labels = [p.anomaly_score for p in chosen], [p.sample.is_anomalous for p in chosen]
-            value = metrics.image_auroc(scores, labels)
-            low, high = statistics.auroc_interval(scores, labels)
-            one = fitted[method][category]
-            rows.append(
-                {
-                    "method": method,
-                    "painting": category,
-                    "AUROC": f"{value:.3f} [{low:.3f}, {high:.3f}]",
-                    "expected (nested)": _or_words(one.tuned.nested_auroc),
-                    **_rates_in_words(chosen),
-                    "seconds to fit": round(one.seconds, 1),
-                }
-            )
-    return pd.DataFrame(rows).set_index(["method", "painting"])
-
-
-def score_sets(found: Mapping[str, MethodResult]) -> list[figures.ScoreSet]:
-    """Scores, labels and thresholds by method and painting, for :func:`helpers.judge.figures.score_histograms`."""
-    sets = []
-    for method, result in found.items():
-        for category in sorted({p.sample.category for p in result.predictions}):
-            chosen = [p for p in result.predictions if p.sample.category == category]
-            scores = np.array([p.anomaly_score for p in chosen])
-            labels = np.array([p.sample.is_anomalous for p in chosen])
-            auroc = (metrics.image_auroc(scores, labels), *statistics.auroc_interval(scores, labels))
-            sets.append(figures.ScoreSet(method, category, scores, labels, chosen[0].threshold, auroc))
-    return sets
-
-
-def map_examples(result: MethodResult, *, n_per_painting: int = 3) -> list[figures.Panel]:
-    """Pictures with mask and map: for each painting a normal one and the middle one of some kinds, by score.
-
-    The middle one, not the best: a figure of successes would flatter.
-    """
-    panels = []
-    for category in sorted({p.sample.category for p in result.predictions}):
-        by_kind: dict[str, list[Prediction]] = {}
-        for prediction in sorted(result.predictions, key=lambda p: p.anomaly_score):
-            if prediction.sample.category == category:
-                by_kind.setdefault(prediction.sample.kind, []).append(prediction)
-        normal = by_kind.pop(NORMAL_KIND, [])
-        with_mask = sorted(kind for kind, found in by_kind.items() if found[0].sample.mask_path is not None)
-        kinds = with_mask or sorted(by_kind)
-        spread = np.linspace(0, len(kinds) - 1, min(n_per_painting, len(kinds))).round().astype(int)
-        for group in [normal, *(by_kind[kinds[i]] for i in spread)]:
-            if group:
-                panels.append(_panel(result, group[len(group) // 2]))
-    return panels
-
-
-def _panel(result: MethodResult, prediction: Prediction) -> figures.Panel:
-    sample = prediction.sample
-    picture = images.load_image(sample.image_path, max_side=512)
-    verdict = "called anomalous" if prediction.is_predicted_anomalous else "called normal"
-    return figures.Panel(
-        picture,
-        data.mask_of(sample, picture.shape[:2]),
-        result.anomaly_map(prediction),
-        f"{results.category_label(sample.category)}: {sample.kind}, {verdict}",
-    )
-
-
-def show_anomalies(samples: Sequence[Sample], *, n: int, seed: int) -> list[figures.Panel]:
-    """``n`` synthetic anomalies, one from each of the first pictures, captioned with their kinds."""
-    made = synthetic_anomalies(samples[:n], n_anomalies=n, seed=seed)
-    return [figures.Panel(picture, caption=kind) for picture, _, kind in made]
-
-
-def _or_words(value: float) -> str:
-    return "no estimate" if math.isnan(value) else f"{value:.3f}"
-
-
-def _rates_in_words(predictions: Sequence[Prediction]) -> dict[str, str]:
-    labels = [p.sample.is_anomalous for p in predictions]
-    rates = metrics.rates(labels, [p.is_predicted_anomalous for p in predictions])
-    low, high = statistics.wilson(*rates.accuracy)
-    accuracy = f"{rates.accuracy.value:.1%} = {rates.accuracy.successes}/{rates.accuracy.n} [{low:.1%}, {high:.1%}]"
-    counted = {"anomalies found": rates.sensitivity, "normals passed": rates.specificity}
-    return {"accuracy": accuracy} | {name: f"{rate.successes}/{rate.n}" for name, rate in counted.items()}
-
-
-# ------------------------------------------------------------------------------------------------- sorted folders
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["method", "painting"])
 
 
 def sort_pictures(result: MethodResult, target: Path) -> Path:
@@ -675,24 +273,16 @@ def sort_pictures(result: MethodResult, target: Path) -> Path:
 
     Links where the disk allows them, else copies (Google Drive and Windows have no links). The name says painting and
     true kind, so that errors can be read off a folder listing. An older sorting is replaced.
-
-    Returns:
-        ``target``.
     """
-    target = Path(target)
-    for name in SORTED_FOLDERS:
+    for name in ("anomaly", "non_anomaly"):
         shutil.rmtree(target / name, ignore_errors=True)
         (target / name).mkdir(parents=True)
-    for prediction in result.predictions:
-        sample = prediction.sample
-        folder = target / SORTED_FOLDERS[not prediction.is_predicted_anomalous]
-        name = f"{sample.category}__{sample.kind}__{sample.sha256[:8]}_{Path(sample.image_path).name}"
-        _link_or_copy(Path(sample.image_path), folder / name)
+    for one in result.predictions:
+        words = (one.sample.category, "", one.sample.kind, "", one.sample.sha256[:8], one.sample.image_path.name)
+        name = re.sub(r"[^\w.-]+", "_", "_".join(words))[-180:]
+        place = target / ("anomaly" if one.is_predicted_anomalous else "non_anomaly") / name
+        try:
+            place.symlink_to(os.path.relpath(one.sample.image_path, place.parent))
+        except OSError:
+            shutil.copyfile(one.sample.image_path, place)
     return target
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        target.symlink_to(os.path.relpath(source, target.parent))
-    except OSError:
-        shutil.copyfile(source, target)

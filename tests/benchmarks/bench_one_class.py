@@ -37,9 +37,8 @@ def measure(name: str, n: int, side: int, n_bank: int, width: int) -> None:
     n_pictures = -(-n_bank // side**2)
     normals = _features(rng.normal(size=(n_pictures, side, side, width)), "n")
     test = _features(rng.normal(size=(n, side, side, width)), "t")
-    samples = tuple(Sample(Path(f"{i}.png"), "a", False, split="train", group=str(i)) for i in range(n_pictures))
-    settings = one_class.PatchKnnSettings(max_bank_rows=n_bank)
-    detector = one_class.fit(settings, one_class.Training(samples, normals))
+    samples = [Sample(Path(f"{i}.png"), "a", False, split="train", group=str(i)) for i in range(n_pictures)]
+    detector = one_class.PatchKnn(max_bank_rows=n_bank).fit(one_class.Rows.of(samples, normals))
     bank = detector._bank
     few = torch.from_numpy(test.patches.reshape(-1, width)).float()[:16]  # the broadcast is slow: 16, scaled up
 
@@ -56,7 +55,7 @@ def measure(name: str, n: int, side: int, n_bank: int, width: int) -> None:
 def _features(patches: np.ndarray, tag: str) -> Features:
     n = len(patches)
     part = np.ones((n, 2), np.float32)
-    return Features(tuple(f"{tag}{i}" for i in range(n)), part, part, patches.astype(np.float16), part[:, 0])
+    return Features(tuple(f"{tag}{i}" for i in range(n)), part, part, patches.astype(np.float16), part)
 
 
 def _best(function, n_repeats: int) -> float:
