@@ -85,7 +85,8 @@ def source_for(
         words, identity = "two painted pictures that ship with the suite", f"embedded {max_side} {seed}"
     elif builtin == "wikimedia":
         found = sources.wikimedia(target, is_genuine=is_genuine)
-        words, identity = "public-domain reproductions from Wikimedia Commons", "wikimedia"
+        asked_for = [[work.file for work in sources.WORKS], is_genuine is not None]  # what Commons holds may drift
+        words, identity = "public-domain reproductions from Wikimedia Commons", files.sha256_json(asked_for)
     else:
         raise ValueError(f"No built-in pictures {builtin!r}; there are 'embedded' and 'wikimedia'. Or set ART_DATA.")
     for category in sorted({sample.category for sample in found}):

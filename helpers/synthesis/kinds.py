@@ -59,14 +59,11 @@ def _between(rng: Rng, low: int, high: int) -> int:
     return int(rng.integers(low, high + 1))
 
 
-def _unit(image: np.ndarray) -> int:
-    return min(image.shape[:2])
-
-
 def _length(rng: Rng, image: np.ndarray, low: float, high: float, at_least: int = 3) -> int:
     """A length in pixels, as a share of the shorter side, drawn log-uniformly (small marks are the common ones)."""
     share = np.exp(rng.uniform(np.log(low), np.log(high)))
-    return int(min(max(at_least, round(share * _unit(image))), _unit(image) - 2))
+    shorter = min(image.shape[:2])
+    return int(min(max(at_least, round(share * shorter)), shorter - 2))
 
 
 def _window(rng: Rng, image: np.ndarray, low: float, high: float, at_least: int = 3) -> Window:
@@ -202,20 +199,20 @@ def _scratch(image: np.ndarray, rng: Rng) -> list[Edit]:
     """Thin, slightly bent, broken strokes, nearly parallel; mostly light, where the ground shows."""
     angle, length = rng.uniform(0, np.pi), _length(rng, image, 0.2, 0.7, 8)
     middle = rng.uniform(0.15, 0.85, 2) * image.shape[1::-1]
-    thickness = max(1, round(_unit(image) / 350 * rng.uniform(0.8, 1.6)))
+    thickness = max(1, round(min(image.shape[:2]) / 350 * rng.uniform(0.8, 1.6)))
     alpha, t = np.zeros(image.shape[:2], np.uint8), np.linspace(-0.5, 0.5, 48)
     for _ in range(_between(rng, 1, 4)):
         turn = angle + rng.normal(0, 0.06)
         along, across = np.array([np.cos(turn), np.sin(turn)]), np.array([-np.sin(turn), np.cos(turn)])
         reach = length * rng.uniform(0.5, 1)
-        bend = rng.normal(0, 0.06) * reach * 4 * t * t + rng.normal(0, 0.0004 * _unit(image), len(t)).cumsum()
-        start = middle + across * rng.normal(0, 0.03) * _unit(image) + along * rng.normal(0, 0.1) * length
+        bend = rng.normal(0, 0.06) * reach * 4 * t * t + rng.normal(0, 0.0004 * min(image.shape[:2]), len(t)).cumsum()
+        start = middle + across * rng.normal(0, 0.03) * min(image.shape[:2]) + along * rng.normal(0, 0.1) * length
         points = np.rint(start + t[:, None] * reach * along + bend[:, None] * across).astype(int).tolist()
         for k in np.flatnonzero(rng.random(len(points) - 1) < 0.88):  # the tool skips
             bold = thickness + int(thickness > 1 and 12 < k < 36)
             cv2.line(alpha, points[k], points[k + 1], 235, bold, cv2.LINE_AA)
     window = cv2.boundingRect(alpha)
-    wear = 0.45 + 0.55 * _noise(rng, window[3], window[2], max(4, _unit(image) / 40))
+    wear = 0.45 + 0.55 * _noise(rng, window[3], window[2], max(4, min(image.shape[:2]) / 40))
     paint = _mark_colour(image, window, rng, lightness=1 if rng.random() < 0.8 else -1)
     return [Edit(window, (crop(alpha, window) * wear).astype(np.uint8), paint)]
 
@@ -224,7 +221,7 @@ def _craquelure(image: np.ndarray, rng: Rng) -> list[Edit]:
     """A net of fine dark cracks: borders of Voronoi cells, bent by noise, some of them missing."""
     window = _window(rng, image, 0.25, 0.75, 14)
     width, height = window[2:]
-    cell = max(5.0, _unit(image) * rng.uniform(0.03, 0.07))
+    cell = max(5.0, min(image.shape[:2]) * rng.uniform(0.03, 0.07))
     steps = max(2, round(height / cell)), max(2, round(width / (cell * rng.uniform(0.7, 1.4))))  # along the grain
     grid = np.moveaxis(np.indices(steps), 0, -1)
     seeds = ((grid + rng.uniform(0.1, 0.9, grid.shape)) / steps * [height, width]).astype(int).reshape(-1, 2)
@@ -237,8 +234,8 @@ def _craquelure(image: np.ndarray, rng: Rng) -> list[Edit]:
     cracks = cv2.morphologyEx(bent, cv2.MORPH_GRADIENT, np.ones((2, 2), np.uint8)) > 0
     cracks &= _noise(rng, height, width, cell) > rng.uniform(0.2, 0.35)
     alpha = cracks.astype(np.uint8) * 255
-    if _unit(image) > 400:
-        alpha = cv2.dilate(alpha, np.ones((2, 2), np.uint8), iterations=round(_unit(image) / 500))
+    if min(image.shape[:2]) > 400:
+        alpha = cv2.dilate(alpha, np.ones((2, 2), np.uint8), iterations=round(min(image.shape[:2]) / 500))
     alpha = cv2.max(alpha // 5 * 4, cv2.GaussianBlur(alpha, (3, 3), 0.6))
     fading = np.clip((_blob(rng, height, width, 0.35) + 0.25) / 0.3, 0, 1) * rng.uniform(0.6, 0.95)
     return [Edit(window, (alpha * fading).astype(np.uint8), _mark_colour(image, window, rng, lightness=-1))]
@@ -286,7 +283,7 @@ def _tear(image: np.ndarray, rng: Rng) -> list[Edit]:
     if from_border:  # 0 to 3: from the left, the top, the right, the bottom
         start[side % 2] = -2 if side < 2 else image.shape[1 - side % 2] + 1
         angle = side * np.pi / 2 + rng.normal(0, 0.35)
-    n = max(8, length // max(3, _unit(image) // 80))
+    n = max(8, length // max(3, min(image.shape[:2]) // 80))
     headings = angle + np.clip(rng.normal(0, 0.22, n).cumsum() * 0.5, -0.7, 0.7) + rng.normal(0, 0.35, n)
     spine = start + (length / n * np.stack([np.cos(headings), np.sin(headings)], axis=1)).cumsum(axis=0)
     t = np.linspace(0, 1, n)
@@ -398,21 +395,9 @@ def _moved(image: np.ndarray, rng: Rng) -> list[Edit]:
     return [hole, Edit((new_x, new_y, width, height), alpha, crop(image, window).copy())]
 
 
-REPORT_KINDS = ("box", "line", "letter", "circle", "dots")
+_DRAWN = ((_box, 3), (_line, 4), (_letter, 1), (_circle, 3), (_dots, 1))
+REPORT_KINDS = tuple(draw.__name__[1:] for draw, _ in _DRAWN)
 """Marks that the source report drew with OpenCV."""
-MAKERS: dict[str, Callable[[np.ndarray, Rng], list[Edit]]] = {
-    "box": _drawn(3, _box),
-    "line": _drawn(4, _line),
-    "letter": _drawn(1, _letter),
-    "circle": _drawn(3, _circle),
-    "dots": _drawn(1, _dots),
-    "scratch": _scratch,
-    "craquelure": _craquelure,
-    "stain": _stain,
-    "fade": _fade,
-    "tear": _tear,
-    "cutpaste": _cutpaste,
-    "poisson": _poisson,
-    "erased": _erased,
-    "moved": _moved,
-}
+_OTHERS = (_scratch, _craquelure, _stain, _fade, _tear, _cutpaste, _poisson, _erased, _moved)
+MAKERS = {kind: _drawn(most, draw) for kind, (draw, most) in zip(REPORT_KINDS, _DRAWN)}
+MAKERS |= {make.__name__[1:]: make for make in _OTHERS}
