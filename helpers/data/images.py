@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 from contextlib import suppress
+from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def load_mask(
     if len({mask.shape for mask in masks}) != 1:
         what = f"masks that differ in size: {sorted({mask.shape for mask in masks})}" if masks else "no mask"
         raise ImageError(f"{path} is a folder with {what}. Put PNG masks of one size there or remove the folder.")
-    mask = np.logical_or.reduce(masks)
+    mask = reduce(np.logical_or, masks)
     if mask.mean() > 0.5:
         notes.append("more than half of the picture is marked; look whether it is inverted")
     if shape is None:
@@ -324,18 +325,22 @@ def _mask_of_file(path: Path, notes: list[str]) -> np.ndarray:
 def _labels(image: Image.Image, path: Path) -> np.ndarray:
     """What a mask file holds ``(H, W)``, 0 = background: label numbers, palette indices, or the largest colour."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values = np.maximum(np.nan_to_num(np.asarray(image).astype(np.float64)), 0)
+        values = np.maximum(np.nan_to_num(np.asarray(image)), 0)
         return np.rint(values * 255) if image.mode == "F" and values.max(initial=0) <= 1 else values
-    colours = np.asarray(_eight_bits(image, path, []).convert("RGB")).astype(int)
+    if image.mode in ("1", "L"):
+        return np.asarray(image.convert("L"))
+    colours = np.asarray(_eight_bits(image, path, []).convert("RGB"))
     if image.mode == "P" and not ((colours == colours[:, :, :1]).all() and (colours == 0).any()):
-        return np.asarray(image).astype(int)
-    alpha = np.asarray(image.convert("RGBA").getchannel("A")).astype(int)
-    colours *= (alpha > 0)[:, :, None]
-    values = colours.max(axis=2)
-    if values.min() > 0 and len(np.unique(codes := colours @ (1 << 16, 1 << 8, 1))) <= _MAX_COLOURS:
-        values = codes  # red on white, say: the largest colour is 255 everywhere
-    # Painted on a transparent layer: colours may be black all over, and the mask is where the paint is.
-    return alpha if values.min() == values.max() and alpha.min() < alpha.max() else values
+        return np.asarray(image)
+    values = np.maximum(colours[:, :, 0], np.maximum(colours[:, :, 1], colours[:, :, 2]))
+    if image.has_transparency_data:
+        alpha = np.asarray(image.convert("RGBA").getchannel("A"))
+        values = values * (alpha > 0)
+        if values.min() == values.max() and alpha.min() < alpha.max():
+            return alpha  # painted on a transparent layer, perhaps in black: the mask is where the paint is
+    if values.min() > 0 and len(np.unique(codes := colours.astype(np.int32) @ (1 << 16, 1 << 8, 1))) <= _MAX_COLOURS:
+        return codes  # red on white, say: the largest colour is 255 everywhere
+    return values
 
 
 def _is_grey_scale(values: np.ndarray) -> bool:
@@ -343,11 +348,14 @@ def _is_grey_scale(values: np.ndarray) -> bool:
     levels = np.unique(values)
     if len(levels) <= 2 or not (127 < levels[-1] <= 255 or 32767 < levels[-1] <= 65535):
         return False
-    across, down = np.diff(values, axis=1, append=-1), np.diff(values, axis=0, append=-1)
-    alike = ((across == 0) | (np.roll(across, 1, 1) == 0)) & ((down == 0) | (np.roll(down, 1, 0) == 0))
-    is_uneven = alike[(values > 0) & (values < levels[-1])].mean() < 0.5
-    steps = np.abs(across[:, :-1])
-    return is_uneven or bool(len(levels) > 16 and np.median(steps[steps > 0]) <= 2)  # or a wide soft brush
+    across, down = values[:, 1:] == values[:, :-1], values[1:] == values[:-1]
+    alike_x, alike_y = np.zeros((2, *values.shape), bool)  # bool: masks of 80 million pixels come by
+    alike_x[:, 1:], alike_y[1:] = across, down
+    alike_x[:, :-1] |= across
+    alike_y[:-1] |= down
+    is_uneven = (alike_x & alike_y)[(values > 0) & (values < levels[-1])].mean() < 0.5
+    steps = np.abs(values[:, 1:][~across].astype(float) - values[:, :-1][~across])
+    return is_uneven or bool(len(levels) > 16 and np.median(steps) <= 2)  # or a wide soft brush
 
 
 def _orientation(path: Path) -> int:
