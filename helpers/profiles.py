@@ -120,15 +120,6 @@ _MINI = {
 """What differs from ``full``, whose values are the defaults."""
 
 _FLAT = {
-    "max_image_side": "data.max_image_side",
-    "n_train": "data.n_train",
-    "n_calibration": "data.n_calibration",
-    "n_test_normal": "data.n_test_normal",
-    "n_test_anomalous": "data.n_test_anomalous",
-    "llama_size": "weights.size",
-    "weights_shard_bytes": "weights.shard_bytes",
-    "fuse_merge": "weights.fuse_merge",
-    "delete_raw_weights": "weights.delete_raw",
     "clip_model": "clip.model",
     "clip_pretrained": "clip.pretrained",
     "clip_image_size": "clip.image_size",

@@ -50,19 +50,19 @@ def test_models_of_the_profile_exist_with_trained_weights(full: profiles.Profile
     import open_clip
     import timm
 
-    assert (full.clip_model, full.clip_pretrained) in open_clip.list_pretrained()
-    assert timm.is_model_pretrained(full.cnn_model)
-    patch = open_clip.get_model_config(full.clip_model)["vision_cfg"]["patch_size"]
-    assert full.clip_image_size % patch == 0 and full.anomalyclip_image_size % patch == 0
+    assert (full.clip.model, full.clip.pretrained) in open_clip.list_pretrained()
+    assert timm.is_model_pretrained(full.clip.cnn_model)
+    patch = open_clip.get_model_config(full.clip.model)["vision_cfg"]["patch_size"]
+    assert full.clip.image_size % patch == 0 and full.anomalyclip.image_size % patch == 0
 
 
 def test_settings_of_the_profile_are_accepted(full: profiles.Profile) -> None:
-    anomalyclip.DetectorSettings(image_size=full.anomalyclip_image_size, sigma=full.anomalyclip_sigma)
+    anomalyclip.DetectorSettings(image_size=full.anomalyclip.image_size, sigma=full.anomalyclip.sigma)
     training = pairs.from_preset(full.anomalygpt.preset, **full.anomalygpt.training)
     assert training.batch_size % training.micro_batch == 0 and training.n_epochs == 15
     anomalygpt_testing.EvaluationSettings(alpha=full.alpha, seed=full.seed, **full.anomalygpt.testing)
     assert {full.anomalygpt.precision, full.anomalygpt.training_precision} <= set(language.BYTES_PER_WEIGHT)
-    assert full.anomalyclip_row in ("published", "own", "best")
+    assert full.anomalyclip.row in ("published", "own", "best")
 
 
 def test_notebook_01_prepares_what_the_other_notebooks_load(full: profiles.Profile) -> None:
@@ -111,7 +111,7 @@ def clip_large() -> backbones.Clip:
 
 
 def test_clip_large_embeds_a_picture(clip_large: backbones.Clip, full: profiles.Profile, tmp_path: Path) -> None:
-    assert clip_large.model_id == f"{full.clip_model}/random/{full.clip_image_size}"
+    assert clip_large.model_id == f"{full.clip.model}/random/{full.clip.image_size}"
     assert sum(p.numel() for p in clip_large.model.parameters()) == 427_944_193
     picture = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
     found = features.embed(["one"], lambda row: picture, features.Models(clip_large, None, tmp_path))
@@ -125,7 +125,7 @@ def test_prompts_of_clip_large_train(clip_large: backbones.Clip, full: profiles.
     """A step of notebook 04's training on features of the true shapes: 37 x 37 patches at 518 px."""
     learner = anomalyclip.PromptLearner(clip_large.model, clip_large.tokenizer)
     module = anomalyclip.PromptTraining(clip_large.model, learner)
-    side, n_patches = full.anomalyclip_image_size, (full.anomalyclip_image_size // 14) ** 2
+    side, n_patches = full.anomalyclip.image_size, (full.anomalyclip.image_size // 14) ** 2
     assert n_patches == 1369
     batch = {
         "feature": torch.randn(2, 768),
@@ -148,8 +148,8 @@ def test_both_streams_of_anomalyclip_at_518_px(full: profiles.Profile) -> None:
     import open_clip
 
     with torch.device("meta"):
-        visual = open_clip.CLIP(**_config_of(full.clip_model)).visual.eval()
-        images = torch.empty(full.anomalyclip_batch_size, 3, *[full.anomalyclip_image_size] * 2)
+        visual = open_clip.CLIP(**_config_of(full.clip.model)).visual.eval()
+        images = torch.empty(full.anomalyclip.batch_size, 3, *[full.anomalyclip.image_size] * 2)
     settings = anomalyclip.filled_settings(visual, anomalyclip.DetectorSettings(image_size=518))
     assert (settings.first_dual_block, settings.taps) == (5, (24,))
     with torch.no_grad():
