@@ -148,8 +148,10 @@ def test_exif_rotation_turns_pictures_and_the_masks_drawn_before_it(tmp_path: Pa
     np.testing.assert_array_equal(mask, drawn_before)
     assert bool(notes) == (orientation > 1)
     images.save_png(tmp_path / "mask.png", UPRIGHT[orientation](TRUTH))  # drawn on the upright picture
-    mask = images.load_mask(tmp_path / "mask.png", upright.shape[:2], picture=path)
+    notes.clear()
+    mask = images.load_mask(tmp_path / "mask.png", upright.shape[:2], picture=path, notes=notes)
     np.testing.assert_array_equal(mask, UPRIGHT[orientation](TRUTH))
+    assert bool(notes) == (orientation in (2, 3, 4))  # the others cannot be told apart by their proportions
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")

@@ -86,3 +86,12 @@ def test_what_cannot_be_scored_is_named_and_stops_nothing(dataset, tmp_path):
     assert "harbour/3.png: it is a picture of the dataset, split train" in words
     with pytest.raises(FileNotFoundError, match="a folder for each painting"):
         look(tmp_path / "none", dataset, score)
+
+
+def test_folders_are_understood_as_everywhere(dataset, tmp_path):
+    places = ("Good", "non_anomaly", "normal", "fake", "good_2", "masks", "@eaDir", ".ipynb_checkpoints")
+    for score, place in enumerate(places):
+        drop(tmp_path, f"Harbour/{place}/a.png", score)
+    scored, left_out = look(tmp_path, dataset, Scorer())
+    assert list(scored.sort_values("anomaly_score").label) == ["genuine", "genuine", "genuine", "anomalous"]
+    assert len(left_out) == 1 and "good_2" in left_out[0]

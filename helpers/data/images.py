@@ -104,10 +104,11 @@ def load_mask(
     if shape is None:
         return mask
     turn = 1 if picture is None else _orientation(Path(picture))
-    if turn >= 5 and not _fits(mask.shape, shape) and _fits(mask.shape[::-1], shape):
+    fits_as_stored = _fits(mask.shape[::-1] if turn >= 5 else mask.shape, shape)
+    if fits_as_stored and not _fits(mask.shape, shape):
         mask = {5: mask.T, 6: np.rot90(mask, -1), 7: mask[::-1, ::-1].T, 8: np.rot90(mask)}[turn]
         notes.append("drawn before its picture's EXIF rotation, so it was turned like the picture")
-    elif turn > 1:
+    elif turn > 1 and fits_as_stored:
         notes.append("its picture is turned by EXIF and the mask is not; look whether it lies right")
     if not _fits(mask.shape, shape):
         sizes = f"{mask.shape}, its picture is {tuple(shape)} (rows, columns)"

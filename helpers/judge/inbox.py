@@ -91,10 +91,16 @@ def _fresh(folder: Path, dataset: data.Dataset, done: set[str]) -> tuple[list[di
     found, left_out = [], []
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
-        if path.suffix.lower() not in images.IMAGE_SUFFIXES or path.name.startswith(".") or len(parts) not in (2, 3):
+        is_hidden = any(map(names.is_hidden, parts)) or (len(parts) == 3 and names.roles_of(parts[1]) == ["mask"])
+        if path.suffix.lower() not in images.IMAGE_SUFFIXES or is_hidden or len(parts) not in (2, 3):
             continue
-        name, category, sha256 = "/".join(parts), parts[0], files.sha256_file(path)
-        is_genuine = len(parts) == 3 and names.label_of(parts[1]) == NORMAL_KIND
+        name, sha256 = "/".join(parts), files.sha256_file(path)
+        category = next((c for c in dataset.categories if names.plain(c) == names.plain(parts[0])), parts[0])
+        try:
+            is_genuine = len(parts) == 3 and names.kind_of(parts[1]) == NORMAL_KIND
+        except data.DatasetError as error:
+            left_out.append(f"{name}: {error}")
+            continue
         label = "" if len(parts) == 2 else "genuine" if is_genuine else "anomalous"
         if category not in dataset.categories:
             left_out.append(f"{name}: the dataset has no painting {category!r}, only {', '.join(dataset.categories)}")
