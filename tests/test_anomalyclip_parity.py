@@ -10,6 +10,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from helpers.anomalyclip import model as anomalyclip
-from helpers.clip.backbones import Clip
+from helpers.anomalyclip import detector, model, training
 from tests.conftest import GOLDEN
 
 TEXT, TOKENS, MAPS, SCORE, LOSS, PARAMETER = 1e-4, 1e-4, 1e-4, 1e-5, 1e-4, 1e-6
@@ -32,8 +32,8 @@ class Reference:
 
     tensors: dict[str, torch.Tensor]
     config: dict[str, Any]
-    clip: Clip
-    learner: anomalyclip.PromptLearner
+    clip: SimpleNamespace
+    learner: model.PromptLearner
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensors[name]
@@ -42,9 +42,8 @@ class Reference:
     def first_dual_block(self) -> int:
         return self.config["vision"]["layers"] - (self.config["dpam_layer"] - 1)
 
-    def detector(self) -> anomalyclip.Detector:
-        settings = anomalyclip.DetectorSettings(self.config["image_size"])
-        return anomalyclip.build_detector(self.clip, self.learner, settings)
+    def detector(self, **settings: Any) -> detector.Detector:
+        return detector.build_detector(self.clip, self.learner, **settings)
 
 
 def fixture_files() -> list[Path]:
@@ -63,15 +62,15 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     clip = reference_clip(tensors, config)
     path = tmp_path_factory.mktemp("prompts") / "model.safetensors"
     save_file({name[5:]: tensor for name, tensor in tensors.items() if name.startswith("ckpt.")}, path)
-    return Reference(tensors, config, clip, anomalyclip.load_prompts(path, clip))
+    return Reference(tensors, config, clip, model.load_prompts(path, clip))
 
 
-def reference_clip(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> Clip:
+def reference_clip(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> SimpleNamespace:
     """open_clip's CLIP class with the fixture's weights, loaded strictly."""
     import open_clip
 
     vision, text = config["vision"], config["text"]
-    model = open_clip.CLIP(
+    clip = open_clip.CLIP(
         embed_dim=config["embed_dim"],
         quick_gelu=config["quick_gelu"],
         vision_cfg={
@@ -88,9 +87,11 @@ def reference_clip(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> 
     table = torch.zeros(text["vocab_size"], text["width"])
     table[ids] = rows
     state["token_embedding.weight"] = table
-    model.load_state_dict(state, strict=True)
+    clip.load_state_dict(state, strict=True)
     tokenizer = open_clip.get_tokenizer("ViT-L-14-336")
-    return Clip(model.eval().requires_grad_(False), tokenizer, lambda image: torch.from_numpy(image), "fixture/seed/84")
+    return SimpleNamespace(
+        model=clip.eval().requires_grad_(False), tokenizer=tokenizer, preprocess=torch.from_numpy, model_id="fixture/84"
+    )
 
 
 def assert_near(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
@@ -104,7 +105,7 @@ def test_prompts_and_tokens(reference: Reference) -> None:
 
 
 def test_text_features(reference: Reference) -> None:
-    raw = anomalyclip.encode_text(reference.clip.model, reference.learner)
+    raw = model.encode_text(reference.clip.model, reference.learner)
     assert_near(raw, reference["out.text_raw"], TEXT)
     assert_near(F.normalize(raw, dim=-1), reference["out.text_features"][0], TEXT)
 
@@ -113,7 +114,7 @@ def test_position_is_interpolated_from_the_stored_grid_every_time(reference: Ref
     visual = reference.clip.model.visual
     side = reference.config["image_size"] // reference.config["vision"]["patch_size"]
     for _ in range(2):
-        position = anomalyclip.interpolated_position(visual, (side, side))
+        position = model.interpolated_position(visual, (side, side))
         assert torch.equal(position, reference["out.positional_embedding_84"])
         assert_near(_tokens(reference, "in.images_native", 24), reference["out.native.patch_tokens.24"], TOKENS)
 
@@ -122,7 +123,7 @@ def test_position_is_interpolated_from_the_stored_grid_every_time(reference: Ref
 def test_patch_tokens_and_probabilities(reference: Reference, tap: int) -> None:
     tokens = _tokens(reference, "in.images", tap)
     assert_near(tokens, reference[f"out.patch_tokens.{tap}"], TOKENS)
-    p_abnormal = anomalyclip.abnormal_probability(tokens, reference["out.text_features"][0])
+    p_abnormal = model.abnormal_probability(tokens, reference["out.text_features"][0])
     assert_near(p_abnormal, reference[f"out.patch_probs.{tap}"][..., 1], TOKENS)
 
 
@@ -134,7 +135,7 @@ def test_native_size_and_a_tap_before_the_dual_blocks(reference: Reference, tap:
 @pytest.mark.parametrize("size", ["", "native."])
 def test_class_feature_without_ln_post(reference: Reference, size: str) -> None:
     images = reference["in.images_native" if size else "in.images"]
-    feature, _ = anomalyclip.dual_path(
+    feature, _ = model.dual_path(
         reference.clip.model.visual, images, first_dual_block=reference.first_dual_block, taps=[24]
     )
     assert_near(feature, reference[f"out.{size}image_features_raw"], TOKENS)
@@ -143,15 +144,15 @@ def test_class_feature_without_ln_post(reference: Reference, size: str) -> None:
 
 
 def test_default_dual_blocks_are_the_published_ones(reference: Reference) -> None:
-    assert reference.detector().settings.first_dual_block == reference.first_dual_block == 5
-    assert reference.detector().settings.taps == (24,)
+    assert reference.detector().first_dual_block == reference.first_dual_block == 5
+    assert reference.detector().taps == (24,)
 
 
 def test_image_scores_are_per_image(reference: Reference) -> None:
-    detector = reference.detector()
-    scores, _ = anomalyclip.detect(detector, reference["in.images"])
+    ours = reference.detector()
+    scores, _ = ours.detect(reference["in.images"])
     np.testing.assert_allclose(scores, reference["out.image_score"].numpy(), atol=SCORE, rtol=0)
-    backwards, _ = anomalyclip.detect(detector, reference["in.images"].flip(0))
+    backwards, _ = ours.detect(reference["in.images"].flip(0))
     np.testing.assert_allclose(backwards[::-1], scores, atol=SCORE, rtol=0)
 
 
@@ -168,42 +169,37 @@ def test_image_scores_are_per_image(reference: Reference) -> None:
     ],
 )
 def test_maps(reference: Reference, name: str, taps: tuple[int, ...], sigma: float) -> None:
-    settings = anomalyclip.DetectorSettings(reference.config["image_size"], taps=taps, sigma=sigma)
-    detector = anomalyclip.build_detector(reference.clip, reference.learner, settings)
-    _, maps = anomalyclip.detect(detector, reference["in.images"])
+    _, maps = reference.detector(taps=taps, sigma=sigma).detect(reference["in.images"])
     np.testing.assert_allclose(maps, reference[f"out.{name}"].numpy(), atol=MAPS, rtol=0)
 
 
-def test_smoothing_on_the_device_is_scipys(reference: Reference) -> None:
-    ours = anomalyclip._smooth_on_device(reference["out.map.24"], reference.config["sigma"])
-    assert_near(ours, reference["out.map24_sigma4"], MAPS)
-
-
 def test_losses_gradients_and_two_optimiser_steps(reference: Reference) -> None:
-    module = _training(reference)
-    optimizer = torch.optim.Adam(module.learner.parameters(), lr=1e-3, betas=(0.5, 0.999))
+    learner = model.PromptLearner(reference.clip.model, reference.clip.tokenizer)
+    learner.load_state_dict(reference.learner.state_dict())
+    loss_of = training.prompts_loss(reference.clip)
+    optimizer = torch.optim.Adam(learner.parameters(), lr=1e-3, betas=(0.5, 0.999))
     batch = _batch(reference)
-    losses = module(batch)
+    losses = loss_of(learner, batch)
     for name in ("focal", "dice_abnormal", "dice_normal", "image"):
         assert_near(losses[name], reference[f"train.loss_{name}"], LOSS)
     assert_near(losses["loss"], reference["train.loss_total"], LOSS)
     losses["loss"].backward()
-    gradients = {name: parameter.grad.clone() for name, parameter in module.learner.named_parameters()}
+    gradients = {name: parameter.grad.clone() for name, parameter in learner.named_parameters()}
     for name, gradient in gradients.items():
         theirs = reference[f"train.grad.{name}"]
         assert_near(gradient, theirs, 1e-3 * theirs.abs().max().item())
     optimizer.step()
-    _assert_parameters(module.learner, reference, gradients, "after_step1", PARAMETER)
+    _assert_parameters(learner, reference, gradients, "after_step1", PARAMETER)
     optimizer.zero_grad()
-    second = module(batch)["loss"]
+    second = loss_of(learner, batch)["loss"]
     assert_near(second, reference["train.loss_total_step2"], LOSS)
     second.backward()
     optimizer.step()
-    _assert_parameters(module.learner, reference, gradients, "after_step2", 1e-5)
+    _assert_parameters(learner, reference, gradients, "after_step2", 1e-5)
 
 
 def _assert_parameters(
-    learner: anomalyclip.PromptLearner,
+    learner: model.PromptLearner,
     reference: Reference,
     gradients: dict[str, torch.Tensor],
     moment: str,
@@ -218,19 +214,11 @@ def _assert_parameters(
 
 def _tokens(reference: Reference, images: str, tap: int) -> torch.Tensor:
     visual = reference.clip.model.visual
-    return anomalyclip.dual_path(visual, reference[images], first_dual_block=reference.first_dual_block, taps=[tap])[1][
-        0
-    ]
-
-
-def _training(reference: Reference) -> anomalyclip.PromptTraining:
-    learner = anomalyclip.PromptLearner(reference.clip.model, reference.clip.tokenizer)
-    learner.load_state_dict(reference.learner.state_dict())
-    return anomalyclip.PromptTraining(reference.clip.model, learner)
+    return model.dual_path(visual, reference[images], first_dual_block=reference.first_dual_block, taps=[tap])[1][0]
 
 
 def _batch(reference: Reference) -> dict[str, torch.Tensor]:
-    feature, tokens = anomalyclip.dual_path(
+    feature, tokens = model.dual_path(
         reference.clip.model.visual, reference["in.images"], first_dual_block=reference.first_dual_block, taps=[24]
     )
     return {

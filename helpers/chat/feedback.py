@@ -1,8 +1,8 @@
-"""What people say about a detector's verdicts: ``feedback.jsonl``, one judgement a line, and which of it may be used.
+"""What people say about a detector's verdicts, which of it may be learnt from, and what learning from it changes.
 
-A line holds hashes of the picture, not the picture, unless the user allows to keep it. Whoever learns from feedback
-asks :func:`sort_out`, which names and refuses every judgement on a picture of the frozen test set: a detector that
-learnt from it would be measured on what it was told.
+``feedback.jsonl`` holds one judgement a line, with hashes of the picture, not the picture, unless the user allows to
+keep it. Judgements on pictures of the frozen test set are named and refused: a detector that learnt from one would be
+measured on what it was told. Before and after are compared on that test set by an exact paired test.
 """
 
 from __future__ import annotations
@@ -10,90 +10,86 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from sklearn.base import clone
 
-from helpers import files as journal
-from helpers import files as storage
-from helpers.chat import _old_clip_features as features
-from helpers.data import images
-from helpers.data.manifest import Dataset
-from helpers.records import Sample
+from helpers import files
+from helpers.anomalygpt import conversations, pairs
+from helpers.anomalygpt.evaluation import answers_before_after
+from helpers.anomalygpt.training import learn_from_feedback
+from helpers.chat.detectors import Detectors
+from helpers.clip import features, tuning
+from helpers.clip.methods import Loaded
+from helpers.clip.one_class import CONFIRMED, Rows
+from helpers.data import Dataset, images
+from helpers.judge import statistics
+from helpers.records import NORMAL_KIND, Sample
+from helpers.results import method_label
+from helpers.synthesis import LOCAL_KINDS, damaged_view, seed_for
 
-SCHEMA = 1
-"""Version of the lines; raised when a field changes its meaning."""
-VERDICTS = ("correct", "wrong", "unsure")
-LABELS = ("normal", "anomalous")
-N_REGIONS = 9
-"""Cells of the 3 x 3 grid over the picture, numbered row by row from 0."""
+VERDICTS, LABELS = ("correct", "wrong", "unsure"), ("normal", "anomalous")
+CELLS = tuple(cell for row in conversations.CELLS for cell in row)
 MAX_COMMENT = 10_000
 PICTURES = "feedback_pictures"
-
-_FIELDS = (
-    "id",
-    "time",
-    "pixels_sha256",
-    "file_sha256",
-    "image_path",
-    "kept_picture",
-    "verdict",
-    "label",
-    "region",
-    "comment",
-    "context",
-)
+MIN_CONFIRMED, MAX_ALPHA = 5, 0.10
+"""Confirmed anomalies from which on they may move a threshold, and the false-alarm rate it may be moved to."""
 
 
 @dataclass(frozen=True)
 class Entry:
     """One judgement.
 
-    Attributes:
-        id: names the line.
-        time: UTC, ISO 8601.
-        pixels_sha256: :func:`helpers.clip.features.image_id` of the picture that was looked at.
-        file_sha256: hash of the picture file, empty when there was none.
-        image_path: where the file lay, empty when there was none.
-        kept_picture: PNG beside the log, relative to its folder; empty unless the user allowed to keep it.
+    Args:
+        pixels_sha256: :func:`helpers.data.images.pixel_hash` of the picture that was looked at.
         verdict: was the detector ``"correct"``, ``"wrong"``, or is the user ``"unsure"``?
         label: what the user says the picture is, ``"normal"`` or ``"anomalous"``; None when not said.
-        region: cell 0 to 8 of the 3 x 3 grid, row by row, where the anomaly is; None when not said.
+        region: which of :data:`CELLS` the anomaly is in; None when not said.
         comment: the user's words; not trusted, to be escaped before it becomes HTML.
         context: what was judged: ``category``, ``method``, ``is_predicted_anomalous``, ``score``, ``question`` ...
+        image_path, file_sha256: the picture's file and its hash, empty when there was none.
+        kept_picture: PNG beside the log; empty unless the user allowed to keep it.
+    Raises:
+        ValueError: a value that is not allowed.
     """
 
-    id: str
-    time: str
     pixels_sha256: str
-    file_sha256: str
-    image_path: str
-    kept_picture: str
     verdict: str
-    label: str | None
-    region: int | None
-    comment: str
-    context: Mapping[str, Any]
+    label: str | None = None
+    region: str | None = None
+    comment: str = ""
+    context: Mapping[str, Any] = field(default_factory=dict)
+    image_path: str = ""
+    file_sha256: str = ""
+    kept_picture: str = ""
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    time: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("verdict", self.verdict, VERDICTS),
+            ("label", self.label, (*LABELS, None)),
+            ("region", self.region, (*CELLS, None)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"The {name} is {value!r}; allowed are {', '.join(map(str, allowed))}.")
+        if self.region is not None and self.label == "normal":
+            raise ValueError(f"The place {self.region!r} is marked, but the label is 'normal'. Clear one of the two.")
+        if not isinstance(self.comment, str) or len(self.comment) > MAX_COMMENT:
+            raise ValueError(f"A comment is a text of at most {MAX_COMMENT:,} characters. Shorten it.")
 
     @property
     def is_anomalous(self) -> bool | None:
         """The confirmed label: the user's own, else the prediction that was judged; None when it stays open."""
-        if self.verdict == "unsure":
-            return None
-        if self.label is not None:
-            return self.label == "anomalous"
         predicted = self.context.get("is_predicted_anomalous")
-        if predicted is None:
+        if self.verdict == "unsure" or (self.label is None and predicted is None):
             return None
-        return bool(predicted) == (self.verdict == "correct")
-
-    @property
-    def category(self) -> str:
-        """The artwork, empty when it was not recorded."""
-        return str(self.context.get("category") or "")
+        return self.label == "anomalous" if self.label is not None else bool(predicted) == (self.verdict == "correct")
 
     @property
     def name(self) -> str:
@@ -101,210 +97,57 @@ class Entry:
         return Path(self.image_path).name or f"picture {self.pixels_sha256[:12]}"
 
 
-@dataclass(frozen=True)
-class FeedbackLog:
-    """A feedback file as it was read.
-
-    Attributes:
-        path: the file.
-        entries: the judgements, in the file's order.
-        skipped: lines that are no judgement, each with its number and why; they stay in the file.
-    """
-
-    path: Path
-    entries: tuple[Entry, ...]
-    skipped: tuple[str, ...] = ()
-
-    def describe(self) -> str:
-        """Counts in words, and the lines that could not be read."""
-        counts = ", ".join(f"{sum(e.verdict == verdict for e in self.entries)} {verdict}" for verdict in VERDICTS)
-        n_pictures = len({entry.pixels_sha256 for entry in self.entries})
-        lines = [f"{self.path}: {len(self.entries)} judgements ({counts}) on {n_pictures} pictures"]
-        return "\n".join([*lines, *(f"  left out: {reason}" for reason in self.skipped)])
-
-
-# ------------------------------------------------------------------------------------------------- write and read
+# --- write and read --------------------------------------------------------------------------------------------------
 
 
 def record(
-    path: Path | str,
-    *,
-    image_path: Path | str | None,
-    image: np.ndarray,
-    verdict: str,
-    label: str | None = None,
-    region: int | None = None,
-    comment: str = "",
-    context: Mapping[str, Any] | None = None,
-    keep_image: bool = False,
-) -> dict[str, Any]:
+    path: Path, image: np.ndarray, *, image_path: Path | None = None, keep_image: bool = False, **judgement: Any
+) -> Entry:
     """Append one judgement, flushed to disk; two sessions may write to one file.
 
     Args:
-        path: the log, for example ``profile.home / "feedback" / "feedback.jsonl"``.
-        image_path: the picture file, None for a picture that only exists in memory.
+        path: the log, ``profile.home / "feedback" / "feedback.jsonl"``.
         image: uint8 RGB ``(H, W, 3)``, the picture as it was judged.
-        verdict, label, region, comment, context: see :class:`Entry`.
+        image_path: its file, None for a picture that only exists in memory.
         keep_image: whether the user allows to keep the picture itself, in ``feedback_pictures/`` beside the log.
             Without it, feedback can only be learnt from while ``image_path`` is there.
-    Returns:
-        the line as it was written.
-    Raises:
-        ValueError: a value that is not allowed, a context that is not JSON, or a log of another version.
-        TimeoutError, OSError: as :func:`helpers.files.append_line`.
+        judgement: ``verdict, label, region, comment, context`` of :class:`Entry`, which names the errors.
     """
-    path = Path(path)
-    _check(verdict, label, region, comment)
-    _check_version(path)
-    pixels = features.image_id(image)
-    source = None if image_path is None else Path(image_path)
-    kept = ""
+    pixels, file = images.pixel_hash(image), Path(image_path) if image_path is not None else None
+    entry = Entry(
+        pixels,
+        image_path="" if file is None else str(file.absolute()),
+        file_sha256=files.sha256_file(file) if file is not None and file.is_file() else "",
+        kept_picture=f"{pixels[:24]}.png" if keep_image else "",
+        **judgement,
+    )
+    line = json.dumps(asdict(entry), allow_nan=False)
     if keep_image:
-        kept = f"{PICTURES}/{pixels[:24]}.png"
-        images.save_png(path.parent / kept, image)
-    line = {
-        "schema": SCHEMA,
-        "id": uuid.uuid4().hex,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "pixels_sha256": pixels,
-        "file_sha256": storage.sha256_file(source) if source is not None and source.is_file() else "",
-        "image_path": "" if source is None else str(source.absolute()),
-        "kept_picture": kept,
-        "verdict": verdict,
-        "label": label,
-        "region": None if region is None else int(region),
-        "comment": comment,
-        "context": dict(context or {}),
-    }
-    try:
-        text = json.dumps(line, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"The context of a judgement must be JSON values ({error}). Write numbers as int or float, nan as None."
-        ) from error
-    # JSON leaves these three line breaks of Unicode as they are; a line must stay one line for every reader.
-    for mark in ("\x85", "\u2028", "\u2029"):
-        text = text.replace(mark, f"\\u{ord(mark):04x}")
-    journal.append_line(path, text)
-    return line
+        images.save_png(Path(path).parent / PICTURES / entry.kept_picture, image)
+    files.append_line(Path(path), line)
+    return entry
 
 
-def read(path: Path | str) -> FeedbackLog:
-    """Read a log; a file that is not there is an empty log.
-
-    A line that is torn (its writer died) or not a judgement is reported in ``skipped`` and does not stop the rest.
-
-    Raises:
-        ValueError: a line was written by another version of the format; the message says what to do.
-    """
-    path = Path(path)
-    if not path.exists():
-        return FeedbackLog(path, ())
+def read(path: Path) -> tuple[list[Entry], list[str]]:
+    """Judgements of a log, and why some lines are none (torn, or of another version); these stay in the file."""
     entries, skipped = [], []
-    lines = path.read_bytes().split(b"\n")
+    lines = Path(path).read_bytes().split(b"\n") if Path(path).exists() else []
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except ValueError:  # not JSON, or cut in the middle of a character
-            place = "the last line" if number == len(lines) else f"line {number}"
-            skipped.append(f"{place} is torn ({len(line)} bytes): its writer was stopped")
-            continue
-        _refuse_version(path, number, values)
-        problem = _problem(values)
-        if problem:
-            skipped.append(f"line {number} is no judgement: {problem}")
-        else:
-            entries.append(Entry(**{name: values[name] for name in _FIELDS}))
-    return FeedbackLog(path, tuple(entries), tuple(skipped))
+        if line.strip():
+            try:
+                values = json.loads(line)
+                entries.append(Entry(**{one.name: values[one.name] for one in fields(Entry)}))
+            except (ValueError, KeyError, TypeError) as error:
+                skipped.append(f"line {number} is no judgement ({type(error).__name__}: {error})")
+    return entries, skipped
 
 
-def picture_of(entry: Entry, log: FeedbackLog) -> tuple[Path, np.ndarray] | None:
-    """File and pixels (uint8 RGB) of the picture that was judged.
-
-    Returns:
-        None when the picture was not kept and its file is gone or has changed.
-    """
-    source = Path(entry.image_path) if entry.image_path else None
-    if source is not None and source.is_file() and storage.sha256_file(source) == entry.file_sha256:
-        return source, images.load_image(source)
-    kept = log.path.parent / PICTURES / Path(entry.kept_picture).name  # the name only: a log is not trusted with paths
-    if entry.kept_picture and kept.is_file():
-        picture = images.load_image(kept)
-        return (kept, picture) if features.image_id(picture) == entry.pixels_sha256 else None
-    return None
-
-
-def _check(verdict: str, label: str | None, region: int | None, comment: str) -> None:
-    if verdict not in VERDICTS:
-        raise ValueError(f"The verdict is {verdict!r}; allowed are {', '.join(VERDICTS)}.")
-    if label is not None and label not in LABELS:
-        raise ValueError(f"The label is {label!r}; allowed are {', '.join(LABELS)}, or None when it is not known.")
-    is_cell = isinstance(region, (int, np.integer)) and not isinstance(region, bool) and 0 <= region < N_REGIONS
-    if region is not None and not is_cell:
-        raise ValueError(f"The region is {region!r}; allowed are 0 to 8 (3 x 3 cells, row by row), or None.")
-    if region is not None and label == "normal":
-        raise ValueError(f"Region {region} is marked, but the label is 'normal'. Clear one of the two.")
-    if not isinstance(comment, str) or len(comment) > MAX_COMMENT:
-        raise ValueError(f"A comment is a text of at most {MAX_COMMENT:,} characters. Shorten it.")
-
-
-def _check_version(path: Path) -> None:
-    """Refuse to add to a log of another version: one file, one format."""
-    if not path.exists():
-        return
-    with open(path, "rb") as file:
-        first = file.readline()
-    try:
-        values = json.loads(first)
-    except ValueError:  # a torn first line says nothing about the version
-        return
-    _refuse_version(path, 1, values)
-
-
-def _refuse_version(path: Path, number: int, values: Any) -> None:
-    version = values.get("schema", SCHEMA) if isinstance(values, dict) else SCHEMA
-    if version != SCHEMA:
-        raise ValueError(
-            f"Line {number} of {path} has format version {version!r}; this suite reads and writes version {SCHEMA}. "
-            "Use the version of the suite that wrote it, or move the file aside to start a new one."
-        )
-
-
-def _problem(values: Any) -> str:
-    """Why a line of JSON is no judgement; empty when it is one."""
-    if not isinstance(values, dict):
-        return f"it holds {type(values).__name__}"
-    missing = [name for name in ("schema", *_FIELDS) if name not in values]
-    if missing:
-        return f"{', '.join(missing)} missing"
-    texts = ("id", "time", "pixels_sha256", "file_sha256", "image_path", "kept_picture")
-    wrong = [name for name in texts if not isinstance(values[name], str)]
-    if wrong or not isinstance(values["context"], dict):
-        return f"{', '.join(wrong) or 'context'} of the wrong type"
-    try:
-        _check(values["verdict"], values["label"], values["region"], values["comment"])
-    except (ValueError, TypeError) as error:
-        return str(error)
-    return ""
-
-
-# ------------------------------------------------------------------------------------------------- what may be used
+# --- what may be used ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Confirmed:
-    """A picture whose label a person confirmed, free to learn from.
-
-    Attributes:
-        entry: the judgement.
-        image_path: where it lies.
-        picture: uint8 RGB.
-        is_anomalous: the confirmed label.
-        category: the artwork.
-        group: its source picture, the picture itself when nothing else is known.
-    """
+    """A picture whose label a person confirmed, free to learn from; ``group`` is its source picture."""
 
     entry: Entry
     image_path: Path
@@ -316,62 +159,194 @@ class Confirmed:
 
 @dataclass(frozen=True)
 class SortedOut:
-    """What :func:`sort_out` returns.
-
-    Attributes:
-        confirmed: pictures to learn from.
-        refused: judgements on test pictures, as sentences that name them.
-        unused: other judgements that say nothing to learn, with why.
-    """
+    """Pictures to learn from, and sentences on judgements that are refused (test pictures) or say nothing to learn."""
 
     confirmed: tuple[Confirmed, ...]
     refused: tuple[str, ...]
     unused: tuple[str, ...]
 
 
-def sort_out(log: FeedbackLog, dataset: Dataset) -> SortedOut:
-    """Which judgements may be learnt from. Of several on one picture the last one counts.
+def sort_out(path: Path, dataset: Dataset) -> SortedOut:
+    """Which judgements of a log may be learnt from. Of several on one picture the last one counts.
 
     Refused are pictures of the test split: by file, by pixels (the same picture saved in another format), and by
     group (another view or a damaged copy of a picture that is tested on). A changed copy of a test picture that names
     no group cannot be recognised; do not upload those.
     """
+    entries, unused = read(path)
     test = dataset.select(split="test")
-    frozen = {sample.sha256: sample for sample in test}
-    frozen |= {features.image_id(images.load_image(sample.image_path)): sample for sample in test}
-    frozen_groups = {(sample.category, sample.group) for sample in test if sample.group}
-    learnt = {sample.sha256: sample for sample in dataset.samples if sample.split != "test"}
-    confirmed, refused, unused = [], [], []
-    for entry in {entry.pixels_sha256: entry for entry in log.entries}.values():
-        twin = frozen.get(entry.pixels_sha256) or frozen.get(entry.file_sha256)
-        group = str(entry.context.get("group") or "")
-        if twin is not None:
-            refused.append(f"{entry.name} is the test picture {twin.image_path.name} of {twin.category}")
-        elif (entry.category, group) in frozen_groups:
-            refused.append(f"{entry.name} stems from the same source as test pictures of {entry.category}: {group}")
-        elif reason := _reason_against(entry, dataset.categories, learnt.get(entry.file_sha256)):
-            unused.append(f"{entry.name}: {reason}")
+    frozen = {sample.sha256 for sample in test}
+    frozen |= {images.pixel_hash(images.load_image(sample.image_path)) for sample in test}
+    groups = {sample.group for sample in test if sample.group and sample.category not in dataset.limits}
+    learnt = {sample.sha256 for sample in dataset.samples if sample.split != "test"}
+    confirmed, refused = [], []
+    for entry in {entry.pixels_sha256: entry for entry in entries}.values():
+        category, group = str(entry.context.get("category") or ""), str(entry.context.get("group") or "")
+        found = _picture_of(entry, path)
+        if {entry.pixels_sha256, entry.file_sha256} & frozen or (
+            found is not None and images.pixel_hash(found[1]) in frozen
+        ):
+            refused.append(f"{entry.name} is a test picture")
+        elif group in groups:
+            refused.append(f"{entry.name} stems from the same source as test pictures: {group}")
+        elif entry.is_anomalous is None or category not in dataset.categories:
+            unused.append(f"{entry.name}: no label is confirmed, or no painting of the dataset is named")
+        elif entry.file_sha256 in learnt:
+            unused.append(f"{entry.name} belongs to the dataset already")
+        elif found is None:
+            unused.append(f"{entry.name}: the picture was not kept and its file is gone or has changed")
         else:
-            found = picture_of(entry, log)
-            twin = None if found is None else frozen.get(features.image_id(found[1]))
-            if found is None:
-                unused.append(f"{entry.name}: the picture was not kept and its file is gone or has changed")
-            elif twin is not None:  # judged at another size than its file has
-                refused.append(f"{entry.name} is the test picture {twin.image_path.name} of {twin.category}")
-            else:
-                group = group or f"feedback/{entry.pixels_sha256[:16]}"
-                confirmed.append(Confirmed(entry, *found, bool(entry.is_anomalous), entry.category, group))
+            group = group or f"feedback/{entry.pixels_sha256[:16]}"
+            confirmed.append(Confirmed(entry, *found, entry.is_anomalous, category, group))
     return SortedOut(tuple(confirmed), tuple(refused), tuple(unused))
 
 
-def _reason_against(entry: Entry, categories: Sequence[str], known: Sample | None) -> str:
-    """Why a judgement on a picture outside the test set teaches nothing; empty when it does."""
-    if entry.is_anomalous is None:
-        return "no label was confirmed"
-    if entry.category not in categories:
-        return f"its artwork is {entry.category!r}, the dataset has {', '.join(categories)}"
-    if known is not None and entry.is_anomalous != known.is_anomalous:
-        return f"the dataset has it as {known.kind} in split {known.split}; correct the dataset if that is wrong"
-    if known is not None:
-        return f"it is a picture of split {known.split} already"
-    return ""
+def _picture_of(entry: Entry, path: Path) -> tuple[Path, np.ndarray] | None:
+    """File and pixels of the picture that was judged; None when its file is gone or has changed."""
+    source, kept = Path(entry.image_path), Path(path).parent / PICTURES / Path(entry.kept_picture).name
+    if entry.image_path and source.is_file() and files.sha256_file(source) == entry.file_sha256:
+        return source, images.load_image(source)
+    if entry.kept_picture and kept.is_file():  # the name only: a log is not trusted with paths
+        return kept, images.load_image(kept)
+    return None
+
+
+# --- learning from it ------------------------------------------------------------------------------------------------
+
+
+def simulate_user(path: Path, dataset: Dataset, *, n_pictures: int, seed: int) -> None:
+    """Write the feedback of a user who is always right, on new photographs, every second one damaged.
+
+    Args:
+        path: the log; replaced. Pictures lie beside it, in ``simulated_pictures/``.
+        dataset: its genuine pictures outside the test split are photographed anew.
+        n_pictures: per painting.
+        seed: of the pictures.
+    """
+    Path(path).unlink(missing_ok=True)
+    for category in dataset.categories:
+        normals = [s for s in dataset.select(category=category, is_anomalous=False) if s.split != "test"]
+        for number in range(n_pictures):
+            source = normals[number * 7 % len(normals)]
+            kind = LOCAL_KINDS[number // 2 % len(LOCAL_KINDS)] if number % 2 else None
+            view_seed = seed_for(seed, f"feedback/{category}/{number}")
+            picture, mask, _ = damaged_view(images.load_image(source.image_path), seed=view_seed, kind=kind)
+            image_path = Path(path).parent / "simulated_pictures" / category / f"{number:03d}.png"
+            images.save_png(image_path, picture)
+            record(
+                path,
+                picture,
+                image_path=image_path,
+                verdict="correct",
+                label="normal" if mask is None else "anomalous",
+                region=None if mask is None else conversations.cell_of_center(mask),
+                context={"category": category, "group": source.group},
+            )
+
+
+def teach_clip(
+    found: Detectors, loaded: Mapping[str, Loaded], learn_from: Mapping[str, Rows], confirmed: Sequence[Confirmed],
+    models: features.Models, *, alpha: float, seed: int,
+) -> pd.DataFrame:  # fmt: skip
+    """Detectors of notebook 03 fitted again with confirmed pictures; verdicts before and after on the frozen test set.
+
+    Confirmed genuine pictures are learnt like others; confirmed anomalies place the threshold, see
+    :func:`feedback_threshold`. Settings stay as the search chose them; paintings without feedback stay as they are.
+
+    Args:
+        found: all detectors, for the thresholds before and the test pictures.
+        loaded: method -> detectors, from :func:`helpers.clip.methods.load`.
+        learn_from: painting -> rows, from :func:`helpers.clip.methods.learning_rows`.
+        confirmed: from :func:`sort_out`.
+        models: the networks.
+        alpha, seed: as in notebook 03.
+    Returns:
+        a row per method: balanced accuracies, counts, p-value of the exact paired test and Holm's correction.
+    """
+    taught = {}
+    for category in sorted({one.category for one in confirmed} & set(learn_from)):
+        chosen = [one for one in confirmed if one.category == category]
+        ids = [one.entry.pixels_sha256 for one in chosen]
+        embedded = features.embed(ids, lambda row, chosen=chosen: chosen[row].picture, models)
+        kinds = [CONFIRMED if one.is_anomalous else NORMAL_KIND for one in chosen]
+        sources = [
+            Sample(one.image_path, category, False, None, "train", NORMAL_KIND, one.group, one.entry.pixels_sha256)
+            for one in chosen
+        ]
+        taught[category] = Rows.join([learn_from[category], Rows.of(sources, embedded, kinds)])
+    rows, dataset = {}, found.dataset
+    embedded = features.embed_samples(dataset.select(split="test"), models)
+    for method, one in loaded.items():
+        called, labels = ([], []), []
+        for category, fitted in one.detectors.items():
+            samples = dataset.select(split="test", category=category)
+            labels += [sample.is_anomalous for sample in samples]
+            known, detector = found.results[method].manifest["calibration"][category], fitted.detector
+            limit = statistics.conformal_threshold(known["scores"], alpha)
+            called[0].extend(detector.score(embedded.of(samples)) > limit)
+            if category in taught:
+                detector, limit = _fitted_again(detector, taught[category], alpha=alpha, seed=seed)
+            called[1].extend(detector.score(embedded.of(samples)) > limit)
+        rows[method_label(method)] = _paired(*called, labels)
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    return table.assign(p_holm=statistics.holm(table["p"]))
+
+
+def _fitted_again(detector: Any, rows: Rows, *, alpha: float, seed: int) -> tuple[Any, float]:
+    detector, scores = tuning.calibrate(clone(detector), rows, seed=seed)
+    known = np.isfinite(scores)
+    normals, marks = (scores[rows.has("kind", kind) & known] for kind in (NORMAL_KIND, CONFIRMED))
+    return detector, feedback_threshold(normals, marks, alpha=alpha)
+
+
+def feedback_threshold(normal_scores: np.ndarray, confirmed_scores: np.ndarray, *, alpha: float) -> float:
+    """Threshold with the highest balanced accuracy on confirmed pictures; in the middle of the gap it lies in.
+
+    It is kept between two conformal thresholds of the normals, scores of pictures that the detector has not seen: at
+    most :data:`MAX_ALPHA` and at least ``alpha`` of fresh ones may be called anomalous, so that a few odd judgements
+    cannot make a detector shout or fall silent. Fewer than :data:`MIN_CONFIRMED` confirmed anomalies move nothing.
+    """
+    careful = statistics.conformal_threshold(normal_scores, alpha)
+    if len(confirmed_scores) < MIN_CONFIRMED:
+        return careful
+    values = np.unique(np.concatenate([normal_scores, confirmed_scores]))
+    cuts = np.concatenate([(values[:-1] + values[1:]) / 2, values[-1:]])
+    balanced = (confirmed_scores[:, None] > cuts).mean(axis=0) + (normal_scores[:, None] <= cuts).mean(axis=0)
+    best = cuts[len(cuts) - 1 - np.round(balanced, 9)[::-1].argmax()]  # among equals the one with the fewest alarms
+    return float(np.clip(best, min(careful, statistics.conformal_threshold(normal_scores, MAX_ALPHA)), careful))
+
+
+def teach_anomalygpt(
+    model: Any, dataset: Dataset, confirmed: Sequence[Confirmed], *, folder: Path, settings: Any, evaluation: Any
+) -> pd.DataFrame:
+    """AnomalyGPT's head learns from confirmed pictures; its words before and after, on the frozen test set.
+
+    Args:
+        model: the chain; its head is changed in place and written to ``folder``.
+        confirmed: from :func:`sort_out`; anomalies without a place are left out.
+        settings: :class:`helpers.anomalygpt.pairs.HeadTraining` with few epochs and pairs.
+        evaluation: settings of notebook 07.
+    Returns:
+        one row as in :func:`teach_clip`; an unclear answer calls nothing anomalous.
+    """
+    taught = [
+        pairs.Confirmed(one.image_path, one.category, one.entry.region if one.is_anomalous else None)
+        for one in confirmed
+        if one.entry.region or not one.is_anomalous
+    ]
+    before = answers_before_after(model, dataset, evaluation)
+    learn_from_feedback(model, dataset, taught, folder=folder, settings=settings)
+    after = answers_before_after(model, dataset, evaluation)
+    row = _paired(before["says"] == "yes", after["says"] == "yes", before["is_anomalous"])
+    return pd.DataFrame.from_dict({"AnomalyGPT's words": row}, orient="index")
+
+
+def _paired(before: Sequence[bool], after: Sequence[bool], labels: Sequence[bool]) -> dict[str, Any]:
+    before, after, labels = (np.asarray(values, dtype=bool) for values in (before, after, labels))
+    test = statistics.balanced_accuracy_test(after == labels, before == labels, labels)
+    counts = {}
+    for words, called in (("before", before), ("after", after)):
+        counts[f"found {words}"] = f"{(called & labels).sum()} of {labels.sum()}"
+        counts[f"false alarms {words}"] = f"{(called & ~labels).sum()} of {(~labels).sum()}"
+    accuracies = {"balanced accuracy before": round(test.value_b, 3), "after": round(test.value_a, 3)}
+    return accuracies | counts | {"p": test.p_value}
