@@ -170,7 +170,7 @@ def _calibration_facts(
             "scores": [float(score) for score in normals[category]],
             "n": len(normals[category]),
             "n_sources": len(sources),
-            "optimistic": category in getattr(dataset, "limits", {}),
+            "optimistic": "optimistic" in getattr(dataset, "limits", {}).get(category, ""),
         }
     return facts
 

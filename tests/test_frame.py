@@ -163,7 +163,7 @@ class FewPictures:
 
     def __init__(self, folder: Path, dataset_hash: str = "a" * 64) -> None:
         self.folder, self.hash, self.categories = folder, dataset_hash, ("girl", "mona")
-        self.limits = {"girl": "Only one genuine picture."}
+        self.limits = {"girl": "Only one genuine picture: optimistic."}
         places = [(name, split) for name in self.categories for split in ("calibration", "test")]
         self.samples = [self._sample(*place, i) for place in places for i in range(5)]
 

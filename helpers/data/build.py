@@ -235,7 +235,7 @@ def _print_outcome(info: Mapping[str, Any]) -> None:
     other = [f"{name} {value}, here {now.get(name)}" for name, value in info["machine"].items() if now[name] != value]
     lines = [f"It was made with {'; '.join(other)}, and is kept as it is."] if other else []
     lines += [f"Note: {note}" for note in info["notes"]]
-    lines += [f"Limit of {category}: {limit}" for category, limit in info["limits"].items()]
+    lines += [f"Limit: {limit}" for limit in info["limits"].values()]
     left_out = info["left_out"]
     lines += [f"Left out: {file['path']}: {file['reason']}" for file in left_out[:12]]
     lines += [f"... and {len(left_out) - 12} more (all in {manifest.MANIFEST_JSON})"] if len(left_out) > 12 else []

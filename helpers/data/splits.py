@@ -12,6 +12,7 @@ import numpy as np
 from helpers import synthesis
 from helpers.data.names import clean
 from helpers.records import NORMAL_KIND, SPLITS, Sample
+from helpers.results import category_label
 
 ORIGINS = GENUINE, REPHOTOGRAPHED, REAL, SYNTHETIC = "genuine", "rephotographed", "real anomaly", "synthetic anomaly"
 """How a picture of the dataset came about; ``origin`` in the records."""
@@ -52,7 +53,8 @@ def plan(samples: Sequence[Sample], settings: Mapping[str, Any]) -> tuple[list[J
             continue
         rng = synthesis.rng_for(settings["seed"], f"{category}/splits")
         parts, borrowed, limit = _split(category, normals, real, rng, notes)
-        limits |= {category: limit} if limit else {}
+        if limit:
+            limits[category] = limit
         jobs += _jobs(category, _unique(clean(category), taken), parts, borrowed, real, settings, notes)
     return jobs, notes, limits
 
@@ -90,7 +92,11 @@ def _split(
     lender = next(split for split in ("test", "calibration", "train") if groups[split])
     borrowed = {split: lender for split in SPLITS if not groups[split]}
     parts = {split: [s for group in sorted(found) for s in found[group]] for split, found in groups.items()}
-    return parts, borrowed, _limit([len(found) for found in groups.values()], borrowed, bool(shared))
+    return (
+        parts,
+        borrowed,
+        _limit(category_label(category), [len(found) for found in groups.values()], borrowed, bool(shared)),
+    )
 
 
 def _group_counts(n: int, *, has_calibration: bool, has_test: bool) -> tuple[int, int]:
@@ -107,29 +113,29 @@ def _group_counts(n: int, *, has_calibration: bool, has_test: bool) -> tuple[int
     return calibration, max(0, min(test, n - 1 - calibration))
 
 
-def _limit(n_groups: Sequence[int], borrowed: Mapping[str, str], is_shared: bool) -> str:
+def _limit(name: str, n_groups: Sequence[int], borrowed: Mapping[str, str], is_shared: bool) -> str:
     """What few source pictures mean for the numbers; "" when there are enough. Only shared ones make *optimistic*."""
+    n, (n_train, n_calibration, n_test) = sum(n_groups), n_groups
     if is_shared:
-        return (
-            "Pictures to learn from and test pictures show the same photographs, and there are no others, so every "
-            "number is optimistic."
+        words = "shows the same photographs in training and test and has no others: every number is optimistic"
+    elif "train" in borrowed.values():
+        words = (
+            "has only 1 genuine picture: thresholds and test pictures come from re-photographs of the picture that is "
+            "learnt from, so every number is optimistic"
         )
-    if "train" in borrowed.values():
-        return (
-            "Only 1 genuine picture: thresholds and test pictures come from re-photographs of the picture that is "
-            "learnt from, so every number is optimistic."
+    elif borrowed:
+        words = (
+            f"has only {n} genuine pictures: thresholds and normal test pictures come from re-photographs of one that "
+            "is not learnt from, so false-alarm rates are optimistic"
         )
-    if borrowed:
-        return (
-            f"Only {sum(n_groups)} genuine pictures: thresholds and normal test pictures come from re-photographs of "
-            "one that is not learnt from, so false-alarm rates are optimistic."
+    elif min(n_calibration, n_test) < 3:
+        words = (
+            f"has only {n} genuine pictures: {n_train} are learnt from, thresholds rest on {n_calibration} and "
+            f"false-alarm rates on {n_test} independent ones, so both are rough"
         )
-    if min(n_groups[1:]) < 3:
-        return (
-            f"Few genuine pictures: {n_groups[0]} are learnt from, thresholds rest on {n_groups[1]} and false-alarm "
-            f"rates on {n_groups[2]} independent ones, so both are rough."
-        )
-    return ""
+    else:
+        return ""
+    return f"{name} {words}."
 
 
 def _jobs(
