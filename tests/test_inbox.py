@@ -38,7 +38,7 @@ def drop(folder: Path, place: str, score: int) -> Path:
 
 def look(folder: Path, dataset, score, **changes):
     normal = {category: range(1, 20) for category in dataset.categories}
-    given = {"method": "clip_lof", "detector": "d1", "score": score, "normal_scores": normal} | changes
+    given = {"detector": "d1", "score": score, "normal_scores": normal} | changes
     return inbox.score_new(folder, dataset, **given)
 
 
@@ -65,7 +65,7 @@ def test_only_new_pictures_are_scored_and_labels_are_understood(dataset, tmp_pat
 
 def test_another_detector_scores_everything_again(dataset, tmp_path):
     drop(tmp_path, "harbour/good/a.png", 5)
-    for changes in ({}, {"detector": "d2"}, {"method": "anomalyclip"}):
+    for changes in ({}, {"detector": "d2"}):
         score = Scorer()
         found, _ = look(tmp_path, dataset, score, **changes)
         assert score.asked == [5] and len(found) == 1

@@ -22,6 +22,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -318,9 +319,7 @@ def _rankings(frame: pd.DataFrame, trained_on: Sequence[str]) -> Iterator[dict[s
         )
         yield _row(name, "image_auroc", metrics.image_auroc(scores, labels), interval, len(kept), labels.sum())
         if name == "all":
-            draws = metrics.average_precisions(
-                scores, labels, statistics.redraws(labels.tolist(), kept.source.tolist())
-            )
+            draws = metrics.average_precisions(scores, labels, _redraws(tuple(labels), tuple(kept.source)))
             value, interval = metrics.average_precision(scores, labels), _bootstrap(kept, draws)
             yield _row(name, "image_ap", value, interval, len(kept), labels.sum())
 
@@ -345,7 +344,7 @@ def _pixels(
         images.load_mask(samples[p].mask_path) if samples[p].is_anomalous else np.zeros((1, 1)) for p in usable.place
     )
     table = metrics.pixel_table(maps, truth)
-    draws = statistics.redraws(usable.is_anomalous.tolist(), usable.source.tolist())
+    draws = _redraws(tuple(usable.is_anomalous), tuple(usable.source))
     drawn = np.array([metrics.pixel_metrics(table, counts) for counts in draws])
     for metric, value, values in zip(("pixel_auroc", "aupro"), metrics.pixel_metrics(table), drawn.T):
         if math.isfinite(value):
@@ -354,6 +353,12 @@ def _pixels(
 
 def _bootstrap(frame: pd.DataFrame, draws: np.ndarray) -> Sequence[float]:
     return _NAN if frame.source.nunique() < 2 else statistics.percentile_interval(draws)
+
+
+@lru_cache(maxsize=128)
+def _redraws(labels: tuple[bool, ...], sources: tuple[str, ...]) -> np.ndarray:
+    """The draws of a painting's pictures, the same for every method."""
+    return statistics.redraws(labels, sources)
 
 
 # -------------------------------------------------------------------------------------------------------- paired tests

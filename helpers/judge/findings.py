@@ -76,7 +76,9 @@ def findings(comparison: Comparison) -> list[str]:
         n_sure = sum(map(len, behind.values()))
         if len(tests):
             opening = f"{n_sure or 'None'} of {len(tests)} pairs of detectors can be told apart by {measure}"
-            sentences.append(f"{opening}: {'; '.join(parts)}." if parts else f"{opening}.")
+            sentences.append(
+                f"{opening}: {'; '.join(parts[:3])}{'; more below' * (len(parts) > 3)}." if parts else f"{opening}."
+            )
     for name in GROUPS:
         rows = {m: look[key] for m in methods if (key := (m, "all", f"group:{name}", "sensitivity")) in look}
         counts = {method: _count(row) for method, row in rows.items()}

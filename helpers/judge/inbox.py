@@ -1,14 +1,13 @@
 """New pictures dropped into a folder, each scored once: ``<folder>/<painting>/[<kind>/]picture``.
 
-A picture in a folder of its kind (``good``, ``genuine``, ``damaged`` ... as in any dataset folder) has a label and is
-counted; one directly in the painting's folder is only scored. ``scores.csv`` is written whole at the end of each look:
-a second look scores new pictures only, and all of them again when the detector has changed.
+A picture in a folder of its kind (``good``, ``genuine``, ``damaged`` ..., as in any dataset folder) has a label and is
+counted; one directly in the painting's folder is only scored. ``scores.csv`` is written whole after each look: a second
+look scores new pictures only, and all of them again when the detector has changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,61 +18,44 @@ from helpers.data import images, names
 from helpers.judge import statistics
 from helpers.records import NORMAL_KIND, Scored
 
-SCORES = "scores.csv"
-_COLUMNS = ["time", "method", "detector", "image_path", "category", "label", "anomaly_score", "threshold", "p_value",
-            "is_predicted_anomalous", "sha256"]  # fmt: skip
+_COLUMNS = "detector image_path category label sha256 anomaly_score threshold p_value is_predicted_anomalous".split()
 
 
 def score_new(
-    folder: Path,
-    dataset: data.Dataset,
-    *,
-    method: str,
-    detector: str,
-    score: Callable[[str, list[np.ndarray]], Sequence[Scored]],
-    normal_scores: dict[str, Sequence[float]],
-    alpha: float = 0.05,
-) -> tuple[pd.DataFrame, list[str]]:
+    folder: Path, dataset: data.Dataset, *, detector: str, score: Callable[[str, list[np.ndarray]], Sequence[Scored]],
+    normal_scores: Mapping[str, Sequence[float]], alpha: float = 0.05,
+) -> tuple[pd.DataFrame, list[str]]:  # fmt: skip
     """Score the pictures of a folder that this detector has not scored yet.
 
     Args:
-        folder: the inbox.
-        dataset: its paintings are the known ones; its own pictures are left out, they say nothing new.
-        method: name of the row.
-        detector: identifies the trained detector, for example the ``checkpoint_hash`` of its results.
+        folder, dataset: the inbox, and the dataset whose paintings are known; its own pictures are left out.
+        detector: identifies the trained detector, for example method and ``checkpoint_hash`` of its results.
         score: painting and uint8 RGB pictures -> one verdict each.
         normal_scores: painting -> scores of genuine pictures, from ``manifest.json`` of the results.
         alpha: wanted false-alarm rate.
     Returns:
         rows of every picture scored by this detector (``is_new`` marks those of this look; ``label`` is ``genuine``,
         ``anomalous`` or empty), and sentences about files that were left out.
-    Raises:
-        FileNotFoundError: the folder does not exist.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}. Make it, with a folder for each painting inside.")
-    path = folder / SCORES
+    path = folder / "scores.csv"
     known = pd.read_csv(path, keep_default_na=False) if path.exists() else pd.DataFrame(columns=_COLUMNS)
-    mine = (known.method == method) & (known.detector == detector)
+    mine = known.detector == detector
     fresh, left_out = _fresh(folder, dataset, set(known.sha256[mine]))
-    rows = []
+    parts = [pd.DataFrame(columns=_COLUMNS)]
     for category in sorted({one["category"] for one in fresh}):
-        chosen = [one for one in fresh if one["category"] == category]
-        found = score(category, [images.load_image(folder / one["image_path"]) for one in chosen])
-        scores = np.array([verdict.anomaly_score for verdict in found])
+        chosen = pd.DataFrame([one for one in fresh if one["category"] == category])
+        verdicts = score(category, [images.load_image(folder / name) for name in chosen.image_path])
+        scores = np.array([verdict.anomaly_score for verdict in verdicts])
         threshold = statistics.conformal_threshold(normal_scores[category], alpha)
         p_values = statistics.p_values(normal_scores[category], scores)
-        head = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "method": method, "detector": detector}
-        rows += [
-            head
-            | one
-            | {"anomaly_score": s, "threshold": threshold, "p_value": p, "is_predicted_anomalous": s > threshold}
-            for one, s, p in zip(chosen, scores, p_values)
-        ]
-    new = pd.DataFrame(rows, columns=_COLUMNS)
+        facts = {"detector": detector, "anomaly_score": scores, "threshold": threshold, "p_value": p_values}
+        parts.append(chosen.assign(**facts, is_predicted_anomalous=scores > threshold))
+    new = pd.concat(parts[1:] or parts, ignore_index=True)
     if len(new):
-        files.write_text(path, pd.concat([known, new]).to_csv(index=False))
+        files.write_text(path, pd.concat([known, new])[_COLUMNS].to_csv(index=False))
     return pd.concat([known[mine].assign(is_new=False), new.assign(is_new=True)], ignore_index=True), left_out
 
 
@@ -115,9 +97,3 @@ def _fresh(folder: Path, dataset: data.Dataset, done: set[str]) -> tuple[list[di
             done.add(sha256)
             found.append({"image_path": name, "category": category, "label": label, "sha256": sha256})
     return found, left_out
-
-
-def __getattr__(name: str):  # notebook 03 uses the old form until it has moved
-    from helpers.judge import _old_inbox
-
-    return getattr(_old_inbox, name)

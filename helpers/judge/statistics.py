@@ -28,14 +28,7 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class PairedTest:
-    """Two methods (or two evaluations) compared on the same pictures.
-
-    Args:
-        value_a, value_b: AUROC or accuracy of the first and of the second.
-        difference: ``value_a - value_b``.
-        p_value: two-sided, for the hypothesis of no difference; nan when a class is missing.
-        n_images: pictures compared.
-    """
+    """Two methods or evaluations compared on the same ``n_images`` pictures; ``p_value`` is two-sided, nan unknown."""
 
     value_a: float
     value_b: float
@@ -61,9 +54,7 @@ def conformal_threshold(normal_scores: ArrayLike, alpha: float = 0.05) -> float:
         alpha: wanted false-alarm rate, in (0, 1).
     Returns:
         the ``ceil((n + 1)(1 - alpha))``-th smallest score; the largest one, with a warning that names the rate
-        that can be promised, when ``n`` is too small for ``alpha``.
-    Raises:
-        ValueError: no score, a score that is not finite, or ``alpha`` outside (0, 1).
+        that can be promised, when ``n`` is too small for ``alpha``. ``ValueError`` when there is no finite score.
 
     >>> conformal_threshold(range(1, 20), alpha=0.05), conformal_threshold(range(1, 100), alpha=0.05)
     (19.0, 95.0)
@@ -177,18 +168,12 @@ def auroc_interval(scores: ArrayLike, labels: ArrayLike, *, sources: Sequence[Ha
 def redraws(strata: Sequence[Hashable], groups: Sequence[Hashable], *, n_draws: int = 1000) -> np.ndarray:
     """Bootstrap draws of pictures by source, for what has no formula: average precision, pixel AUROC, AUPRO.
 
-    Groups (sources) are drawn among the groups with the same set of strata, copies of one picture together. The
-    percentile interval of such draws is too narrow near the end of a statistic's range (80 to 90 % coverage of a
-    nominal 95 % at 50 pictures): use :func:`auroc_interval` for image AUROC and :func:`wilson` for rates.
+    Groups (sources, ``(n,)``) are drawn among the groups with the same set of ``strata`` (labels, ``(n,)``), copies of
+    one picture together. Percentile intervals are too narrow near the end of a statistic's range (80 to 90 % coverage
+    of a nominal 95 % at 50 pictures): use :func:`auroc_interval` for image AUROC and :func:`wilson` for rates.
 
-    Args:
-        strata: ``(n,)``, for example the labels.
-        groups: ``(n,)``, the source picture of each.
-        n_draws: number of draws; the same draws each time.
     Returns:
-        int64 ``(n_draws, n)``: how often each draw has each picture.
-    Raises:
-        ValueError: lengths differ, or no picture.
+        int64 ``(n_draws, n)``: how often each draw has each picture; the same draws each time.
     """
     if len(strata) == 0 or len(strata) != len(groups):
         raise ValueError(f"{len(strata)} strata and {len(groups)} groups; pass one of each for every picture.")
