@@ -1,10 +1,9 @@
 """What is finished outlives the machine: copied to a lasting folder (Google Drive), brought back on a fresh machine.
 
-The workspace is cut into *units*, each finished by itself: a folder of weights, a dataset, the results of a method, a
-training checkpoint, the report. A unit travels as one zip without compression, because Drive is slow with many small
-files; the zip's own checksums tell a whole one from a damaged one. A newer version gets a name of its own, and the
-older one goes when the newer lies there and was read again: whenever a session ends, the folder holds the last complete
-version of every unit. What was read again may still be on its way to the cloud; ``session.disconnect`` waits for it.
+The workspace is cut into *units*, each finished by itself: a folder of weights, the results of a method, a checkpoint.
+A unit travels as one zip without compression, whose checksums tell a whole one from a damaged one. A newer version has
+a name of its own, and the older one goes when the newer lies there and was read again: whenever a session ends, the
+folder holds the last complete version of every unit. Only ``session.disconnect`` waits until the cloud has it.
 """
 
 from __future__ import annotations
@@ -75,8 +74,8 @@ class Outcome:
 def find_units(home: Path) -> dict[str, list[Path]]:
     """Finished units of a workspace: name (folder below ``home``) -> its files, sorted, marks last.
 
-    In ``weights``, ``data`` and ``results`` a unit is a folder with its mark. Elsewhere every file is written whole, so
-    that each folder of ``checkpoints``, and each other folder of the workspace, is a unit as it is.
+    In ``weights``, ``data`` and ``results`` a unit is a folder with its mark; elsewhere all files are written whole:
+    each folder of ``checkpoints`` and each other folder of the workspace is a unit as it is.
     """
     home, units = Path(home), {}
     marked = {path.parent for area, mark in _MARKS.items() for path in (home / area).rglob(mark)}
@@ -98,8 +97,7 @@ def find_units(home: Path) -> dict[str, list[Path]]:
 def save(home: Path, archive: Archive) -> list[Outcome]:
     """Copy every unit that is new or changed since it was last saved or restored here; the others cost no access.
 
-    Nothing is raised when the disk fails: local files are complete, and the next call tries again. :func:`restore`
-    must have seen the archive from here before, so that nothing is replaced unseen.
+    Nothing is raised when the disk fails: the next call tries again. :func:`restore` must have seen the archive before.
     """
     home, memo = Path(home), _read_memo(home)
     if not memo["has_seen_archive"]:
@@ -108,9 +106,7 @@ def save(home: Path, archive: Archive) -> list[Outcome]:
     for unit, paths in units.items():
         stamp, known = _stamp(home, paths), memo["units"].get(unit, {"stamp": "", "name": ""})
         n_bytes = sum(path.stat().st_size for path in paths)
-        name, state, problem = "", "saved", ""
-        if n_bytes > archive.max_unit_bytes:
-            state, problem = "too large", "it stays on this machine only"
+        name, state = "", "too large" if n_bytes > archive.max_unit_bytes else "saved"
         if known["stamp"] == stamp and (known["name"] or state == "too large"):
             continue
         try:
@@ -125,7 +121,7 @@ def save(home: Path, archive: Archive) -> list[Outcome]:
         memo["units"][unit] = {"stamp": stamp, "name": name}
         files.write_json(home / _MEMO, memo)
         _remove(archive.folder, known["name"] if name else "")
-        outcomes.append(Outcome(unit, state, n_bytes, problem))
+        outcomes.append(Outcome(unit, state, n_bytes, "" if name else "it stays on this machine only"))
     for unit in [unit for unit in memo["units"] if _CHECKPOINT.match(unit) and unit not in units]:
         if _remove(archive.folder, memo["units"][unit]["name"]):  # what training dropped goes: each may have 1.4 GB
             del memo["units"][unit]

@@ -70,32 +70,31 @@ def run(profile: profiles.Profile, *, lasting: Path | None = None) -> list[Check
 def as_text(checks: Iterable[Check]) -> str:
     """The table, one line a check and one more for what to do.
 
-    >>> print(as_text([Check("memory", True, "9 GB"), Check("disk", False, "1 GB", "Free some.")]))
-      ✓ memory      9 GB
+    >>> print(as_text([Check("disk", False, "1 GB", "Free some.")]))
       ✗ disk        1 GB
                     -> Free some.
     """
-    lines = []
-    for check in checks:
-        lines.append(f"  {'✓' if check.is_ok else '✗'} {check.name:11s} {check.found}")
-        if not check.is_ok:
-            lines.append(f"{'':16s}-> {check.fix}")
+    lines = [
+        f"  ✓ {check.name:11s} {check.found}" if check.is_ok else
+        f"  ✗ {check.name:11s} {check.found}\n{'':16s}-> {check.fix}" for check in checks
+    ]  # fmt: skip
     return "\n".join(lines)
 
 
-def is_done(home: Path, notebook: str) -> bool:
-    """Whether what a notebook makes lies in a workspace; in doubt the notebook itself knows better."""
-    proof = STAGES[notebook].proof
-    return bool(proof) and any(home.glob(proof))
+def states(home: Path) -> dict[str, str]:
+    """Notebook -> "done", "to do" or "any time", by what lies in a workspace; in doubt the notebook knows better."""
+    return {
+        name: "any time" if not stage.proof else "done" if any(home.glob(stage.proof)) else "to do"
+        for name, stage in STAGES.items()
+    }
 
 
 def where_am_i(home: Path) -> str:
     """Which notebooks are done in this workspace and which comes next, in a sentence."""
-    made = [name for name, stage in STAGES.items() if stage.proof]
-    done = [name for name in made if is_done(home, name)]
-    left = [name for name in made if name not in done]
-    words = ", ".join(name[:2] for name in done) or "nothing yet"
-    return f"done here: {words}; next: {left[0] if left else 'everything is there, look into 08 and 09'}"
+    found = states(home)
+    done = ", ".join(name[:2] for name, state in found.items() if state == "done") or "nothing yet"
+    left = [name for name, state in found.items() if state == "to do"]
+    return f"done here: {done}; next: {left[0] if left else 'everything is there, look into 08 and 09'}"
 
 
 def costs(profile: profiles.Profile, gpu: str = "") -> pd.DataFrame:
@@ -103,12 +102,9 @@ def costs(profile: profiles.Profile, gpu: str = "") -> pd.DataFrame:
 
     ``gpu`` is its name as CUDA gives it: minutes are those of an L4 whatever it is, units use its rate.
     """
-    table, is_mini = pd.DataFrame(STAGES.values(), index=pd.Index(STAGES, name="notebook")), profile.name == "mini"
+    table, is_mini = pd.DataFrame(STAGES.values(), index=list(STAGES)), profile.name == "mini"
     minutes = table.mini_seconds / 60 if is_mini else table.l4_minutes.astype(float)
-    states = [
-        "done" if is_done(profile.home, name) else "to do" if STAGES[name].proof else "any time" for name in STAGES
-    ]
-    found = pd.DataFrame({"state": states, "minutes": minutes.round(1)})
+    found = pd.DataFrame({"state": states(profile.home), "minutes": minutes.round(1)}).rename_axis("notebook")
     found["compute units"] = "none" if is_mini else [compute_units(60 * one, gpu) for one in minutes]
     found["GB of disk"] = "below 1" if is_mini else table.disk_gb
     return found.reset_index()
@@ -208,6 +204,6 @@ def _weights(profile: profiles.Profile) -> Check:
     found = "not ready; only 06 to 08 need them all. 01 downloads about 32 GB and first asks you to accept the licences"
     if profile.weights.size == "mini":
         found = "01 makes them of installed packages, nothing is downloaded"
-    if is_done(profile.home, "01_prepare_weights"):
+    if states(profile.home)["01_prepare_weights"] == "done":
         found = "ready"
     return Check("weights", True, found)

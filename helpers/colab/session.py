@@ -47,7 +47,10 @@ def start(*, log: Callable[[str], None] = print) -> profiles.Profile:
     _current = None
     if lasting is not None:
         reconnect = partial(mount_drive, log=log) if lasting.is_relative_to(MOUNT_POINT) else None
-        archive = keep.Archive(lasting / profile.name, reconnect, max_unit_bytes=_limit_bytes())
+        limit = os.environ.get("ART_DRIVE_LIMIT_GB", "").strip() or str(keep.MAX_UNIT_BYTES / 1e9)
+        if not limit.replace(".", "", 1).isdigit():
+            raise ValueError(f"ART_DRIVE_LIMIT_GB is {limit!r}; give a number of GB, or unset it for 2.2.")
+        archive = keep.Archive(lasting / profile.name, reconnect, max_unit_bytes=int(float(limit) * 1e9))
         for outcome in keep.restore(profile.home, archive):
             if outcome.state != "here":
                 log(f"kept in {lasting}: {outcome}")
@@ -61,9 +64,9 @@ def start(*, log: Callable[[str], None] = print) -> profiles.Profile:
 
 
 def lasting_folder(device: str, *, log: Callable[[str], None] = print) -> Path | None:
-    """Where finished work is kept: ``ART_DRIVE``, or Google Drive on a machine with a GPU; None: nowhere.
+    """Where finished work is kept: ``ART_DRIVE`` (``off``: nowhere), or Google Drive on a machine with a GPU.
 
-    ``ART_DRIVE=off`` keeps nothing. Without a GPU everything is made again in minutes, so no dialog is opened.
+    Without a GPU everything is made again in minutes, so no dialog is opened.
     """
     asked = os.environ.get("ART_DRIVE", "").strip()
     if asked.lower() == "off":
@@ -134,15 +137,6 @@ class _Keeper:
             self.log(f"kept: {outcome}")
         has_failed = any(outcome.state == "failed" for outcome in outcomes)
         self.not_before = time.monotonic() + max(self.pause_seconds, _PAUSE_SECONDS if has_failed else 0)
-
-
-def _limit_bytes() -> int:
-    """Largest unit to keep: ``ART_DRIVE_LIMIT_GB``, by default such that a Drive of 15 GB is enough."""
-    asked = os.environ.get("ART_DRIVE_LIMIT_GB", "").strip()
-    try:
-        return int(float(asked) * 1e9) if asked else keep.MAX_UNIT_BYTES
-    except ValueError:
-        raise ValueError(f"ART_DRIVE_LIMIT_GB is {asked!r}; give a number of GB, or unset it for 2.2.") from None
 
 
 def _advice(error: Exception) -> str:
