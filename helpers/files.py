@@ -62,7 +62,7 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not readable JSON ({error}). Delete it and run the step that makes it.") from error
 
 
-def append_line(path: Path | str, line: str, *, header: str | None = None) -> None:
+def append_line(path: Path | str, line: str) -> None:
     """Add a line to a text file that other sessions may be adding to; it is on disk when this returns.
 
     The unfinished last line of a writer that died is closed first: it stays in the file, apart from the new line, for
@@ -80,8 +80,6 @@ def append_line(path: Path | str, line: str, *, header: str | None = None) -> No
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             line = line if file.read(1) == b"\n" else f"\n{line}"
-        elif header is not None:
-            line = f"{header}\n{line}"
         file.write(f"{line}\n".encode())
         file.flush()
         os.fsync(file.fileno())

@@ -119,23 +119,6 @@ _MINI = {
 }  # fmt: skip
 """What differs from ``full``, whose values are the defaults."""
 
-_FLAT = {
-    "clip_model": "clip.model",
-    "clip_pretrained": "clip.pretrained",
-    "clip_image_size": "clip.image_size",
-    "cnn_model": "clip.cnn_model",
-    "batch_size": "clip.batch_size",
-    "n_trials": "clip.n_trials",
-    "max_epochs": "clip.max_epochs",
-    "n_synthetic": "clip.n_synthetic",
-    "max_bank_rows": "clip.max_bank_rows",
-    "auxiliary": "anomalyclip.auxiliary",
-    "auxiliary_views": "anomalyclip.auxiliary_views",
-    "auxiliary_limit": "anomalyclip.auxiliary_limit",
-    "prompt_epochs": "anomalyclip.n_epochs",
-}
-"""Names of before the groups, until every notebook uses the groups."""
-
 
 @dataclass(frozen=True)
 class Profile:
@@ -154,15 +137,6 @@ class Profile:
     reference: ReferenceSettings = field(default_factory=ReferenceSettings)
     anomalyclip: AnomalyClipSettings = field(default_factory=AnomalyClipSettings)
     anomalygpt: AnomalyGptSettings = field(default_factory=AnomalyGptSettings)
-
-    def __getattr__(self, name: str) -> Any:
-        group, _, setting = name.partition("_")
-        if group in ("anomalyclip", "anomalygpt") and setting:
-            return getattr(getattr(self, group), setting)
-        if name in _FLAT:
-            group, setting = _FLAT[name].split(".")
-            return getattr(getattr(self, group), setting)
-        raise AttributeError(f"A profile has no {name!r}; it has {', '.join(self.__dataclass_fields__)}.")
 
     @property
     def dataset_name(self) -> str:
