@@ -387,9 +387,3 @@ def _bare(ax: Any) -> Any:
     ax.set(xticks=[], yticks=[], frame_on=False)
     ax.grid(visible=False)
     return ax
-
-
-def __getattr__(name: str):  # names that notebooks still use until they have moved
-    from helpers.judge import _old_figures
-
-    return getattr(_old_figures, name)

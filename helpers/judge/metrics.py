@@ -194,9 +194,3 @@ def _small_mask(mask: np.ndarray | None) -> np.ndarray:
     covered = cv2.resize(np.asarray(mask, dtype=np.float32), (SIDE, SIDE), interpolation=cv2.INTER_AREA)
     small = covered >= 0.5
     return small if small.any() or not np.any(mask) else covered > 0  # a hair-thin mark must not vanish
-
-
-def __getattr__(name: str):  # names that methods still use until they have moved
-    from helpers.judge import _old_metrics
-
-    return getattr(_old_metrics, name)

@@ -377,9 +377,3 @@ def _permutation(a: np.ndarray, b: np.ndarray, labels: np.ndarray, strata: Seque
 
     draws = {"permutation_type": "samples", "n_resamples": 9999, "vectorized": True, "rng": 0}
     return float(permutation_test(ranks, difference, **draws).pvalue)
-
-
-def __getattr__(name: str):  # names that methods still use until they have moved
-    from helpers.judge import _old_statistics
-
-    return getattr(_old_statistics, name)
