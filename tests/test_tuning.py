@@ -102,17 +102,6 @@ def test_the_nested_estimate_of_a_coin_is_a_coin(rows):
     assert abs(np.mean([one["nested_auroc"] for one in found]) - 0.5) < 0.06
 
 
-def test_calibration_pictures_are_not_looked_at_by_the_search(rows):
-    rubbish = features_of(np.random.default_rng(0).normal(50, 9, (len(rows), 6)), "x")
-    is_calibration = rows.has("split", "calibration")
-    parts = [rows.features.take(~is_calibration), rubbish.take(is_calibration)]
-    order = np.argsort(np.concatenate([np.flatnonzero(~is_calibration), np.flatnonzero(is_calibration)]))
-    other = dataclasses.replace(rows, features=Features.join(parts).take(order))
-    options = {"n_trials": 6, "with_nested": False}
-    first, again = (tuning.tune(Cosine(), one_class.SPACES["clip_resnet50"], part, **options) for part in (rows, other))
-    assert first == again
-
-
 # ------------------------------------------------------------------------------------------------- calibration
 
 
@@ -155,9 +144,3 @@ def test_few_sources_search_or_say_why_not_and_always_get_a_threshold(method, n_
     detector, scores = tuning.calibrate(clone(QUICK[method]).set_params(**found["parameters"]), rows)
     assert np.isfinite(scores).sum() == 20
     assert np.isfinite(detector.score(draw(5, 1, "t", 8))).all()
-
-
-def test_one_trial_searches_nothing_and_says_so(rows):
-    found = tuning.tune(Cosine(), {"k": [1, 3]}, rows, n_trials=1)
-    assert (found["parameters"], found["trials"]) == ({"k": 1}, [])
-    assert "art: one trial" in found["note"]

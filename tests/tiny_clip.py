@@ -53,7 +53,7 @@ def models(cache_dir: Path) -> Models:
         net = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 5, stride=4), torch.nn.ReLU(), torch.nn.Flatten())
         clip = open_clip.CLIP(16, vision, text)
     clip = backbones.Clip(clip.eval().requires_grad_(False), None, backbones.square_preprocess(32), "tiny")
-    cnn = backbones.Cnn(net.eval().requires_grad_(False), backbones.square_preprocess(20), "small", 16 * 16)
+    cnn = backbones.Cnn(net.eval().requires_grad_(False), backbones.square_preprocess(20), "small")
     return Models(clip, cnn, cache_dir, 64)
 
 

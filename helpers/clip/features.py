@@ -1,8 +1,7 @@
 """Pictures -> features, computed once and kept: one pass serves all methods that work on features.
 
-Per picture: CLIP's image embedding, CLIP's patch tokens from the middle of the tower, and a CNN's pooled features, each
-with the seconds it took. The cache goes by the picture's name (a hash), the models, their preprocessing and the layers,
-so that a changed picture or model is never served old features.
+The cache goes by the picture's name (a hash), the networks, their preprocessing and the layers, so that a changed
+picture or network is never served old features.
 """
 
 from __future__ import annotations

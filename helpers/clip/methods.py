@@ -35,23 +35,14 @@ MIN_PICTURES = 12
 """Genuine pictures of a painting; where there are fewer, re-photographs of them fill up to this number."""
 
 
-# ------------------------------------------------------------------------------------------------- what is learnt from
-
-
 def learning_rows(
     dataset: Dataset, embedded: Features, models: Models, *, n_anomalies: int, seed: int
 ) -> dict[str, Rows]:
     """What each painting's detectors may learn from: its genuine pictures outside the test split, one more photograph
-    (view) of each training picture, and anomalies made from them, every picture and kind as often as the others.
+    (view) of each training picture, and ``n_anomalies`` made from them, every picture and kind as often as the others.
 
-    Kinds that the dataset holds out for the test are not made. A painting without a genuine picture is named and left
-    out; one with fewer than :data:`MIN_PICTURES` gets re-photographs of them as further genuine pictures.
-
-    Args:
-        dataset, embedded: the dataset and features of (at least) its normal pictures.
-        models: see :class:`helpers.clip.features.Models`.
-        n_anomalies: for each painting; 0 for detectors that need none.
-        seed: of everything random.
+    A painting without a genuine picture is named and left out; one with fewer than :data:`MIN_PICTURES` gets
+    re-photographs of them as further genuine pictures. ``embedded`` holds at least the genuine pictures.
     """
     found = {}
     for category in dataset.categories:
@@ -63,18 +54,15 @@ def learning_rows(
         if again:
             print(f"{category}: {len(normals)} genuine pictures only; {len(again)} re-photographs of them join.")
         seen = [sample for sample in normals if sample.split == "train"]
-        sources = [s for i, s in enumerate(normals) for _ in range(i, n_anomalies, len(normals))]
+        made = [*again, *seen, *(s for i, s in enumerate(normals) for _ in range(i, n_anomalies, len(normals)))]
         kinds = [NORMAL_KIND] * len(again) + [VIEW] * len(seen) + deal_kinds(dataset, n_anomalies, seed)
-        made = [*again, *seen, *sources]
-        parts = [Rows.of(normals, embedded.of(normals))]
-        if made:
-            parts.append(Rows.of(made, _made(made, kinds, models, seed), kinds))
-        found[category] = Rows.join(parts)
+        parts = [Rows.of(made, _made(made, kinds, models, seed), kinds)] if made else []
+        found[category] = Rows.join([Rows.of(normals, embedded.of(normals)), *parts])
     return found
 
 
 def deal_kinds(dataset: Dataset, n: int, seed: int) -> list[str]:
-    """``n`` kinds of anomaly to train on, like cards from shuffled decks; none that the dataset holds out.
+    """``n`` kinds of anomaly to train on, like cards from shuffled decks; none that the dataset holds out for the test.
 
     Counted through in order, the pictures of one source would get the same kinds again and again. Changes of the whole
     picture share one card, so that together they weigh no more than a kind of mark.
@@ -86,14 +74,14 @@ def deal_kinds(dataset: Dataset, n: int, seed: int) -> list[str]:
     return [card or str(rng.choice(whole)) for card in cards]
 
 
+_read = lru_cache(maxsize=2)(images.load_image)
+
+
 def make_picture(sample: Sample, kind: str, seed: int, number: int = 0) -> np.ndarray:
     """Another photograph of a genuine picture, uint8 RGB, damaged unless ``kind`` is good or a view."""
     damage = None if kind in (NORMAL_KIND, VIEW) else kind
     seed = synthesis.seed_for(seed, f"{number}/{kind}/{sample.sha256}")
     return synthesis.damaged_view(_read(sample.image_path), seed=seed, kind=damage)[0]
-
-
-_read = lru_cache(maxsize=2)(images.load_image)
 
 
 def _made(sources: Sequence[Sample], kinds: Sequence[str], models: Models, seed: int) -> Features:
@@ -102,9 +90,6 @@ def _made(sources: Sequence[Sample], kinds: Sequence[str], models: Models, seed:
     recipe = files.sha256_json([seed, code])[:16]
     ids = [f"{s.sha256}/{kind}/{row}/{recipe}" for row, (s, kind) in enumerate(zip(sources, kinds, strict=True))]
     return features.embed(ids, lambda row: make_picture(sources[row], kinds[row], seed, row), models)
-
-
-# ------------------------------------------------------------------------------------------------- fit and test
 
 
 @dataclass(frozen=True)
@@ -139,14 +124,39 @@ def fit(detector: Detector, space: Mapping[str, list], rows: Rows, *, kept: Mapp
     return Fitted(chosen, scores[rows.has("kind", NORMAL_KIND)], search)
 
 
+def _fit_all(method: str, learn_from: Mapping[str, Rows], profile: Any, **options: Any) -> dict[str, Fitted]:
+    """:func:`fit` for every painting; one that cannot be fitted is named and stops no other. Keeps what it found."""
+    from safetensors.torch import save_file
+
+    path, detector = profile.checkpoint_dir(method) / "fitted.json", clone(one_class.DETECTORS[method])
+    own = {"seed": profile.seed, "max_epochs": profile.clip.max_epochs, "max_bank_rows": profile.clip.max_bank_rows}
+    own |= {"device": profile.device}
+    detector.set_params(**{name: value for name, value in own.items() if hasattr(detector, name)})
+    kept, fitted = files.read_json(path) if path.exists() else {}, {}
+    for category, rows in sorted(learn_from.items()):
+        try:
+            earlier = kept.get(category, {})
+            fitted[category] = fit(detector, one_class.SPACES[method], rows, kept=earlier, **options)
+        except ValueError as error:
+            print(f"{results.method_label(method)} leaves out {results.category_label(category)}: {error}")
+    if not fitted:
+        raise ValueError(f"{results.method_label(method)}: no painting could be learnt; the reasons stand above.")
+    nets = [one.detector.net for one in fitted.values() if isinstance(one.detector, one_class.Head)]
+    if nets:
+        with files.atomic_path(path.with_name("heads.safetensors")) as temporary:
+            save_file({f"{n}/{k}": t for n, net in enumerate(nets) for k, t in net.state_dict().items()}, temporary)
+    files.write_json(path, {c: {"settings": one.detector.get_params(), **one.search} for c, one in fitted.items()})
+    return fitted
+
+
 def fit_and_test(
     methods: Sequence[str], dataset: Dataset, learn_from: Mapping[str, Rows], embedded: Features, *, profile: Any,
     n_trials: int, strategy: str = "random", alpha: float = 0.05,
 ) -> dict[str, MethodResult]:  # fmt: skip
     """Fit some methods for every painting, then score the test pictures and write ``results/<method>/``.
 
-    A painting that cannot be fitted is named and stops no other. What was found is kept in
-    ``checkpoints/<method>/fitted.json``, trained heads in ``heads.safetensors``, for :func:`load`.
+    What was found is kept in ``checkpoints/<method>/fitted.json``, trained heads in ``heads.safetensors``, for
+    :func:`load`. A painting that cannot be fitted is named and stops no other.
 
     Args:
         methods: of :data:`helpers.clip.one_class.METHODS`.
@@ -155,24 +165,11 @@ def fit_and_test(
         n_trials, strategy: as for :func:`helpers.clip.tuning.tune`.
         alpha: false-alarm rate that the conformal thresholds aim at.
     """
-    own = {"seed": profile.seed, "max_epochs": profile.clip.max_epochs, "max_bank_rows": profile.clip.max_bank_rows}
     found = {}
+    kinds = sorted({kind for rows in learn_from.values() for kind in rows.table["kind"][rows.is_anomaly]})
+    groups = {c: rows.table["group"][rows.has("kind", NORMAL_KIND)].tolist() for c, rows in learn_from.items()}
     for method in methods:
-        detector, path = clone(one_class.DETECTORS[method]), profile.checkpoint_dir(method) / "fitted.json"
-        changed = {name: value for name, value in (own | {"device": profile.device}).items() if hasattr(detector, name)}
-        detector.set_params(**changed)
-        kept, fitted = files.read_json(path) if path.exists() else {}, {}
-        options = {"n_trials": n_trials, "strategy": strategy, "seed": profile.seed}
-        for category, rows in learn_from.items():
-            try:
-                earlier = kept.get(category, {})
-                fitted[category] = fit(detector, one_class.SPACES[method], rows, kept=earlier, **options)
-            except ValueError as error:
-                print(f"{results.method_label(method)} leaves out {results.category_label(category)}: {error}")
-        if not fitted:
-            raise ValueError(f"{results.method_label(method)}: no painting could be learnt; the reasons stand above.")
-        _keep(path, fitted)
-        kinds = sorted({k for rows in learn_from.values() for k in rows.table["kind"][rows.is_anomaly]})
+        fitted = _fit_all(method, learn_from, profile, n_trials=n_trials, strategy=strategy, seed=profile.seed)
         learns, searched = method == "clip_cross_entropy", any(one.search["trials"] for one in fitted.values())
         words = "genuine pictures" + " and synthetic anomalies" * learns
         found[method] = results.predict(
@@ -181,9 +178,7 @@ def fit_and_test(
             dataset=replace(dataset, samples=tuple(s for s in dataset.samples if s.category in fitted)),
             score=lambda category, samples, fitted=fitted: fitted[category].score(embedded.of(samples)),
             calibration={category: one.normal_scores for category, one in fitted.items()},
-            calibration_groups={
-                c: rows.table["group"][rows.has("kind", NORMAL_KIND)].tolist() for c, rows in learn_from.items()
-            },
+            calibration_groups=groups,
             alpha=alpha,
             profile=profile.name,
             settings={c: {**one.detector.get_params(), "key": one.search["key"]} for c, one in fitted.items()},
@@ -194,62 +189,43 @@ def fit_and_test(
     return found
 
 
-def _keep(path: Path, fitted: Mapping[str, Fitted]) -> None:
-    from safetensors.torch import save_file
-
-    detectors = {category: fitted[category].detector for category in sorted(fitted)}  # the order of the file
-    nets = [detector.net for detector in detectors.values() if isinstance(detector, one_class.Head)]
-    if nets:
-        with files.atomic_path(path.with_name("heads.safetensors")) as temporary:
-            save_file({f"{n}/{k}": t for n, net in enumerate(nets) for k, t in net.state_dict().items()}, temporary)
-    files.write_json(path, {c: {"settings": d.get_params(), **fitted[c].search} for c, d in detectors.items()})
-
-
 @dataclass(frozen=True)
 class Loaded:
-    """A method as notebook 03 saved it: painting -> detector, and how pictures become features."""
+    """A method as notebook 03 saved it: painting -> detector."""
 
     detectors: Mapping[str, Fitted]
-    embed: Callable[[Sequence[np.ndarray]], Features]
+    models: Models
 
     def score(self, category: str, pictures: Sequence[np.ndarray]) -> list[Scored]:
         """Scores of pictures uint8 RGB ``(H, W, 3)`` that should show the painting ``category``."""
-        return self.detectors[category].score(self.embed(pictures))
+        ids = [images.pixel_hash(picture) for picture in pictures]
+        return self.detectors[category].score(features.embed(ids, lambda row: pictures[row], self.models))
 
 
 def load(dataset: Dataset, models: Models, *, checkpoint_dir: Callable[[str], Path], seed: int) -> dict[str, Loaded]:
     """The detectors of notebook 03: stored heads, the others fitted again with the kept settings on the same pictures.
 
-    Args:
-        dataset, models, seed: as in notebook 03; features come from its cache.
-        checkpoint_dir: method -> folder, ``profile.checkpoint_dir``; a method with nothing saved is left out.
+    ``checkpoint_dir`` is ``profile.checkpoint_dir``; a method with nothing saved is left out. Features come from the
+    cache of notebook 03.
     """
     from safetensors.torch import load_file
 
     normals = [s for s in dataset.samples if not s.is_anomalous and s.split != "test"]
     learn_from = learning_rows(dataset, features.embed_samples(normals, models), models, n_anomalies=0, seed=seed)
-
-    def embed(pictures: Sequence[np.ndarray]) -> Features:
-        ids = [images.pixel_hash(picture) for picture in pictures]
-        return features.embed(ids, lambda row: pictures[row], models)
-
     found = {}
     for method in one_class.METHODS:
         path, detectors = Path(checkpoint_dir(method)) / "fitted.json", {}
-        for number, (category, kept) in enumerate((files.read_json(path) if path.exists() else {}).items()):
+        for number, (category, kept) in enumerate(files.read_json(path).items() if path.exists() else ()):
             detector = clone(one_class.DETECTORS[method]).set_params(**kept["settings"])
             if isinstance(detector, one_class.Head):
-                tensors, mark = load_file(path.with_name("heads.safetensors")), f"{number}/"
-                detector.with_state({k.removeprefix(mark): t for k, t in tensors.items() if k.startswith(mark)})
+                tensors = load_file(path.with_name("heads.safetensors")).items()
+                detector.with_state({k.split("/")[1]: t for k, t in tensors if k.startswith(f"{number}/")})
             else:
                 detector.fit(learn_from[category])
             detectors[category] = Fitted(detector, np.empty(0), kept)
         if detectors:
-            found[method] = Loaded(detectors, embed)
+            found[method] = Loaded(detectors, models)
     return found
-
-
-# ------------------------------------------------------------------------------------------------- tables and folders
 
 
 def table(predictions: pd.DataFrame) -> pd.DataFrame:
@@ -274,13 +250,13 @@ def sort_pictures(result: MethodResult, target: Path) -> Path:
     Links where the disk allows them, else copies (Google Drive and Windows have no links). The name says painting and
     true kind, so that errors can be read off a folder listing. An older sorting is replaced.
     """
-    for name in ("anomaly", "non_anomaly"):
-        shutil.rmtree(target / name, ignore_errors=True)
-        (target / name).mkdir(parents=True)
+    folders = {True: target / "anomaly", False: target / "non_anomaly"}
+    for folder in folders.values():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
     for one in result.predictions:
         words = (one.sample.category, "", one.sample.kind, "", one.sample.sha256[:8], one.sample.image_path.name)
-        name = re.sub(r"[^\w.-]+", "_", "_".join(words))[-180:]
-        place = target / ("anomaly" if one.is_predicted_anomalous else "non_anomaly") / name
+        place = folders[one.is_predicted_anomalous] / re.sub(r"[^\w.-]+", "_", "_".join(words))[-180:]
         try:
             place.symlink_to(os.path.relpath(one.sample.image_path, place.parent))
         except OSError:

@@ -1,8 +1,7 @@
 """Genuine pictures of one painting -> anomaly scores: five detectors (:mod:`helpers.clip.tuning` sets them up).
 
-They are scikit-learn estimators, fitted on :class:`Rows`, that score :class:`~helpers.clip.features.Features`: float64
-``(n,)``, higher = more anomalous. scikit-learn's own detectors mean the opposite; the sign is turned here and nowhere
-else. Nothing here can see a test picture: :class:`Rows` refuses them.
+They are scikit-learn estimators, fitted on :class:`Rows` (which refuse test pictures), that score features: float64
+``(n,)``, higher = more anomalous. scikit-learn's own mean the opposite; the sign is turned here and nowhere else.
 """
 
 from __future__ import annotations
@@ -44,12 +43,10 @@ class Rows:
     @staticmethod
     def of(sources: Sequence[Sample], features: Features, kinds: Sequence[str] | None = None) -> Rows:
         """Rows of genuine pictures, or of what was made from them (``kinds``); other sources are a ValueError."""
-        for source in sources:
-            if source.is_anomalous or source.split == "test":
-                raise ValueError(
-                    f"{source.category}: {source.image_path} is a picture of kind {source.kind!r}, split "
-                    f"{source.split!r}. Detectors learn from genuine pictures of 'train' and 'calibration' only."
-                )
+        for one in sources:
+            if one.is_anomalous or one.split == "test":
+                what = f"{one.image_path} is of kind {one.kind!r}, split {one.split!r}"
+                raise ValueError(f"{one.category}: {what}; genuine ones of 'train' and 'calibration' only.")
         kinds = [NORMAL_KIND] * len(sources) if kinds is None else kinds
         rows = [(s.category, kind, s.group or s.sha256, s.split) for s, kind in zip(sources, kinds, strict=True)]
         return Rows.join([Rows(features, pd.DataFrame(rows, columns=["category", "kind", "group", "split"]))])
@@ -112,9 +109,9 @@ class Detector(BaseEstimator):
     def _score(self, features: np.ndarray) -> np.ndarray:
         return -self._model.score_samples(features)
 
-    def steps(self) -> tuple[str, ...]:
+    def steps(self) -> list[str]:
         """The :data:`~helpers.clip.features.STEPS` that a picture goes through for this detector."""
-        return ("read", *(["clip"] if self.cnn_weight < 1 else []), *(["cnn"] if self.cnn_weight > 0 else []))
+        return ["read"] + ["clip"] * (self.cnn_weight < 1) + ["cnn"] * (self.cnn_weight > 0)
 
     def _learnt(self, rows: Rows) -> Features:
         return rows.features.take(rows.has("kind", NORMAL_KIND, *([VIEW] if self.augment else [])))
@@ -123,10 +120,8 @@ class Detector(BaseEstimator):
         """Fused features of the pictures to learn, each once: copies would make the density of LOF infinite."""
         normals = np.unique(fuse(self._learnt(rows), self.cnn_weight), axis=0)
         if len(normals) < 3:
-            raise ValueError(
-                f"{rows.category}: {type(self).__name__} needs at least 3 different genuine pictures, got "
-                f"{len(normals)}. Add photographs of the artwork to train/good."
-            )
+            needs = f"{type(self).__name__} needs at least 3 different genuine pictures, got {len(normals)}"
+            raise ValueError(f"{rows.category}: {needs}. Add photographs of the artwork to train/good.")
         return normals
 
 
@@ -228,8 +223,8 @@ class PatchKnn(Detector):
         flat = np.sort(maps.reshape(len(maps), -1).astype(np.float64), axis=1)
         return flat[:, -max(1, round(self.top_fraction * flat.shape[1])) :].mean(axis=1)
 
-    def steps(self) -> tuple[str, ...]:
-        return ("read", "clip", "patches")
+    def steps(self) -> list[str]:
+        return ["read", "clip", "patches"]
 
     def _unit(self, patches: np.ndarray) -> torch.Tensor:
         import torch
@@ -285,10 +280,8 @@ class Head(Detector):
             parts = rows.take(learn[to_train[learn]]), rows.take(held[to_tune[held]])
             if all(part.is_anomaly.any() and part.has("kind", NORMAL_KIND).any() for part in parts):
                 return parts
-        raise ValueError(
-            f"{rows.category}: {rows.is_anomaly.sum()} synthetic anomalies of {len(kinds)} kinds from {rows.n_sources} "
-            "source pictures cannot be parted into some to train and others to tune on; two kinds are the least."
-        )
+        few = f"{rows.is_anomaly.sum()} synthetic anomalies of {len(kinds)} kinds from {rows.n_sources} source pictures"
+        raise ValueError(f"{rows.category}: {few} cannot be parted into some to train and others to tune on.")
 
     def _train(self, features: np.ndarray, labels: np.ndarray, components: np.ndarray, held, is_anomaly) -> None:
         """Train with early stopping on the AUROC of ``held``; the loss weighs both classes alike."""

@@ -38,10 +38,9 @@ def tune(
     *and* kinds that the fit (for the estimate: the choice, too) has not seen.
 
     Args:
-        detector: its parameters are the default settings, tried first.
-        space: parameter -> values.
+        detector, space: its parameters are the default settings, tried first; parameter -> values to try.
         rows: of one painting, with synthetic anomalies of two or more kinds.
-        n_trials: settings that ``"random"`` draws from the grid of ``space``; ``"grid"`` tries all; 1 searches nothing.
+        n_trials, strategy: settings that ``"random"`` draws from the grid; ``"grid"`` tries all; 1 searches nothing.
         with_nested: whether to make the nested estimate, which takes twice as long as the search.
     Returns:
         JSON values: ``parameters``, the best ones; ``auroc`` with them (flatters), ``default_auroc`` (nobody chose it)
