@@ -37,14 +37,13 @@ class WeightFile:
     """One file, or one folder of files, that a route needs.
 
     Attributes:
-        component: what it becomes: ``"vicuna"``, ``"imagebind"``, ...
+        component: what it becomes, for example ``"vicuna"``.
         path: where it must lie.
-        source: ``hub:<repository>[/<file>]``, ``https://...``, ``manual`` (to be put there by hand) or ``mini``
-            (written from installed packages).
-        n_bytes: about how large; computed from shapes.
+        source: ``hub:<repository>[/<file>]``, ``https://...``, ``manual``, ``LLAMA_FOLDER`` or ``mini``.
+        n_bytes: about how large, computed from shapes.
         licence: in a few words.
         is_folder: a whole repository.
-        checks: known hash as (kind, value), kind ``"sha256"`` or ``"md5"``.
+        checks: published hash as (kind, value).
     """
 
     component: str
@@ -57,8 +56,12 @@ class WeightFile:
 
     @property
     def is_restricted(self) -> bool:
-        """Whether the licence forbids commercial use, so that the user must have read it."""
+        """Whether the licence forbids commercial use."""
         return "NC" in self.licence or "LLaMA" in self.licence
+
+    @property
+    def is_by_hand(self) -> bool:
+        return self.source in ("manual", "LLAMA_FOLDER")
 
     @property
     def list_path(self) -> Path:
@@ -81,19 +84,7 @@ class WeightFile:
 
 @dataclass(frozen=True)
 class Route:
-    """A way to the weights, for :mod:`helpers.weights.steps`.
-
-    Attributes:
-        weights_dir: where the results go.
-        size: ``"7B"`` or ``"mini"``.
-        base, version: as in :func:`route`.
-        llama_dir: folder of LLaMA, or of the merged Vicuna, as it was published.
-        files: everything the route needs.
-        shard_bytes: largest weight file written.
-        is_fused: whether Meta's files are read during the merge, without writing the converted base.
-        delete_raw: whether what was fetched goes when the part made of it is ready.
-        allow_unknown: whether keys that a checkpoint should not have are left out instead of refused.
-    """
+    """A way to the weights: see :func:`route`; ``llama_dir`` is LLaMA's folder as published, ``files`` all it needs."""
 
     weights_dir: Path
     size: str
@@ -130,7 +121,7 @@ class Route:
     @property
     def disk_bytes(self) -> int:
         """Disk still to be filled: missing files and unfinished parts (raw files go only after their part is ready)."""
-        n_bytes = sum(file.n_bytes for file in self.missing() if file.source != "manual")
+        n_bytes = sum(file.n_bytes for file in self.missing() if not file.is_by_hand)
         for file in {file.component: file for file in self.files if not self.is_ready(file.component)}.values():
             made = {"vicuna": MODEL_BYTES[self.size], "imagebind": file.n_bytes // 2}
             n_bytes += made.get(file.component, file.n_bytes)
@@ -141,20 +132,11 @@ class Route:
         """One row a file: what it is for, size, licence, where it comes from and whether it is there."""
         rows = []
         for file in self.files:
-            state = "put it there" if file.source == "manual" else "will be fetched"
+            state = "put it there" if file.is_by_hand else "will be fetched"
             state = "part is ready" if self.is_ready(file.component) else "present" if file.is_present else state
-            is_ours = file.path.is_relative_to(self.weights_dir)
-            rows.append(
-                {
-                    "for": file.component,
-                    "file": str(file.path.relative_to(self.weights_dir) if is_ours else file.path),
-                    "about MB": round(file.n_bytes / 1e6, 1),
-                    "licence": file.licence,
-                    "from": file.source,
-                    "state": state,
-                }
-            )
-        return pd.DataFrame(rows)
+            name = str(file.path).removeprefix(f"{self.weights_dir}/")
+            rows.append((file.component, name, round(file.n_bytes / 1e6, 1), file.licence, file.source, state))
+        return pd.DataFrame(rows, columns=["for", "file", "about MB", "licence", "from", "state"])
 
 
 def route(
@@ -170,18 +152,16 @@ def route(
     """Work out which files are needed and where they are; moves nothing.
 
     Args:
-        weights_dir: ``profile.weights_dir``.
-        settings: ``profile.weights``: ``size, shard_bytes, fuse_merge, delete_raw``.
+        weights_dir, settings: ``profile.weights_dir`` and ``profile.weights``.
         base: where LLaMA comes from: ``"huggingface"`` (the community's conversion :data:`COMMUNITY_LLAMA`),
             ``"meta"`` (Meta's own files) or ``"merged"`` (a finished Vicuna). ``mini`` writes its own in Meta's form.
         version: of the Vicuna delta; PandaGPT and AnomalyGPT were trained with ``"v0"``.
         llama_folder: your folder with LLaMA, in either form, or with the merged Vicuna; read where it lies, never
             written to, never deleted. None: LLaMA is fetched, or expected in ``raw``.
-        delete_raw: None takes the settings' value.
-        allow_unknown: see :class:`Route`.
+        delete_raw: delete fetched files when the part made of them is ready; None takes the settings' value.
+        allow_unknown: leave out keys that a checkpoint should not have instead of stopping.
     Raises:
-        ValueError: an unknown choice; says what is allowed.
-        FileNotFoundError: ``llama_folder`` is no folder.
+        ValueError, FileNotFoundError: an unknown choice, or no such folder; says what is allowed.
     """
     for value, allowed, what in ((base, BASES, "BASE"), (version, VERSIONS, "VERSION")):
         if value not in allowed:
@@ -197,20 +177,16 @@ def route(
         llama_dir = Path(llama_folder).expanduser()
         if base != "merged":
             base = "meta" if (llama_dir / "params.json").exists() else "huggingface"
-    empty = Route(
-        weights_dir, settings.size, base, version, llama_dir, (), settings.shard_bytes, settings.fuse_merge,
-        settings.delete_raw if delete_raw is None else delete_raw, allow_unknown,
-    )  # fmt: skip
+    delete_raw = settings.delete_raw if delete_raw is None else delete_raw
+    choices = (weights_dir, settings.size, base, version, llama_dir)
+    options = (settings.shard_bytes, settings.fuse_merge, delete_raw, allow_unknown)
+    empty = Route(*choices, (), *options)
     needed = _mini_files(empty) if settings.size == "mini" else _full_files(empty, bool(llama_folder))
-    return Route(**{**vars(empty), "files": tuple(needed)})
+    return Route(*choices, tuple(needed), *options)
 
 
 def check_disk(route: Route) -> str:
-    """What the route needs and what this machine has, in words.
-
-    Raises:
-        OSError: the disk is too small; says by how much.
-    """
+    """What the route needs and what this machine has, in words; OSError where the disk is too small."""
     n_free, n_needed = files.free_bytes(route.weights_dir), route.disk_bytes
     n_reserve = min(SHARD_BYTES, n_needed)
     needs = f"needs {n_needed / 1e9:.1f} GB of disk, {n_free / 1e9:.1f} GB are free; memory: a little over 1 GB"
@@ -218,7 +194,7 @@ def check_disk(route: Route) -> str:
         missing = (n_needed + n_reserve - n_free) / 1e9
         raise OSError(28, f"{needs}. Free {missing:.1f} GB, or set ART_HOME to a larger disk; nothing was fetched")
     lines = [needs]
-    by_hand = [file for file in route.missing() if file.source == "manual"]
+    by_hand = [file for file in route.missing() if file.is_by_hand]
     if by_hand:
         lines.append(f"by hand: {len(by_hand)} files cannot be fetched for you; the table says where they belong")
     if route.size != "mini" and (route.base == "merged" or route.version != "v0"):
@@ -229,7 +205,7 @@ def check_disk(route: Route) -> str:
 def _full_files(route: Route, is_own: bool) -> list[WeightFile]:
     raw, model, found = route.raw_dir, MODEL_BYTES["7B"], []
     if is_own:
-        found.append(WeightFile("vicuna", route.llama_dir, "manual", model, _LLAMA, True))
+        found.append(WeightFile("vicuna", route.llama_dir, "LLAMA_FOLDER", model, _LLAMA, True))
     elif route.base == "meta":
         for name, (n_bytes, md5) in _META.items():
             checks = ("md5", md5) if md5 else None

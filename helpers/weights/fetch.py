@@ -10,6 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from huggingface_hub import HfApi, get_token, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from helpers import files
-from helpers.weights.tensors import WeightFileError, check_records, file_sha256, read_index
+from helpers.weights.tensors import WeightFileError, check_records, file_hash, read_index
 
 N_TRIES, WAIT_SECONDS = 4, 3.0
 WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
@@ -34,143 +35,122 @@ def fetch(
     *,
     sha256: str | None = None,
     n_bytes: int | None = None,
-    get: Callable[[Path], None] | None = None,
+    get: Callable[[Path], Any] | None = None,
     log: Callable[[str], None] = print,
 ) -> Path:
-    """Fetch a public file, going on where an earlier call, or a killed process, stopped.
+    """Fetch a file, going on where an earlier call, or a killed process, stopped.
 
     Args:
-        url: its address.
-        target: the file to write; nothing has this name before the content is checked.
+        url, target: from where to where; nothing has this name before the content is checked.
         sha256, n_bytes: what is known of it. Without a hash, a torch file is compared with its own checksums.
-        get: writes the file into a folder, in place of gdown.
+        get: writes the file to a path, in place of gdown.
         log: receives one sentence at a time.
     Raises:
         DownloadError: the server refuses, the connection keeps failing, or the content stays wrong.
     """
-    target = Path(target)
     if target.exists():
         return target
     room = target.parent / f".{target.name}.part"  # gdown finds its unfinished file by the folder
+    arrived, problem = room / target.name, "nothing arrived"
+    get = get or partial(gdown.download, url, quiet=False, use_cookies=False, resume=True)
     place = f"What has arrived is kept in {room}; run this cell again to go on, or put the file at {target} yourself."
-    problem = ""
     for attempt in range(N_TRIES):
         room.mkdir(parents=True, exist_ok=True)
-        arrived = room / target.name
+        begun = [path for path in room.iterdir() if path.is_file()]
         try:
-            begun = list(room.iterdir())
-            if len(begun) == 1 and n_bytes is not None and begun[0].stat().st_size == n_bytes:
+            if len(begun) == 1 and begun[0].stat().st_size == n_bytes:
                 os.replace(begun[0], arrived)  # all had come when the process died
             elif len(begun) > 1:
-                shutil.rmtree(room)
-                room.mkdir()
-            if get is not None:
-                get(room)
-            elif not arrived.exists():
-                gdown.download(url, str(arrived), quiet=False, use_cookies=False, resume=True)
-            if arrived.is_file():
-                _check(arrived, sha256, n_bytes)
-                os.replace(arrived, target)
-                shutil.rmtree(room)
-                return target
-            problem = "nothing arrived"
-        except DownloadError:
-            raise
+                raise WeightFileError("two beginnings of one file")
+            if not arrived.exists():
+                get(str(arrived))
+            _check(arrived, sha256, n_bytes)
+            os.replace(arrived, target)
+            shutil.rmtree(room)
+            return target
         except WeightFileError as error:  # damaged on the way, or joined of two versions: from the beginning
             problem = str(error).partition(" Delete it (rm")[0]
             shutil.rmtree(room)
-        except OSError as error:
-            problem = _first_line(error)
-            if error.errno == 28:
-                raise DownloadError(
-                    28, f"the disk is full while fetching {target.name}. Free some space. {place}"
-                ) from None
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            if status in (401, 403, 404, 410):
-                raise DownloadError(
-                    f"{url} is not given out (HTTP {status}): moved, or for members only. {place}"
-                ) from None
+        except DownloadError:
+            raise
         except Exception as error:  # gdown's own exceptions changed names between 5 and 6
             problem = _first_line(error)
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if status in (401, 403, 404, 410) or getattr(error, "errno", 0) == 28:
+                break
         log(f"{target.name}: {problem}; {'trying again' if attempt < N_TRIES - 1 else 'giving up'}")
         time.sleep(WAIT_SECONDS * attempt)
-    raise DownloadError(f"{url} failed {N_TRIES} times ({problem}). {place}")
+    raise DownloadError(f"{url} could not be fetched ({problem}). {place}")
 
 
 def _check(path: Path, sha256: str | None, n_bytes: int | None) -> None:
-    """Size, hash (or a torch file's own checksums) and kind of a file that has arrived; each byte is read once."""
+    """Size, kind, and hash (or a torch file's own checksums) of a file that has arrived; each byte is read once."""
     if n_bytes is not None and path.stat().st_size != n_bytes:
         raise WeightFileError(f"{path.name} has {path.stat().st_size} bytes, expected {n_bytes}.")
     if path.suffix in WEIGHT_SUFFIXES:
         read_index(path)
     if sha256 is None:
         check_records(path)
-    elif (found := file_sha256(path)) != sha256:
+    elif (found := file_hash(path)) != sha256:
         raise WeightFileError(f"{path.name} has SHA-256 {found}, expected {sha256}: damaged, or another version.")
 
 
-def fetch_hub(repository: str, target: Path, *, name: str | None = None, list_path: Path | None = None,
-              endpoint: str | None = None, log: Callable[[str], None] = print) -> Path:  # fmt: skip
+def fetch_hub(
+    repository: str,
+    target: Path,
+    *,
+    name: str | None = None,
+    list_path: Path | None = None,
+    endpoint: str | None = None,
+    log: Callable[[str], None] = print,
+) -> Path:
     """Fetch one file of a model repository, or all that is needed of it: one format of weights, and the texts.
 
-    The hub is asked first what there is, how large and with which hash; that list is kept beside the folder, so that a
-    folder cut between two files is known to be unfinished.
+    The hub is asked first what there is, how large and with which hash. That list is kept, so that a folder cut between
+    two files is known to be unfinished.
 
     Args:
-        repository: ``owner/name``.
+        repository, name: ``owner/name``, and one file of it; None for the folder.
         target: the file, or the folder.
-        name: of one file; None for the folder.
         list_path: where the list is kept.
         endpoint: another hub.
         log: receives one sentence at a time.
     Raises:
         DownloadError: gated without permission, absent, or unreachable; says what to click.
     """
-    target = Path(target)
     try:
         info = HfApi(endpoint=endpoint, token=get_token() or False).model_info(repository, files_metadata=True)
-    except GatedRepoError:
-        raise DownloadError(_gated(repository)) from None
-    except RepositoryNotFoundError:
-        raise DownloadError(f"{repository} is not on the hub, or private. {_gated(repository)}") from None
+    except (GatedRepoError, RepositoryNotFoundError):
+        raise DownloadError(f"{repository} is not on the hub, or private. {_consent(repository)}") from None
     except Exception as error:  # the hub's library changed its own and its HTTP errors between versions
         raise DownloadError(
-            f"the hub cannot be asked about {repository} ({_first_line(error)}). Check the connection and "
-            f"run this cell again, or put the files into {target} yourself."
+            f"the hub cannot be asked about {repository} ({_first_line(error)}). Check the connection and run this "
+            f"cell again, or put the files into {target} yourself."
         ) from None
-    offered = {
-        item.rfilename: {"bytes": item.size, "sha256": item.lfs.sha256 if item.lfs else None} for item in info.siblings
-    }
+    offered = {item.rfilename: (item.size, item.lfs.sha256 if item.lfs else None) for item in info.siblings}
     wanted = [name] if name else choose_files(list(offered))
     if absent := [file for file in wanted if file not in offered]:
         raise DownloadError(f"{repository} holds no {absent[0]} any more; it holds {', '.join(sorted(offered)[:8])}.")
     if list_path is not None:
-        files.write_json(list_path, {file: offered[file] for file in wanted})
+        files.write_json(list_path, {file: {"bytes": offered[file][0]} for file in wanted})
     for file in wanted:
-        path = target if name else target / file
-        known: dict[str, Any] = offered[file]
-        if path.exists() and path.stat().st_size != known["bytes"]:
+        path, (n_bytes, sha256) = target if name else target / file, offered[file]
+        if path.exists() and path.stat().st_size != n_bytes:
             raise WeightFileError(
-                f"{path} has {path.stat().st_size} bytes, the published file {known['bytes']}. It was left as it is: "
-                f"delete it (rm '{path}') and run this cell again to fetch it, or use your own files by LLAMA_FOLDER."
+                f"{path} has {path.stat().st_size} bytes, the published file {n_bytes}. It was left as it is: delete "
+                f"it (rm '{path}') and run this cell again to fetch it, or use your own files by LLAMA_FOLDER."
             )
-        get = _member_get(repository, file, path.name, endpoint) if info.gated or info.private else None
-        url = hf_hub_url(repository, file, endpoint=endpoint)
-        fetch(url, path, sha256=known["sha256"], n_bytes=known["bytes"], get=get, log=log)
+        get = partial(_get_as_member, repository, file, endpoint) if info.gated or info.private else None
+        fetch(hf_hub_url(repository, file, endpoint=endpoint), path, sha256=sha256, n_bytes=n_bytes, get=get, log=log)
     return target
 
 
-def _member_get(repository: str, file: str, name: str, endpoint: str | None) -> Callable[[Path], None]:
+def _get_as_member(repository: str, file: str, endpoint: str | None, arrived: str) -> None:
     """Fetch with the user's token, through huggingface_hub; begins anew after a kill."""
-
-    def get(room: Path) -> None:
-        try:
-            found = Path(hf_hub_download(repository, file, local_dir=room, endpoint=endpoint))
-        except GatedRepoError:
-            raise DownloadError(_gated(repository)) from None
-        os.replace(found, room / name)
-
-    return get
+    try:
+        os.replace(hf_hub_download(repository, file, local_dir=Path(arrived).parent, endpoint=endpoint), arrived)
+    except GatedRepoError:
+        raise DownloadError(_consent(repository)) from None
 
 
 def choose_files(names: list[str]) -> list[str]:
@@ -191,7 +171,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def _gated(repository: str) -> str:
+def _consent(repository: str) -> str:
     return (
         f"{repository} needs your consent: open https://huggingface.co/{repository}, accept the licence, make a read "
         f"token at https://huggingface.co/settings/tokens and store it as HF_TOKEN (Colab: key symbol on the left, "

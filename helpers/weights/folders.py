@@ -14,10 +14,10 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from helpers import files
-from helpers.weights.tensors import WeightFileError, file_sha256, row_ranges, write_safetensors
+from helpers.weights.tensors import WeightFileError, file_hash, row_ranges, write_safetensors
 
 READY, JOURNAL, LOCK = "READY.json", "journal.json", ".lock"
-SHARD_BYTES = 2_000_000_000
+SHARD_BYTES = RESERVE_BYTES = 2_000_000_000
 COMPONENTS = ("vicuna", "imagebind", "pandagpt", "anomalygpt", "anomalyclip")
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -25,13 +25,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor made of files on demand: stored ones, joined ones and sums all look like this.
+    """A tensor made of ``files`` on demand: stored ones, joined ones and sums all look like this.
 
-    Attributes:
-        dtype, shape: of the whole.
-        files: the files that it is read from.
-        rows: gives rows ``start`` to ``stop`` of the first axis; a scalar has one row.
-        multiple: rows that must be asked for together (one attention head).
+    ``rows`` gives rows start to stop of the first axis (a scalar has one); ``multiple`` of them must be asked for
+    together (one attention head).
     """
 
     dtype: torch.dtype
@@ -61,24 +58,19 @@ def write_folder(
     write_small: Callable[[Path], None] = lambda folder: None,
     notes: tuple[str, ...] = (),
     shard_bytes: int = SHARD_BYTES,
-    reserve_bytes: int | None = None,
     log: Callable[[str], None] = print,
 ) -> Path:
-    """Write tensors as safetensors shards, then the small files, then ``READY.json``.
+    """Write tensors as safetensors shards, then the small files, then ``READY.json``; inputs are only ever read.
 
-    A second call goes on where a killed one stopped: shards that the journal names and whose hash is still right are
-    kept. Inputs are only ever read.
+    A second call goes on where a killed one stopped: shards that the journal names and whose hash is right are kept.
 
     Args:
         target: folder to write.
         tensors: what to write, in this order.
-        component: its name in ``READY.json``.
+        component, source, notes: for ``READY.json``.
         settings: what else decides the result.
-        source: where the inputs came from, for ``READY.json``.
         write_small: writes config and tokenizer files into the folder it is given.
-        notes: sentences for ``READY.json``.
         shard_bytes: largest file, unless one tensor is larger.
-        reserve_bytes: disk to leave free; None for the smaller of 2 GB and what is written.
         log: receives one sentence at a time.
     Raises:
         WeightFileError: the folder belongs to other inputs or settings, or a number is not finite.
@@ -98,7 +90,7 @@ def write_folder(
                 _check_same(target, read_ready(target).get("plan"), plan)
                 log(f"{component}: already complete in {target}")
                 return check(target)
-            done = _write_shards(target, shards, plan, reserve_bytes, log)
+            done = _write_shards(target, shards, plan, log)
             if len(shards) > 1:
                 weight_map = {key: name for name, group in shards.items() for key in group}
                 total = {"total_size": sum(tensor.n_bytes for tensor in tensors.values())}
@@ -107,7 +99,7 @@ def write_folder(
             write_small(target)
             ours = {READY, JOURNAL, LOCK, *done}
             for path in sorted(p for p in target.iterdir() if p.is_file() and p.name not in ours):
-                done[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+                done[path.name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
             ready = {"component": component, "plan": plan, "source": dict(source), "settings": dict(settings)}
             files.write_json(target / READY, ready | {"notes": list(notes), "files": done, "n_tensors": len(tensors)})
             (target / JOURNAL).unlink(missing_ok=True)
@@ -127,11 +119,7 @@ def _check_same(target: Path, found: str | None, plan: str) -> None:
 
 
 def _write_shards(
-    target: Path,
-    shards: Mapping[str, Mapping[str, Tensor]],
-    plan: str,
-    reserve_bytes: int | None,
-    log: Callable[[str], None],
+    target: Path, shards: Mapping[str, Mapping[str, Tensor]], plan: str, log: Callable[[str], None]
 ) -> dict[str, Any]:
     """Write the shards that are not there yet; returns ``{file: {"bytes", "sha256"}}`` of all."""
     journal, done = target / JOURNAL, {}
@@ -139,39 +127,32 @@ def _write_shards(
         known = files.read_json(journal)
         _check_same(target, known["plan"], plan)
         for name, entry in known["shards"].items():
-            if (target / name).is_file() and file_sha256(target / name) == entry["sha256"]:
+            if (target / name).is_file() and file_hash(target / name) == entry["sha256"]:
                 done[name] = entry
         log(f"resuming at {len(done)}/{len(shards)} shards")
     for part in target.glob("*.part"):
         part.unlink()
     left = {name: group for name, group in shards.items() if name not in done}
     n_left = sum(tensor.n_bytes for group in left.values() for tensor in group.values())
-    _check_room(target, n_left, min(SHARD_BYTES, n_left) if reserve_bytes is None else reserve_bytes)
+    _check_room(target, n_left, min(RESERVE_BYTES, n_left))
+    files.write_json(journal, {"plan": plan, "shards": done})
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # hashing and disk decide here; a second thread would only wait busily
-    files.write_json(journal, {"plan": plan, "shards": done})
     try:
         with tqdm(total=n_left, unit="B", unit_scale=True, desc=target.name, disable=n_left < 1e8) as bar:
             for name, group in left.items():
-                n_shard = sum(tensor.n_bytes for tensor in group.values())
                 try:
-                    parts = {key: (t.dtype, t.shape, _counted(t, bar)) for key, t in group.items()}
+                    parts = {key: (t.dtype, t.shape, t.pieces()) for key, t in group.items()}
                     done[name] = write_safetensors(target / name, parts)
                 except OSError as error:
                     if error.errno == errno.ENOSPC:
-                        _check_room(target, n_left, SHARD_BYTES)  # says how much is missing
+                        _check_room(target, n_left, RESERVE_BYTES)  # says how much is missing
                     raise
-                n_left -= n_shard
+                bar.update(done[name]["bytes"])
                 files.write_json(journal, {"plan": plan, "shards": done})
     finally:
         torch.set_num_threads(n_threads)
     return done
-
-
-def _counted(tensor: Tensor, bar: tqdm) -> Iterator[torch.Tensor]:
-    for piece in tensor.pieces():
-        yield piece
-        bar.update(piece.numel() * piece.itemsize)
 
 
 def _check_room(target: Path, n_left: int, n_reserve: int) -> None:
@@ -203,14 +184,7 @@ def _split(tensors: Mapping[str, Tensor], shard_bytes: int) -> dict[str, dict[st
 def account(
     what: str, found: Shapes, expected: Shapes, *, optional: Shapes | None = None, allow_unknown: bool = False
 ) -> None:
-    """Every key and every shape is as expected, or one error about all that differ.
-
-    Args:
-        what: words for the checkpoint.
-        found, expected: shape by key.
-        optional: further keys that may be there.
-        allow_unknown: pass over keys that are in neither.
-    """
+    """Every key and shape of ``what`` is as expected, or one error about all that differ."""
     known = {**expected, **(optional or {})}
     problems = [f"lacks {name}" for name in expected if name not in found]
     for name, shape in known.items():
@@ -229,12 +203,8 @@ def account(
 
 
 def require(weights_dir: Path, component: str, *, verify: bool = False) -> Path:
-    """Folder of a prepared component.
+    """Folder of a prepared component, for example ``"vicuna"`` or ``"anomalygpt/<name>"``; ``verify`` hashes it again.
 
-    Args:
-        weights_dir: ``profile.weights_dir``.
-        component: ``"vicuna"``, ``"imagebind"``, ``"pandagpt"``, ``"anomalygpt/<name>"`` or ``"anomalyclip/<name>"``.
-        verify: hash every file again (sizes are always compared).
     Raises:
         FileNotFoundError: not prepared yet; names the notebook that does it.
         WeightFileError: prepared, but damaged since.
@@ -265,7 +235,7 @@ def check(folder: Path, *, verify: bool = False) -> Path:
             wrong.append(f"{name} is missing")
         elif path.stat().st_size != entry["bytes"]:
             wrong.append(f"{name} has {path.stat().st_size} bytes, expected {entry['bytes']}")
-        elif verify and file_sha256(path) != entry["sha256"]:
+        elif verify and file_hash(path) != entry["sha256"]:
             wrong.append(f"{name} does not match its SHA-256")
     if wrong:
         raise WeightFileError(

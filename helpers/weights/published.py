@@ -24,8 +24,7 @@ LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 class Rule(NamedTuple):
     """How one tensor of the result is made: key, key in the published file, shape, and what happens to the numbers.
 
-    ``change`` is ``"copy"``, ``"sum_time"`` (ImageBind shows a picture as two equal frames: the patch kernel is summed
-    over them), ``"reshape"`` (a leading axis of length one goes) or ``"transpose"``.
+    ``"sum_time"``: ImageBind shows a picture as two equal frames, so the patch kernel is summed over them.
     """
 
     name: str
@@ -46,14 +45,11 @@ def convert(
 ) -> Path:
     """Write a published checkpoint as a folder with ``model.safetensors`` and, where it has settings, their files.
 
-    ``imagebind``: vision and text towers in float16, ``config.json`` holds the arguments of ``open_clip.CLIP``.
-    ``pandagpt``: the projection of the image vector; LoRA's matrices as an adapter under peft's own names.
-    ``anomalygpt``: image decoder and prompt learner. ``anomalyclip``: the learned prompts.
-
     Args:
-        family: one of the four.
-        source: the published file; only read.
-        target: folder to write.
+        family: ``"imagebind"`` (vision and text towers in float16, beside the arguments of ``open_clip.CLIP``),
+            ``"pandagpt"`` (the projection of the image vector, and LoRA as an adapter under peft's own names),
+            ``"anomalygpt"`` (image decoder, prompt learner) or ``"anomalyclip"`` (the learned prompts).
+        source, target: the published file, only read, and the folder to write.
         language_model: ``config.json`` of the model that PandaGPT or AnomalyGPT must fit; None skips that check.
         heads: attention heads of ImageBind's vision and text towers; shapes do not tell them.
         allow_unknown: leave out keys that the checkpoint should not have instead of stopping.
@@ -92,11 +88,7 @@ def inspect(
     heads: tuple[int, int] = (16, 16),
     allow_unknown: bool = False,
 ) -> tuple[list[Rule], dict[str, Any]]:
-    """Plan of :func:`convert` from a table of contents alone, and the settings to write beside it.
-
-    Raises:
-        WeightFileError: lists what is missing, unknown or of another shape.
-    """
+    """Rules of :func:`convert` from a table of contents alone, and the settings to write beside the result."""
     shapes = {name: item.shape for name, item in index.items()}
     if family == "imagebind":
         return imagebind_rules(shapes, heads=heads, allow_unknown=allow_unknown)
@@ -124,23 +116,15 @@ def imagebind_rules(
     config = {
         "embed_dim": _shape(shapes, "modality_heads.vision.2.weight", 2)[0],
         "quick_gelu": False,
-        "vision_cfg": eps
-        | {
-            "image_size": grid * patch,
-            "patch_size": patch,
-            "width": width,
-            "head_width": width // heads[0],
+        "vision_cfg": eps | {
+            "image_size": grid * patch, "patch_size": patch, "width": width, "head_width": width // heads[0],
             "layers": _count(shapes, r"modality_trunks\.vision\.blocks\.(\d+)\."),
         },
-        "text_cfg": eps
-        | {
-            "context_length": context,
-            "vocab_size": n_tokens,
-            "width": text_width,
-            "heads": heads[1],
+        "text_cfg": eps | {
+            "context_length": context, "vocab_size": n_tokens, "width": text_width, "heads": heads[1],
             "layers": _count(shapes, r"modality_trunks\.text\.blocks\.(\d+)\."),
         },
-    }
+    }  # fmt: skip
     rules = rules_of_clip(config)
     expected = {rule.source: source_shape(rule) for rule in rules}
     optional = {f"{text}.mask": (context, context)}  # the causal mask, which open_clip makes itself

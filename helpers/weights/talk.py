@@ -72,13 +72,11 @@ def nats_per_token(model: torch.nn.Module, tokenizer: Any, text: str) -> float:
     return loss if loss == loss else float("inf")
 
 
-def _continue(model: torch.nn.Module, tokenizer: Any, prompt: str, n_new_tokens: int = 6) -> str:
-    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+def _continue(model: torch.nn.Module, tokenizer: Any, prompt: str) -> str:
+    given = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     with torch.no_grad():
-        written = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_new_tokens, do_sample=False, pad_token_id=2
-        )
-    return tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+        written = model.generate(**given, max_new_tokens=6, do_sample=False, pad_token_id=2)
+    return tokenizer.decode(written[0, given.input_ids.shape[1] :], skip_special_tokens=True)
 
 
 def _load(folder: Path, device: str) -> tuple[Any, Any]:

@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import safe_open
@@ -30,7 +30,6 @@ _CODES = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
-_SHOW_FROM = 500_000_000  # bytes from which reading a whole file shows a bar
 
 
 class WeightFileError(ValueError):
@@ -39,14 +38,7 @@ class WeightFileError(ValueError):
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a file: where it lies, not its numbers.
-
-    Attributes:
-        path: the file.
-        name: key in the file.
-        dtype, shape: as stored.
-        offset: position of its first byte in the file.
-    """
+    """One tensor of a file: where its first byte lies, not its numbers."""
 
     path: Path
     name: str
@@ -55,11 +47,7 @@ class Stored:
     offset: int
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows ``start`` to ``stop`` of the first axis, in the stored type; a scalar has one row.
-
-        Raises:
-            WeightFileError: the file ends before the tensor does.
-        """
+        """Rows ``start`` to ``stop`` of the first axis, in the stored type; a scalar has one row."""
         n_row = math.prod(self.shape[1:]) * self.dtype.itemsize
         content = torch.empty((stop - start) * n_row, dtype=torch.uint8)
         with open(self.path, "rb") as file:
@@ -85,30 +73,30 @@ def read_index(path: Path) -> dict[str, Stored]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing. Put the file there, or run 01_prepare_weights to fetch it.")
-    again = f"Delete it (rm '{path}') and run 01_prepare_weights again, or put the right file there."
     with open(path, "rb") as file:
         head = file.read(512)
+    problem = ""
     if not head:
-        raise WeightFileError(f"{path} is empty (0 bytes). {again}")
-    if head.startswith(b"version https://git-lfs"):
+        problem = "is empty (0 bytes)"
+    elif head.startswith(b"version https://git-lfs"):
         size = head.decode(errors="replace").partition("size ")[2].split("\n")[0]
-        raise WeightFileError(f"{path} is a Git-LFS pointer, a note about {size} bytes of weights. {again}")
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise WeightFileError(f"{path} is a web page, not weights: a login, licence or quota page. {again}")
+        problem = f"is a Git-LFS pointer, a note about {size} bytes of weights"
+    elif head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        problem = "is a web page, not weights: a login, licence or quota page"
     try:
-        return _safetensors_index(path) if head[8:9] == b"{" else _torch_index(path)
+        if not problem:
+            return _safetensors_index(path) if head[8:9] == b"{" else _torch_index(path)
     except WeightFileError:
         raise
     except Exception as error:  # both libraries raise many kinds; torch's advice to switch protection off stays unseen
-        wanted = str(error).partition("GLOBAL ")[2].split()
-        if wanted:
-            raise WeightFileError(
-                f"{path} was refused: it asks for {wanted[0]}, which could run code. {again}"
-            ) from None
-        raise WeightFileError(
-            f"{path} is cut short, or cannot be read as weights ({path.stat().st_size} bytes; files from before torch "
-            f"1.6 are not read). {again}"
-        ) from None
+        problem = (
+            f"is cut short, or cannot be read as weights ({path.stat().st_size} bytes; none from before torch 1.6)"
+        )
+        if wanted := str(error).partition("GLOBAL ")[2].split():
+            problem = f"was refused: it asks for {wanted[0]}, which could run code"
+    raise WeightFileError(
+        f"{path} {problem}. Delete it (rm '{path}') and run 01_prepare_weights again, or put the right file there."
+    )
 
 
 def _safetensors_index(path: Path) -> dict[str, Stored]:
@@ -148,50 +136,34 @@ def _flat(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, with a progress bar where it is large."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file, _bar(Path(path), "hash of") as bar:
+def file_hash(path: Path, kind: str = "sha256") -> str:
+    """Hash of a file, with a progress bar where it is large."""
+    digest = hashlib.new(kind)
+    with _shown(path, kind) as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
-            bar.update(len(chunk))
     return digest.hexdigest()
 
 
-def check_records(path: Path) -> bool:
-    """Read a torch zip file once and compare every record with its own checksum; torch never does.
-
-    Returns:
-        False for other files, which carry no checksum.
-    Raises:
-        WeightFileError: a record is damaged.
-    """
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive, _bar(Path(path), "checksums of") as bar:
-        for record in archive.infolist():
-            try:
-                with archive.open(record) as file:
-                    while chunk := file.read(CHUNK_BYTES):
-                        bar.update(len(chunk))
-            except (zipfile.BadZipFile, EOFError):
-                raise WeightFileError(f"{path} is damaged: {record.filename} does not match its checksum.") from None
-    return True
+def check_records(path: Path) -> None:
+    """Compare every record of a torch zip file with its own checksum, which torch never does; others carry none."""
+    if zipfile.is_zipfile(path):
+        with _shown(path, "checksums") as file:
+            if bad := zipfile.ZipFile(file).testzip():
+                raise WeightFileError(f"{path} is damaged: {bad} does not match its checksum.")
 
 
-def _bar(path: Path, what: str) -> tqdm:
+def _shown(path: Path, what: str) -> IO[bytes]:
     n_bytes = path.stat().st_size
-    return tqdm(total=n_bytes, unit="B", unit_scale=True, desc=f"{what} {path.name}", disable=n_bytes < _SHOW_FROM)
+    title = f"{what} of {path.name}"
+    return tqdm.wrapattr(open(path, "rb"), "read", total=n_bytes, desc=title, disable=n_bytes < 5e8)
 
 
 def write_safetensors(
     path: Path, parts: Mapping[str, tuple[torch.dtype, tuple[int, ...], Iterable[torch.Tensor]]]
 ) -> dict[str, Any]:
-    """Write tensors in one pass, hashing on the way; the file has its name only when it is whole and on disk.
+    """Write tensors (type, shape, pieces in row order) in one pass; the file has its name only when it is whole.
 
-    Args:
-        path: the file; ``<path>.part`` until it is complete.
-        parts: type, shape and pieces in row order of each tensor, in the order of the file.
     Returns:
         ``{"bytes", "sha256"}``.
     Raises:
@@ -207,17 +179,16 @@ def write_safetensors(
     header = struct.pack("<Q", len(text)) + text
     part, digest, n_written = path.with_name(path.name + ".part"), hashlib.sha256(header), len(header)
     try:
-        with open(part, "wb", buffering=0) as file:
+        with open(part, "wb") as file:
             file.write(header)
             for name, (dtype, shape, pieces) in parts.items():
                 for piece in pieces:
                     content = _content(name, dtype, piece)
                     digest.update(content)
-                    while content:  # an unbuffered file may take a part only
-                        n = file.write(content)
-                        content, n_written = content[n:], n_written + n
+                    n_written += file.write(content)
                 if n_written != len(header) + table[name]["data_offsets"][1]:
                     raise WeightFileError(f"{name} was announced as {dtype} {shape}; its pieces differ from that size.")
+            file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     finally:
@@ -232,8 +203,6 @@ def _content(name: str, dtype: torch.dtype, piece: torch.Tensor) -> memoryview:
     # the largest magnitude tells as much as isfinite, ten times as fast on halves
     if dtype.is_floating_point and piece.numel() and not torch.isfinite(piece.abs().max()):
         raise WeightFileError(
-            f"{name} is not a finite number in the result: the inputs do not belong together, or one is damaged. They "
-            f"are kept as they are."
+            f"{name} is not a finite number in the result: unfit or damaged inputs, kept as they are."
         )
-    flat = piece.contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return memoryview(piece.contiguous().reshape(-1).view(torch.uint8).numpy())
