@@ -241,10 +241,13 @@ def test_pandagpt_keeps_its_numbers_in_either_spelling(tmp_path: Path, spelling:
         renamed[name] = torch.nn.Parameter(tensor)
     torch.save(renamed, tmp_path / "x.pt")
     target = published.convert("pandagpt", tmp_path / "x.pt", tmp_path / "out", language_model=LLAMA_MINI, log=quiet)
-    found = load(target)
-    assert found.keys() == source.keys()
+    adapter = load_file(target / "adapter_model.safetensors")
+    found = load(target) | {
+        f"llama_model.{name.replace('.weight', '.default.weight')}": tensor for name, tensor in adapter.items()
+    }
+    assert found.keys() == source.keys() and len(load(target)) == 2
     assert all(torch.equal(found[name], tensor) for name, tensor in source.items())
-    config = files.read_json(target / "config.json")
+    config = files.read_json(target / "adapter_config.json")
     assert (config["r"], config["lora_alpha"]) == (4, 4)
 
 

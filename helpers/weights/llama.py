@@ -192,9 +192,7 @@ def open_meta(folder: Path, *, allow_unknown: bool = False) -> Model:
     params = _read_settings(folder / "params.json", ("dim", "n_heads", "n_layers", "norm_eps"))
     found = {path.name for path in folder.glob("consolidated*.pth")}
     if strange := sorted(name for name in found if not re.fullmatch(r"consolidated\.\d\d\.pth", name)):
-        raise WeightFileError(
-            f"{folder} holds {', '.join(strange)}, a second download? Give it its name, or delete it."
-        )
+        raise WeightFileError(f"{folder} holds {', '.join(strange)}: a second copy? Give it its name, or delete it.")
     n_files = 1 + max((int(name.split(".")[1]) for name in found), default=0)
     names = [f"consolidated.{number:02d}.pth" for number in range(n_files)]
     if absent := [name for name in names if name not in found]:
@@ -305,8 +303,7 @@ def _read_settings(path: Path, wanted: Sequence[str]) -> dict[str, Any]:
     content = content.get("text_config", content) if isinstance(content, dict) else {}
     if lacking := [key for key in wanted if not isinstance(content.get(key), int | float)]:
         raise WeightFileError(
-            f"{path} lacks {', '.join(lacking)}; a guess would give a model that talks nonsense. Fetch the published "
-            f"file again."
+            f"{path} lacks {', '.join(lacking)}, which must not be guessed. Fetch the published file."
         )
     return content
 
@@ -396,10 +393,8 @@ def _tokenizer(candidates: Sequence[Path]) -> Path:
     for folder in map(Path, candidates):
         if any((folder / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
             return folder
-    raise FileNotFoundError(
-        f"no tokenizer.model or tokenizer.json in {', '.join(map(str, candidates))}. Copy LLaMA's tokenizer.model "
-        f"(0.5 MB) into {candidates[0]}."
-    )
+    places = ", ".join(map(str, candidates))
+    raise FileNotFoundError(f"no tokenizer.model or tokenizer.json in {places}. Copy LLaMA's tokenizer.model there.")
 
 
 def _write_small(target: Path, *, config: Mapping[str, Any], dtype: str, tokenizer: Path) -> None:

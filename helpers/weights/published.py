@@ -62,22 +62,19 @@ def convert(
     rules, config = inspect(family, index, language_model=language_model, heads=heads, allow_unknown=allow_unknown)
     name = family if family in ("imagebind", "pandagpt") else f"{family}/{Path(target).name}"
 
-    def write_small(folder: Path) -> None:
-        if config:
-            files.write_json(folder / "config.json", config)
-        if family == "pandagpt":
-            _write_adapter(folder, {rule.name: index[rule.source] for rule in rules}, config)
+    lora = {rule.name: index[rule.source] for rule in rules if ".lora_" in rule.name}
 
+    def write_small(folder: Path) -> None:
+        if lora:
+            _write_adapter(folder, lora, config)
+        elif config:
+            files.write_json(folder / "config.json", config)
+
+    tensors = {rule.name: _tensor(rule, index[rule.source], family) for rule in rules if rule.name not in lora}
     return write_folder(
-        Path(target),
-        {rule.name: _tensor(rule, index[rule.source], family) for rule in rules},
-        component=name,
-        settings={"config": config},
-        source={"file": str(source)},
-        write_small=write_small,
-        shard_bytes=1 << 62,  # one file
-        log=log,
-    )
+        Path(target), tensors, component=name, settings={"config": config}, source={"file": str(source)},
+        write_small=write_small, shard_bytes=1 << 62, log=log,
+    )  # fmt: skip
 
 
 def inspect(
@@ -260,7 +257,6 @@ def _write_adapter(folder: Path, stored: Mapping[str, Stored], config: Mapping[s
     matrices = {
         name.removeprefix("llama_model.").replace(".default.", "."): item.rows(0, item.shape[0])
         for name, item in stored.items()
-        if ".lora_" in name
     }
     with files.atomic_path(folder / "adapter_model.safetensors") as temporary:
         save_file(matrices, temporary, metadata={"format": "pt"})
