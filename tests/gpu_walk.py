@@ -12,6 +12,7 @@ memory and writes only the small checkpoints; ``--skip`` leaves steps out of a s
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import platform
 import re
@@ -204,7 +205,7 @@ class Walk:
             n_gb = 2 * sum(math.prod(shape) for shape in llama.shapes_of(self.config).values()) / 1e9
             for file in self.route.files:
                 if file.component == "vicuna" or file.path.exists():
-                    steps._inspect(self.route, file, print)
+                    steps._inspect(self.route, file, print, is_fetched=False)
             base = self.step("convert Meta's files", lambda: steps.convert_base(self.route), n_gb, "GB")
             self.step("merge the delta", lambda: steps.merge(self.route, base), n_gb, "GB")
             again = lambda: weights.require(self.route.weights_dir, "vicuna", verify=True)  # noqa: E731
@@ -221,20 +222,18 @@ class Walk:
 
     def clip(self, pictures: list[np.ndarray]) -> None:
         """Notebooks 03 and 04: CLIP's features of 32 pictures, AnomalyCLIP's maps of 8."""
-        from helpers.anomalyclip import model as anomalyclip
+        from helpers.anomalyclip import detector, model
         from helpers.clip import backbones, features
 
         small, large = self.size["sides"]
         clip = backbones.load_clip(self.size["clip"], pretrained=None, image_size=small, device=self.device)
-        models = features.Models(clip, None, self.folder / "features", 16)
-        ids = [f"noise {i}" for i in range(len(pictures))]
-        n = len(pictures)
+        models, n = features.Models(clip, None, self.folder / "features", 16), len(pictures)
+        ids = [f"noise {i}" for i in range(n)]
         self.step("CLIP features", lambda: features.embed(ids, lambda i: pictures[i], models), n, "pictures")
-        learner = anomalyclip.load_prompts(self.write_prompts(clip), clip)
-        detector = anomalyclip.build_detector(clip, learner, anomalyclip.DetectorSettings(image_size=large))
-        batch = torch.stack([clip.preprocess_at(large)(picture) for picture in pictures[:8]])
-        maps = self.step("AnomalyCLIP maps", lambda: anomalyclip.detect(detector, batch), len(batch), "pictures")
-        assert maps is None or all(np.isfinite(part).all() for part in maps)
+        larger = dataclasses.replace(clip, preprocess=clip.preprocess_at(large))
+        ready = detector.build_detector(larger, model.load_prompts(self.write_prompts(clip), larger))
+        scored = self.step("AnomalyCLIP maps", lambda: ready.score(pictures[:8]), min(n, 8), "pictures")
+        assert scored is None or all(np.isfinite(one.anomaly_map).all() for one in scored)
 
     def anomalygpt(self, dataset: data.Dataset, pictures: list[np.ndarray]) -> None:
         """Notebooks 06 to 08: ten training steps at batch 8, 32 pictures with answers, a chat of three turns."""
