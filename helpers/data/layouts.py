@@ -208,10 +208,6 @@ class _Tree:
             except _Unclear as reason:
                 layout.problems.append((path, str(reason)))
         names = {key: key[-1] if key else own_name(self._root) for key in keys.values()}
-        for key, name in names.items():
-            if key and says_forged(name):
-                way = "Put genuine pictures into <artwork>/good and others into <artwork>/<kind>."
-                raise refusal(self._root, f"{name}/ would be learnt as genuine, but its name says otherwise. {way}")
         categories = apart(names, layout)
         layout.found = [replace(sample, category=categories[keys[sample.image_path]]) for sample in layout.found]
         self._match_masks(layout)
@@ -232,7 +228,7 @@ class _Tree:
         is_report = above in self._artworks
         if is_report:
             artwork, below = _spoken(path, self._artworks[above], below)
-            above = (*above, artwork)
+            above = (*above, self._trusted(artwork))
         if ANOMALY_KIND in labels:
             stated = [name for name, role in steps if role == ANOMALY_KIND and not name.isdigit()]
             kinds = [*map(kind_of, stated), *map(kind_of, below[:1])]
@@ -265,7 +261,14 @@ class _Tree:
             raise _Unclear("is neither below train/ or test/ nor below good/: move it there")
         if not names and self._roles:
             raise _Unclear("lies beside the folders of the paintings: move it into one of them")
-        return names[:1], self._sample(path, NORMAL_KIND, None, names[1:])
+        return tuple(map(self._trusted, names[:1])), self._sample(path, NORMAL_KIND, None, names[1:])
+
+    def _trusted(self, name: str) -> str:
+        """The name of a folder whose pictures count as genuine ones of an artwork without a label that says so."""
+        if says_forged(name):
+            way = "Put genuine pictures into <artwork>/good and others into <artwork>/<kind>."
+            raise refusal(self._root, f"{name}/ would be learnt as genuine, but its name says otherwise. {way}")
+        return name
 
     def _sample(self, path: Path, kind: str, split: str | None, below: Sequence[str]) -> Sample:
         """The picture, unless a name contradicts what it is taken for."""

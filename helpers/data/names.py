@@ -33,9 +33,9 @@ FORGERY_WORDS = frozenset(
 """Anomalous, and the name is the kind."""
 MASK_WORDS = frozenset("mask ground_truth groundtruth gt annotation segmentation seg label map".split())
 _NOTHING = frozenset("data dataset set dir folder image img imgs picture pic photo photograph file sample".split())
-_ADDED = _NOTHING | frozenset("scan view shot version example painting artwork work item known all the my".split())
+_ADDED = _NOTHING | frozenset("scan view shot version example painting artwork work item known all the of my".split())
 _NOT = ("no", "non", "not", "without")
-_TELLTALE = (FORGERY_WORDS | ANOMALY_WORDS) - frozenset("bad ng ko broken modified edited reproduction".split())
+_TELLTALE = (FORGERY_WORDS | ANOMALY_WORDS) - frozenset("ng ko modified edited reproduction".split())
 _HIDDEN = re.compile(
     r"\.|__macosx$|@eadir$|[#$]recycle|_?thumb(nail)?s?$|thumbs\.db$|desktop\.ini$|synofile_thumb", re.IGNORECASE
 )
