@@ -59,15 +59,6 @@ def test_a_fall_is_named_with_both_numbers_and_ringed(dataset, tmp_path):
     assert len(figures.lines(points, title="t", x_label="evaluation").axes) == 2
 
 
-def test_a_rise_and_a_repetition_are_no_falls(dataset, tmp_path):
-    for number, scores in enumerate((BAD, GOOD, GOOD)):
-        evaluate(dataset, tmp_path, scores, number)
-    kept = history.read(tmp_path / "history")
-    changed = history.changes(kept)
-    assert not changed.is_fall.any() and len(changed) == 6  # against the previous and against the first
-    assert "No fall in 6 paired tests of 1 methods" in history.describe(kept, changed)
-
-
 def test_a_slow_decline_shows_against_the_first(dataset, tmp_path):
     """Each step loses three pictures of each painting: too few for a test, all together are not."""
     for number in range(5):

@@ -203,13 +203,6 @@ def test_a_verdict_tints_only_what_exceeds_the_limit_and_keeps_the_rest() -> Non
     assert edge.max() > 200 and edge.min() < 60  # light and dark dashes, readable on any ground
 
 
-def test_a_scale_comes_from_genuine_maps_and_holds_its_limit_in_the_middle() -> None:
-    scale = figures.map_scale([np.linspace(0, 1, 1000).reshape(20, 50)])
-    assert scale.low == pytest.approx(0.01, abs=0.01) and scale.limit == pytest.approx(0.998, abs=0.01)
-    assert scale.high - scale.limit == pytest.approx(scale.limit - scale.low)
-    assert figures.map_scale([np.zeros((4, 4))]).limit > 0
-
-
 def test_figures_are_saved_with_words_and_hold_what_they_were_given(tmp_path: Path) -> None:
     frame = pd.DataFrame({"series": ["clip_lof"] * 3, "x": [1, 2, 3], "value": [0.5, 0.7, 0.6], "ring": [0, 0, 1]})
     fig = figures.lines(frame, title="A finding", x_label="epoch", y_label="loss")
@@ -225,8 +218,3 @@ def test_figures_are_saved_with_words_and_hold_what_they_were_given(tmp_path: Pa
     for draw in (figures.picture_grid, lambda panels, title: figures.map_rows(panels, scale=None, title=title)):
         with pytest.raises(ValueError, match="at least one"):
             draw([], title="t")
-
-
-def test_colours_of_methods_differ() -> None:
-    assert len(set(figures.METHOD_COLORS.values())) == len(figures.METHOD_COLORS)
-    assert figures.method_color("my_detector") == figures.OTHER_COLOR

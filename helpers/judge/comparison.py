@@ -44,13 +44,9 @@ METRICS = tuple(
     "seconds_per_image".split()
 )
 GROUPS: Mapping[str, str] = {
-    "whole": "copy or new version",
-    "real": "real alteration",
-    "plain": "plain mark",
-    "moderate": "moderate mark",
-    "faint": "faint mark",
-    "mark": "mark",
-}
+    "whole": "copy or new version", "real": "real alteration", "plain": "plain mark", "moderate": "moderate mark",
+    "faint": "faint mark", "mark": "mark",
+}  # fmt: skip
 """Groups of anomalous pictures. *Real* are only those that the user brought, *whole* those that differ as a whole;
 marks go by the fixed limits of :data:`helpers.synthesis.marks.VISIBILITY_BINS`."""
 NOTEBOOKS: Mapping[str, str] = {
@@ -75,11 +71,8 @@ class Comparison:
         dataset, profile: the dataset all rows share, and the profile's name.
         runs: method -> its results, for maps and settings; without the trivial rule.
         missing, refused: method -> the notebook that makes it, or why its results are not compared.
-        predictions: one row a method and test picture: ``method, place`` (in :attr:`samples`), ``sha256, category,
-            kind, group, source, is_anomalous, anomaly_score, threshold, is_predicted_anomalous, p_value, seconds,
-            answer, says``.
-        table: the tidy table, see the module's text.
-        tests: one row a pair of detectors, painting (or all) and measure, see :func:`paired_tests`.
+        predictions: one row a method and test picture (``place`` in :attr:`samples`), see ``_facts`` and ``_frame``.
+        table, tests: the tidy table, see the module's text; and :func:`paired_tests`.
         notes: what a reader should know, in sentences.
     """
 
@@ -204,12 +197,7 @@ def _facts(samples: Sequence[Sample], dataset: data.Dataset) -> pd.DataFrame:
 
 
 def picture_group(sample: Sample, *, rendered: bool) -> str:
-    """The picture's group, a key of :data:`GROUPS`, or ``"genuine"``.
-
-    Args:
-        sample: a test picture.
-        rendered: the dataset's unmade anomalies were rendered by the suite, not photographed or brought by the user.
-    """
+    """The picture's group, a key of :data:`GROUPS`, or ``"genuine"``; ``rendered``: the suite made the copies."""
     if not sample.is_anomalous:
         return "genuine"
     if sample.synthesis_seed is None and not rendered:

@@ -127,8 +127,8 @@ def _alarms(passed: Mapping[str, Any]) -> str:
 # -------------------------------------------------------------------------------------------------- numbers as words
 
 
-def summary(table: pd.DataFrame, category: str = "all") -> pd.DataFrame:
-    """The main numbers as readers see them, a row a method, for text and README."""
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """The main numbers over all paintings as readers see them, a row a method, for text and README."""
     look, methods = numbers(table), list(dict.fromkeys(table.method))
     heads = {
         "image AUROC": ("image_auroc", estimate), "found": ("sensitivity", count_of),
@@ -136,22 +136,20 @@ def summary(table: pd.DataFrame, category: str = "all") -> pd.DataFrame:
         "accuracy": ("accuracy", count_of), "pixel AUROC": ("pixel_auroc", short), "AUPRO": ("aupro", short),
         "s/image": ("seconds_per_image", seconds_text),
     }  # fmt: skip
-    cells = [[show(look.get((m, category, "all", key))) for key, show in heads.values()] for m in methods]
+    cells = [[show(look.get((m, "all", "all", key))) for key, show in heads.values()] for m in methods]
     return pd.DataFrame(cells, columns=list(heads), index=[method_label(method) for method in methods])
 
 
 def as_text(path: Path) -> str:
-    """``comparison.csv`` for a terminal: a block over all paintings, one per painting, and which rows are missing."""
+    """``comparison.csv`` for a terminal: the numbers over all paintings, and which rows are missing."""
     table = compared.read(path)
-    blocks = [
-        f"{category_label(category)} ({n_pictures(table, category)})\n{summary(table, category).to_string()}"
-        for category in dict.fromkeys(table.category)
-    ]
-    ends = ["[ ] = 95 % interval. Thresholds were set on genuine pictures before any test picture was read."]
     absent = [method for method in METHODS if method not in set(table.method)]
-    ends += [f"missing: {method_label(method)} (run {NOTEBOOKS[method]})" for method in absent]
-    ends += [f"profile {table.profile.iloc[0]}, dataset {str(table.dataset_hash.iloc[0])[:12]}"]
-    return "\n\n".join([*blocks, "\n".join(ends)]) + "\n"
+    return "\n".join([
+        f"{category_label('all')} ({n_pictures(table, 'all')}; thresholds set on genuine pictures; [ ] = 95 %)",
+        summary(table).to_string(),
+        *(f"missing: {method_label(method)} (run {NOTEBOOKS[method]})" for method in absent),
+        f"profile {table.profile.iloc[0]}, dataset {str(table.dataset_hash.iloc[0])[:12]}",
+    ])  # fmt: skip
 
 
 def n_pictures(table: pd.DataFrame, category: str) -> str:

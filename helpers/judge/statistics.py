@@ -260,10 +260,7 @@ def mcnemar_exact(correct_a: ArrayLike, correct_b: ArrayLike) -> PairedTest:
 
     a, b = np.asarray(correct_a), np.asarray(correct_b)
     if a.dtype != bool or b.dtype != bool or a.ndim != 1 or a.shape != b.shape or len(a) == 0:
-        raise ValueError(
-            f"correct_a is {a.dtype} {a.shape}, correct_b {b.dtype} {b.shape}; pass two lists of True/False "
-            "(verdict == label), one value for each picture."
-        )
+        raise ValueError(f"Pass two lists of True/False (verdict == label) of one length; got {a.shape}, {b.shape}.")
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     p_value = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
     return PairedTest(float(a.mean()), float(b.mean()), (only_a - only_b) / len(a), float(p_value), len(a))
