@@ -293,8 +293,9 @@ def test_nothing_of_the_users_is_replaced(tmp_path: Path) -> None:
         make(samples, tmp_path / "source")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/thesis.txt").write_text("three years of work")
-    with pytest.raises(DatasetError, match="holds other files"):
-        make(samples, tmp_path / "thesis")
+    for remake in (False, True):
+        with pytest.raises(DatasetError, match="holds other files"):
+            make(samples, tmp_path / "thesis", remake=remake)
     assert len(list((tmp_path / "source").rglob("*.png"))) == 3 and (tmp_path / "thesis/thesis.txt").exists()
 
 

@@ -82,7 +82,8 @@ def source_for(
         return Source(reading.samples, reading.describe(), reading.notes)
     if builtin == "embedded":
         found = sources.embedded_artworks(target, max_side=max_side, seed=seed)
-        words, identity = "two painted pictures that ship with the suite", f"embedded {max_side} {seed}"
+        words = "two painted pictures that ship with the suite, photographed by simulated cameras"
+        identity = f"embedded {max_side} {seed}"
     elif builtin == "wikimedia":
         found = sources.wikimedia(target, is_genuine=is_genuine)
         asked_for = [[work.file for work in sources.WORKS], is_genuine is not None]  # what Commons holds may drift
@@ -132,7 +133,9 @@ def build_dataset(
     target = Path(os.path.abspath(target))
     samples = [_completed(sample) for sample in source.samples]
     identity = source.identity or files.sha256_json(sorted(_fingerprints(samples)))
-    reason = "asked for" if remake and target.exists() else _reason_to_make(target, samples, settings, identity)
+    reason = _reason_to_make(target, samples, settings, identity)
+    if reason is None and remake:
+        reason = "asked for"
     if reason is None:
         print(f"{target} is complete: nothing to do.")
         _print_outcome(files.read_json(target / manifest.MANIFEST_JSON))
