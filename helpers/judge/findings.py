@@ -96,14 +96,16 @@ def findings(comparison: Comparison) -> list[str]:
         worst, high = min(passed, key=lambda row: row["value"]), 1 - min(row["ci_low"] for row in passed)
         reach = f" (so few pictures allow a true rate of up to {percent(high)})" if math.isfinite(high) else ""
         sentences.append(f"At most {_alarms(worst)} of any detector on {worst['n_images']} genuine pictures{reach}.")
+    all_seen = []
     for method in methods:
         seen, unseen = (look.get((method, "all", kind, "sensitivity")) for kind in ("seen", "unseen"))
         if seen is not None and unseen is not None:
             pair = f"{words_of(seen)} of those kinds and {words_of(unseen)} of kinds it never saw"
             sentences.append(f"{method_label(method)} was trained on some kinds of marks: it finds {pair}.")
         elif seen is not None:
-            name = method_label(method)
-            sentences.append(f"{name} was trained on every kind of mark in this test; on new kinds it may find less.")
+            all_seen.append(method)
+    if all_seen:
+        sentences.append(f"Trained on every kind of mark in this test, may find less of new kinds: {_named(all_seen)}.")
     rows = [(m, look[key]) for m in methods if (key := (m, "all", "all", "image_auroc")) in look]
     chance = [method for method, row in rows if row["ci_low"] <= 0.5]
     if chance:
