@@ -1,8 +1,8 @@
 """Search of a detector's settings and its calibration, on training and calibration pictures alone.
 
-Source pictures are dealt into folds; settings are ranked by the AUROC of held-out genuine pictures against anomalies
-made from held-out ones. The number that was maximised flatters. So the whole search is repeated with one fold left out
-of it, and what it chose is measured on that fold: the nested estimate.
+Settings are ranked by the AUROC of held-out genuine pictures against anomalies made from held-out ones. The number that
+was maximised flatters. So the whole search is repeated with one fold left out of it, and what it chose is measured on
+that fold: the nested estimate.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ def tune(
     n_trials: int,
     strategy: str = "random",
     seed: int = 0,
-    with_nested: bool = True,
 ) -> dict[str, Any]:
     """Choose a detector's settings on held-out training pictures; calibration pictures take no part.
 
@@ -41,7 +40,6 @@ def tune(
         detector, space: its parameters are the default settings, tried first; parameter -> values to try.
         rows: of one painting, with synthetic anomalies of two or more kinds.
         n_trials, strategy: settings that ``"random"`` draws from the grid; ``"grid"`` tries all; 1 searches nothing.
-        with_nested: whether to make the nested estimate, which takes twice as long as the search.
     Returns:
         JSON values: ``parameters``, the best ones; ``auroc`` with them (flatters), ``default_auroc`` (nobody chose it)
         and ``nested_auroc``; ``trials``, every setting with its ``auroc``; ``note``, why nothing was searched.
@@ -68,7 +66,7 @@ def tune(
         except ValueError as error:
             return nothing | {"note": f"{error} The default settings are used."}
         try:
-            for learn, held in _splits(rows, 3, seed) if with_nested else ():
+            for learn, held in _splits(rows, 3, seed):
                 nested.append(_auroc(detector, tried[int(np.argmax(ranked(learn, 2)))], learn, held))
         except ValueError as error:
             note, nested = f"No nested estimate: {error}", []
