@@ -39,6 +39,7 @@ def test_choosing_comparing_and_moving_the_threshold(ui: widgets.ChatUI) -> None
     assert ui.session.category == "one" and ui.session.picture.category == "two"
     ui.threshold.value = ui.threshold.max
     assert not ui.session.map_says and "map: no" in ui.line.value
+    ui.threshold.value = 0.0
     before = bytes(ui.image.value)
     ui.view.value = "picture"
     assert bytes(ui.image.value) != before

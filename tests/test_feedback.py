@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +10,10 @@ import numpy as np
 import pytest
 import tiny_chat
 import tiny_clip
+from sklearn.base import clone
 
 from helpers.chat import feedback
-from helpers.clip import features, methods
+from helpers.clip import features, methods, one_class
 from helpers.data import images
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
@@ -96,9 +96,9 @@ def test_test_pictures_are_refused_in_every_disguise(tmp_path: Path) -> None:
     record(log, IMAGE[:12], keep_image=True, context={"category": "unknown"})
     record(log, IMAGE[:14], keep_image=True, context=context, label="anomalous")
     record(log, IMAGE[:14], keep_image=True, context=context, label="normal")
-    found = feedback.sort_out(log, dataset)
-    assert len(found.refused) == 3 and len(found.unused) == 3
-    (one,) = found.confirmed
+    confirmed, refused, unused = feedback.sort_out(log, dataset)
+    assert len(refused) == 3 and len(unused) == 3
+    (one,) = confirmed
     assert not one.is_anomalous and one.category == "one", "the last judgement counts"
     np.testing.assert_array_equal(one.picture, IMAGE[:14])
 
@@ -109,7 +109,7 @@ def test_a_log_is_not_trusted_with_paths(tmp_path: Path) -> None:
     entry = record(log, context={"category": "one"}, keep_image=True)
     line = json.loads(log.read_text()) | {"kept_picture": "../../secret.png", "pixels_sha256": "f" * 64}
     log.write_text(json.dumps(line) + "\n")
-    assert feedback.sort_out(log, dataset).confirmed == () and entry.kept_picture
+    assert feedback.sort_out(log, dataset)[0] == [] and entry.kept_picture
 
 
 # --- learning --------------------------------------------------------------------------------------------------------
@@ -132,16 +132,16 @@ def test_clip_detectors_learn_and_are_measured_on_the_test_set(tmp_path: Path) -
     feedback.simulate_user(log, dataset, n_pictures=12, seed=0)
     entries, _ = feedback.read(log)
     assert len(entries) == 12 * len(dataset.categories) and {entry.is_anomalous for entry in entries} == {True, False}
-    found = feedback.sort_out(log, replace(dataset, limits=dict.fromkeys(dataset.categories, "")))
-    assert len(found.confirmed) == len(entries)
-    fitted = {
-        method: methods.fit(method, learn_from, n_trials=1, seed=0, checkpoint_dir=None)
-        for method in ("clip_resnet50", "clip_lof")
-    }
-    loaded = {method: SimpleNamespace(fitted=one) for method, one in fitted.items()}
-    options = {"models": models, "dataset": dataset, "alpha": 0.2, "seed": 0}
-    table = feedback.teach_clip(loaded, learn_from, found.confirmed, **options)
-    assert list(table.index) == ["CLIP + CNN similarity", "CLIP LOF"] and table["p_holm"].between(0, 1).all()
-    nothing = feedback.teach_clip(loaded, learn_from, (), **options)
+    confirmed, refused, _ = feedback.sort_out(log, dataset)
+    assert len(confirmed) == len(entries) and refused == []
+    detector = one_class.DETECTORS["clip_resnet50"]
+    fitted = {c: SimpleNamespace(detector=clone(detector).fit(rows)) for c, rows in learn_from.items()}
+    loaded = {"clip_resnet50": SimpleNamespace(detectors=fitted)}
+    known = {c: {"scores": fitted[c].detector.score(rows.features).tolist()} for c, rows in learn_from.items()}
+    result = SimpleNamespace(manifest={"calibration": known})
+    found = SimpleNamespace(dataset=dataset, results={"clip_resnet50": result})
+    table = feedback.teach_clip(found, loaded, learn_from, confirmed, models, alpha=0.2, seed=0)
+    assert list(table.index) == ["CLIP + CNN similarity"] and table["p_holm"].between(0, 1).all()
+    nothing = feedback.teach_clip(found, loaded, learn_from, [], models, alpha=0.2, seed=0)
     assert (nothing["balanced accuracy before"] == nothing["after"]).all() and (nothing["p"] == 1).all()
     assert (nothing["balanced accuracy before"] == table["balanced accuracy before"]).all()

@@ -329,8 +329,6 @@ def test_every_column_and_every_bad_row(pictures: Path) -> None:
     assert counts == expected("Dürer/train/good 2, Dürer/calibration/good 1, Dürer/test/stain 1, evil/train/good 1")
     assert n_masks == 1
     assert [s.group for s in reading.samples if s.split == "train"] == ["scan 1", "scan 1", "evil/004"]
-    path.write_bytes("\n".join([rows[0], rows[1], "img/002.png;Dürer;test;good;;;scan 1"]).encode())
-    assert any("1 source picture in two splits" in note for note in data.read_folder(path).notes)
     reasons = " | ".join(reason for _, reason in reading.bad_files)
     words = ("row 6", "'perhaps'", "says normal but kind is 'stain'", "label is ''", "earlier row", "does not exist")
     assert all(word in reasons for word in (*words, "too many cells")) and len(reading.bad_files) == 7

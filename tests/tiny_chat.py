@@ -38,14 +38,18 @@ def write_dataset(folder: Path) -> data.Dataset:
         for split, kinds in (("train", "good " * 3), ("calibration", "good " * 4), ("test", "good good box replica")):
             for i, kind in enumerate(kinds.split()):
                 picture = np.clip(base.astype(int) + random.integers(-9, 9, base.shape), 0, 255).astype(np.uint8)
+                mask_path = None
                 if kind == "box":
                     picture[10:45, 20:60] = (250, 10, 10)
+                    mask, mask_path = np.zeros(picture.shape[:2], bool), folder / f"{category}_{i}_mask.png"
+                    mask[10:45, 20:60] = True
+                    images.save_png(mask_path, mask)
                 elif kind == "replica":
                     picture = picture[:, ::-1]
                 path = folder / f"{category}_{split}_{i}.png"
                 images.save_png(path, picture)
                 hashed, group = files.sha256_file(path), f"{category}{split}{i}"
-                samples.append(Sample(path, category, kind != "good", None, split, kind, group, hashed))
+                samples.append(Sample(path, category, kind != "good", mask_path, split, kind, group, hashed))
     data.write_manifest(folder / "manifest.csv", samples)
     return data.open_dataset(folder)
 

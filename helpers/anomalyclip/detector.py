@@ -123,20 +123,12 @@ def predict(
         groups[category] = [sample.group for sample in normals]
         limits[category] = statistics.conformal_threshold([one.anomaly_map.max() for one in scored], alpha)
     settings = {"model": detector.model_id, "first_dual_block": detector.first_dual_block, "taps": detector.taps}
+    settings |= {"sigma": detector.sigma, "map_limits": limits}
     return results.predict(
-        folder,
-        method="anomalyclip",
-        dataset=dataset,
-        score=score,
-        calibration=scores,
-        calibration_groups=groups,
-        alpha=alpha,
-        profile=profile,
-        settings=settings | {"sigma": detector.sigma, "map_limits": limits},
-        checkpoint_hash=detector.checkpoint_hash,
-        trained_on=trained_on,
-        **kinds,
-    )
+        folder, method="anomalyclip", dataset=dataset, score=score, calibration=scores, calibration_groups=groups,
+        alpha=alpha, profile=profile, settings=settings, checkpoint_hash=detector.checkpoint_hash,
+        trained_on=trained_on, **kinds,
+    )  # fmt: skip
 
 
 def load(home: Path, clip: Any) -> Callable[[str, Sequence[np.ndarray]], list[Scored]]:

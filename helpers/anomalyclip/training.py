@@ -234,7 +234,6 @@ def train_prompts(
     features_dir: Path,
     device: str = "cpu",
     batch_size: int = 8,
-    on_history: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> tuple[PromptLearner | None, TowerFeatures, list[dict[str, Any]]]:
     """Train prompts on pictures split ``"train"``, keep the best on ``"calibration"``; Adam 1e-3 (0.5, 0.999).
 
@@ -244,7 +243,7 @@ def train_prompts(
         samples: from :func:`auxiliary_samples`, checked by :func:`check_auxiliary`.
         n_epochs: upper limit (published: 15); 0 trains nothing. Stops after 4 epochs without a better tuning score.
         folder, features_dir: of all such trainings (``<key>/prompts.safetensors`` in the published layout), and cache.
-        device, batch_size, on_history: see :func:`helpers.training.train`, which names the errors, too.
+        device, batch_size: see :func:`helpers.training.train`, which names the errors, too.
     Returns:
         the best prompts (None without training), the features of the tuning pictures, and the history.
     """
@@ -258,21 +257,12 @@ def train_prompts(
     identity["shape"] = list(features.tokens.shape[1:])
     learner = PromptLearner(clip.model, clip.tokenizer)
     target = folder / files.sha256_json(identity)[:12]
+    optimizer = torch.optim.Adam(learner.parameters(), lr=LEARNING_RATE, betas=(0.5, 0.999))
     result = training.train(
-        learner,
-        prompts_loss(clip),
-        features,
-        torch.optim.Adam(learner.parameters(), lr=LEARNING_RATE, betas=(0.5, 0.999)),
-        folder=target,
-        n_epochs=n_epochs,
-        batch_size=batch_size,
-        patience=PATIENCE,
-        evaluate=lambda trained: tuning_score(text_features(clip, trained), tuning),
-        device=device,
-        identity=identity,
-        on_history=on_history,
-        title="prompts",
-    )
+        learner, prompts_loss(clip), features, optimizer, folder=target, n_epochs=n_epochs, batch_size=batch_size,
+        patience=PATIENCE, evaluate=lambda trained: tuning_score(text_features(clip, trained), tuning),
+        device=device, identity=identity, title="prompts",
+    )  # fmt: skip
     files.write_bytes(target / "prompts.safetensors", model.as_bytes(learner.requires_grad_(False)))
     return learner, tuning, list(result.history)
 
@@ -280,11 +270,8 @@ def train_prompts(
 def choose_prompts(
     candidates: Mapping[str, PromptLearner], clip: Any, tuning: TowerFeatures, *, row: str = "best"
 ) -> tuple[str, dict[str, float]]:
-    """Which prompts make the row of the comparison: a candidate's name, or ``"best"`` by tuning pictures alone.
-
-    Returns:
-        the name, and every candidate's tuning score.
-    """
+    """Which prompts make the row of the comparison (a candidate's name, or ``"best"`` by tuning pictures alone), and
+    every candidate's tuning score."""
     scores = {name: tuning_score(text_features(clip, learner), tuning) for name, learner in candidates.items()}
     if row != "best" and row not in candidates:
         raise ValueError(f"row is {row!r}; there are {', '.join(candidates)}, or 'best'.")

@@ -43,19 +43,13 @@ MIN_CONFIRMED, MAX_ALPHA = 5, 0.10
 
 @dataclass(frozen=True)
 class Entry:
-    """One judgement.
+    """One judgement; a value that is not allowed is a ValueError.
 
-    Args:
-        pixels_sha256: :func:`helpers.data.images.pixel_hash` of the picture that was looked at.
-        verdict: was the detector ``"correct"``, ``"wrong"``, or is the user ``"unsure"``?
-        label: what the user says the picture is, ``"normal"`` or ``"anomalous"``; None when not said.
-        region: which of :data:`CELLS` the anomaly is in; None when not said.
-        comment: the user's words; not trusted, to be escaped before it becomes HTML.
-        context: what was judged: ``category``, ``method``, ``is_predicted_anomalous``, ``score``, ``question`` ...
-        image_path, file_sha256: the picture's file and its hash, empty when there was none.
-        kept_picture: PNG beside the log; empty unless the user allowed to keep it.
-    Raises:
-        ValueError: a value that is not allowed.
+    ``pixels_sha256`` names the picture that was looked at (:func:`helpers.data.images.pixel_hash`); ``verdict`` is
+    about the detector, ``label`` about the picture, ``region`` says in which of :data:`CELLS` the anomaly is.
+    ``comment`` is the user's and not trusted: to be escaped before it becomes HTML. ``context`` is what was judged:
+    ``category``, ``method``, ``is_predicted_anomalous``, ``score``, ``question`` ... ``kept_picture`` is a PNG beside
+    the log, empty unless the user allowed to keep it.
     """
 
     pixels_sha256: str
@@ -71,13 +65,10 @@ class Entry:
     time: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("verdict", self.verdict, VERDICTS),
-            ("label", self.label, (*LABELS, None)),
-            ("region", self.region, (*CELLS, None)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"The {name} is {value!r}; allowed are {', '.join(map(str, allowed))}.")
+        allowed = {"verdict": VERDICTS, "label": (*LABELS, None), "region": (*CELLS, None)}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"The {name} is {getattr(self, name)!r}; allowed are {', '.join(map(str, values))}.")
         if self.region is not None and self.label == "normal":
             raise ValueError(f"The place {self.region!r} is marked, but the label is 'normal'. Clear one of the two.")
         if not isinstance(self.comment, str) or len(self.comment) > MAX_COMMENT:
@@ -106,12 +97,10 @@ def record(
     """Append one judgement, flushed to disk; two sessions may write to one file.
 
     Args:
-        path: the log, ``profile.home / "feedback" / "feedback.jsonl"``.
-        image: uint8 RGB ``(H, W, 3)``, the picture as it was judged.
-        image_path: its file, None for a picture that only exists in memory.
+        image: uint8 RGB ``(H, W, 3)``, the picture as it was judged; ``image_path`` its file, if there is one.
         keep_image: whether the user allows to keep the picture itself, in ``feedback_pictures/`` beside the log.
             Without it, feedback can only be learnt from while ``image_path`` is there.
-        judgement: ``verdict, label, region, comment, context`` of :class:`Entry`, which names the errors.
+        judgement: ``verdict, label, region, comment, context`` of :class:`Entry`.
     """
     pixels, file = images.pixel_hash(image), Path(image_path) if image_path is not None else None
     entry = Entry(
@@ -157,17 +146,10 @@ class Confirmed:
     group: str
 
 
-@dataclass(frozen=True)
-class SortedOut:
-    """Pictures to learn from, and sentences on judgements that are refused (test pictures) or say nothing to learn."""
+def sort_out(path: Path, dataset: Dataset) -> tuple[list[Confirmed], list[str], list[str]]:
+    """Pictures of a log to learn from, and sentences on judgements that are refused or say nothing to learn.
 
-    confirmed: tuple[Confirmed, ...]
-    refused: tuple[str, ...]
-    unused: tuple[str, ...]
-
-
-def sort_out(path: Path, dataset: Dataset) -> SortedOut:
-    """Which judgements of a log may be learnt from. Of several on one picture the last one counts.
+    Of several on one picture the last one counts.
 
     Refused are pictures of the test split: by file, by pixels (the same picture saved in another format), and by
     group (another view or a damaged copy of a picture that is tested on). A changed copy of a test picture that names
@@ -198,7 +180,7 @@ def sort_out(path: Path, dataset: Dataset) -> SortedOut:
         else:
             group = group or f"feedback/{entry.pixels_sha256[:16]}"
             confirmed.append(Confirmed(entry, *found, entry.is_anomalous, category, group))
-    return SortedOut(tuple(confirmed), tuple(refused), tuple(unused))
+    return confirmed, refused, unused
 
 
 def _picture_of(entry: Entry, path: Path) -> tuple[Path, np.ndarray] | None:
@@ -217,11 +199,8 @@ def _picture_of(entry: Entry, path: Path) -> tuple[Path, np.ndarray] | None:
 def simulate_user(path: Path, dataset: Dataset, *, n_pictures: int, seed: int) -> None:
     """Write the feedback of a user who is always right, on new photographs, every second one damaged.
 
-    Args:
-        path: the log; replaced. Pictures lie beside it, in ``simulated_pictures/``.
-        dataset: its genuine pictures outside the test split are photographed anew.
-        n_pictures: per painting.
-        seed: of the pictures.
+    Genuine pictures outside the test split are photographed anew, ``n_pictures`` per painting; they lie beside the
+    log, which is replaced, in ``simulated_pictures/``.
     """
     Path(path).unlink(missing_ok=True)
     for category in dataset.categories:
@@ -233,15 +212,9 @@ def simulate_user(path: Path, dataset: Dataset, *, n_pictures: int, seed: int) -
             picture, mask, _ = damaged_view(images.load_image(source.image_path), seed=view_seed, kind=kind)
             image_path = Path(path).parent / "simulated_pictures" / category / f"{number:03d}.png"
             images.save_png(image_path, picture)
-            record(
-                path,
-                picture,
-                image_path=image_path,
-                verdict="correct",
-                label="normal" if mask is None else "anomalous",
-                region=None if mask is None else conversations.cell_of_center(mask),
-                context={"category": category, "group": source.group},
-            )
+            label, region = ("normal", None) if mask is None else ("anomalous", conversations.cell_of_center(mask))
+            about = {"label": label, "region": region, "context": {"category": category, "group": source.group}}
+            record(path, picture, image_path=image_path, verdict="correct", **about)
 
 
 def teach_clip(
@@ -255,11 +228,9 @@ def teach_clip(
 
     Args:
         found: all detectors, for the thresholds before and the test pictures.
-        loaded: method -> detectors, from :func:`helpers.clip.methods.load`.
-        learn_from: painting -> rows, from :func:`helpers.clip.methods.learning_rows`.
+        loaded, learn_from: from :func:`helpers.clip.methods.load` and :func:`~helpers.clip.methods.learning_rows`.
         confirmed: from :func:`sort_out`.
-        models: the networks.
-        alpha, seed: as in notebook 03.
+        models, alpha, seed: as in notebook 03.
     Returns:
         a row per method: balanced accuracies, counts, p-value of the exact paired test and Holm's correction.
     """
@@ -321,11 +292,10 @@ def teach_anomalygpt(
 ) -> pd.DataFrame:
     """AnomalyGPT's head learns from confirmed pictures; its words before and after, on the frozen test set.
 
-    Args:
-        model: the chain; its head is changed in place and written to ``folder``.
-        confirmed: from :func:`sort_out`; anomalies without a place are left out.
-        settings: :class:`helpers.anomalygpt.pairs.HeadTraining` with few epochs and pairs.
-        evaluation: settings of notebook 07.
+    The head is changed in place and written to ``folder``; confirmed anomalies without a place are left out.
+    ``settings`` are :class:`helpers.anomalygpt.pairs.HeadTraining` with few epochs and pairs, ``evaluation`` those of
+    notebook 07.
+
     Returns:
         one row as in :func:`teach_clip`; an unclear answer calls nothing anomalous.
     """

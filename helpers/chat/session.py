@@ -7,7 +7,6 @@ because a language model invents both; where its words contradict the map, a com
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import tempfile
 import traceback
@@ -114,22 +113,21 @@ def _read(place: Path, name: str) -> np.ndarray:
         raise BadInput(str(error).replace(str(place), name)) from error
 
 
-def sample_pictures(dataset: Dataset, *, n_kinds: int = 4) -> dict[str, Sample]:
-    """Test pictures to try: of each painting a genuine one and one each of some kinds of anomaly, spread over all.
+def sample_pictures(dataset: Dataset) -> dict[str, Sample]:
+    """Test pictures to try, of each painting: two marks whose place is known, a whole-picture one, a genuine one.
 
     Returns:
-        words, for example ``"Mona Lisa: letter"`` -> the picture; the first anomaly with a known place comes first.
+        words, for example ``"Mona Lisa: letter"`` -> the picture; of each kind the most visible one.
     """
     found: dict[str, Sample] = {}
     for category in dataset.categories:
         kinds: dict[str, Sample] = {}
         for sample in sorted(dataset.select(split="test", category=category), key=lambda one: -(one.visibility or 0)):
-            kinds.setdefault(sample.kind if sample.is_anomalous else "genuine", sample)
-        genuine = kinds.pop("genuine", None)
-        names = sorted(kinds, key=lambda kind: (kinds[kind].mask_path is None, kind))
-        chosen = [*names[:: max(1, len(names) // n_kinds)][: n_kinds - 1], *names[-1:]]
-        words = {kind.replace("_", " "): kinds[kind] for kind in chosen} | ({"genuine": genuine} if genuine else {})
-        found |= {f"{category_label(category)}: {word}": sample for word, sample in words.items()}
+            kinds.setdefault(sample.kind.replace("_", " ") if sample.is_anomalous else "genuine", sample)
+        marks = [kind for kind, sample in kinds.items() if sample.mask_path is not None]
+        whole = [kind for kind in kinds if kind not in [*marks, "genuine"]]
+        for kind in [*marks[:2], *whole[-1:], *(["genuine"] if "genuine" in kinds else [])]:
+            found[f"{category_label(category)}: {kind}"] = kinds[kind]
     return found
 
 
@@ -138,9 +136,6 @@ def clean_question(text: str) -> str:
 
     Raises:
         BadInput: nothing is left, or more than :data:`MAX_QUESTION` characters.
-
-    >>> clean_question("  Is it\\nwhole? ")
-    'Is it whole?'
     """
     question = "".join(c for c in " ".join(text.split()) if unicodedata.category(c) not in ("Cc", "Cs"))
     if not question:
@@ -176,25 +171,21 @@ class ChatSession:
         if CHAT in detectors.missing:
             raise ValueError(f"The chat needs the thresholds of AnomalyGPT. {detectors.missing[CHAT]}")
         self.model, self.detectors, self.profile = model, detectors, profile
+        self.id, self._settings = uuid.uuid4().hex[:12], settings
         self.categories = tuple(detectors.results[CHAT].manifest["calibration"])
-        self.category = self.categories[0]
-        self.id = uuid.uuid4().hex[:12]
+        self.category, self.threshold = self.categories[0], float("nan")
         self.picture: Picture | None = None
         self.verdicts: list[Verdict] = []
-        self.threshold = float("nan")
         self.history: list[Turn] = []
         self.errors: list[str] = []
         self.refused: list[str] = []
-        self._settings = settings
         self._look: Look | None = None
         self._banks: dict[str, torch.Tensor] = {}
 
     def choose(self, picture: Picture, *, category: str | None = None) -> None:
         """Talk about this picture from now on; every detector judges it, and the conversation starts anew.
 
-        Args:
-            picture: from :func:`open_picture` or :func:`receive_picture`.
-            category: the painting to compare it with; by default the one it should show, else the one before.
+        It is compared with ``category``, by default the painting that it should show, else the one before.
         """
         category = category or (picture.category if picture.category in self.categories else self.category)
         if category not in self.categories:
@@ -251,11 +242,8 @@ class ChatSession:
     # --- questions
 
     def ask(self, question: str, *, on_text: Callable[[str], None] | None = None) -> Turn:
-        """Ask about the picture; free questions remember earlier free ones.
+        """Ask about the picture; free questions remember earlier free ones. ``on_text`` gets the growing answer.
 
-        Args:
-            question: any text.
-            on_text: gets the model's answer so far each time it grows.
         Raises:
             BadInput: no picture, no question, one that is too long, or a conversation that is.
         """
@@ -321,20 +309,11 @@ class ChatSession:
     def context(self) -> Mapping[str, Any]:
         """What a judgement is about, as JSON values; the picture itself is not in it."""
         last, says = self.history[-1] if self.history else None, self.words_say
-        return {
-            "session": self.id,
-            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "method": CHAT,
-            "picture": self.picture.name if self.picture else "",
-            "category": self.category,
-            "question": last.question if last else "",
-            "answer": last.answer if last else "",
-            "score": self.own.anomaly_score,
-            "threshold": self.threshold,
-            "is_predicted_anomalous": self.map_says if says is None else says,
-            "checkpoint_hash": self.model.checkpoint_id,
-            "profile": self.profile,
-        }
+        asked = {"question": last.question, "answer": last.answer} if last else {"question": "", "answer": ""}
+        judged = {"score": self.own.anomaly_score, "threshold": self.threshold}
+        judged["is_predicted_anomalous"] = self.map_says if says is None else says
+        where = {"method": CHAT, "picture": self.picture.name, "category": self.category, "session": self.id}
+        return {**where, **asked, **judged, "checkpoint": self.model.checkpoint_id, "profile": self.profile}
 
 
 def describe_place(anomaly_map: np.ndarray, limit: float) -> str:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import ipywidgets as widgets
 import jinja2
 from IPython.display import HTML, display
@@ -96,7 +95,7 @@ class ChatUI:
             options=known, value=session.category, description="Painting", layout=wide
         )
         self.image = widgets.Image(format="png", layout=widgets.Layout(max_width="100%", object_fit="contain"))
-        self.view = widgets.ToggleButtons(options=["marked", "map", "picture"], value="marked")
+        self.view = widgets.ToggleButtons(options=["marked", "picture"], value="marked")
         self.view.style.button_width = "84px"
         self.threshold = widgets.FloatSlider(
             step=0.001, readout_format=".3f", continuous_update=False, description="threshold", layout=wide
@@ -133,24 +132,13 @@ class ChatUI:
         self._choose()
 
     def _wire(self) -> None:
-        for widget, action in (
-            (self.sample, self._choose),
-            (self.path, self._open),
-            (self.upload, self._receive),
-            (self.compared_with, self._compare),
-            (self.threshold, self._move),
-            (self.view, self._move),
-        ):
+        changed = {self.sample: self._choose, self.path: self._open, self.upload: self._receive}
+        changed |= {self.compared_with: self._compare, self.threshold: self._move, self.view: self._move}
+        for widget, action in changed.items():
             widget.observe(action, "value")
-        for button, action in (
-            (self.send, self._ask),
-            (self.again, self._start_over),
-            (self.save, self._save),
-            (self.give, self._give),
-        ):
+        clicked = {self.send: self._ask, self.again: self._start_over, self.save: self._save, self.give: self._give}
+        for button, action in (clicked | dict.fromkeys(self.quick, self._ask_fixed)).items():
             button.on_click(action)
-        for button in self.quick:
-            button.on_click(self._ask_fixed)
 
     def _thumbnail(self, name: str) -> widgets.VBox:
         one = self._uploads.get(name)
@@ -252,12 +240,8 @@ class ChatUI:
 
     def _drawn(self) -> Any:
         image, own = images.resize(self.session.picture.image, _SHOWN_SIDE), self.session.own
-        if self.view.value == "picture":
-            return image
-        if self.view.value == "marked":
-            return figures.marked(image, own.anomaly_map, self.session.threshold)
-        levels = cv2.resize(own.anomaly_map / (2 * self.session.threshold), image.shape[1::-1])
-        return (figures.mpl.colormaps[figures.MAP_COLORS](levels.clip(0, 1))[..., :3] * 255).astype("uint8")
+        shown = self.view.value == "picture"
+        return image if shown else figures.marked(image, own.anomaly_map, self.session.threshold)
 
     def transcript(self) -> HTML:
         """Picture, verdicts and conversation as HTML: what a saved notebook keeps where the widgets were."""
@@ -267,7 +251,7 @@ class ChatUI:
         )
         picture = "data:image/png;base64," + base64.b64encode(chat.png_bytes(marked)).decode()
         rows = detectors.table(session.verdicts).rename_axis("detector").reset_index().to_dict("records")
-        footer = f"profile {session.profile}, session {session.id}, {session.context()['time']}"
+        footer = f"profile {session.profile}, session {session.id}"
         shown = (session.picture.name, category_label(session.category), picture, *session.verdict_line())
         return HTML(str(_HTML.transcript(*shown, session.history, rows, footer)))
 

@@ -65,7 +65,7 @@ class WeightFile:
 
     @property
     def list_path(self) -> Path:
-        """Where :func:`helpers.weights.fetch.fetch_hub` notes which files a folder should hold, before the first."""
+        """Where :func:`helpers.weights.fetch.fetch_folder` notes which files a folder should hold, before the first."""
         return self.path.with_name(f"{self.path.name}.files.json")
 
     @property

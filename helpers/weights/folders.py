@@ -130,9 +130,8 @@ def _write_shards(
             if (target / name).is_file() and file_hash(target / name) == entry["sha256"]:
                 done[name] = entry
         log(f"resuming at {len(done)}/{len(shards)} shards")
-    for path in target.iterdir():  # what a killed run left half written
-        if path.name != LOCK and (path.suffix == ".part" or path.name.startswith(".")):
-            path.unlink()
+    for part in target.glob("*.part"):
+        part.unlink()
     left = {name: group for name, group in shards.items() if name not in done}
     n_left = sum(tensor.n_bytes for group in left.values() for tensor in group.values())
     _check_room(target, n_left, min(RESERVE_BYTES, n_left))
@@ -147,8 +146,7 @@ def _write_shards(
                     done[name] = write_safetensors(target / name, parts)
                 except OSError as error:
                     if error.errno == errno.ENOSPC:
-                        rest = (t.n_bytes for name in left if name not in done for t in left[name].values())
-                        _check_room(target, sum(rest), RESERVE_BYTES)  # says how much is missing
+                        _check_room(target, n_left, RESERVE_BYTES)  # says how much is missing
                     raise
                 bar.update(done[name]["bytes"])
                 files.write_json(journal, {"plan": plan, "shards": done})
