@@ -126,7 +126,7 @@ def build_dataset(
     Returns:
         path of ``manifest.csv``.
     Raises:
-        ValueError: a count is out of range or a kind is unknown.
+        ValueError: a count is out of range or a kind unknown.
         DatasetError: there is no readable genuine picture, or ``target`` holds something else.
     """
     settings = _settings(sizes, seed, kinds, kinds_held_out, source.count_real)
@@ -134,8 +134,7 @@ def build_dataset(
     samples = [_completed(sample) for sample in source.samples]
     identity = source.identity or files.sha256_json(sorted(_fingerprints(samples)))
     reason = _reason_to_make(target, samples, settings, identity)
-    if reason is None and remake:
-        reason = "asked for"
+    reason = "asked for" if remake and reason is None else reason
     if reason is None:
         print(f"{target} is complete: nothing to do.")
         _print_outcome(files.read_json(target / manifest.MANIFEST_JSON))

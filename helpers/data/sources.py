@@ -144,10 +144,9 @@ def wikimedia(
 ) -> list[Sample]:
     """Public-domain reproductions, replicas and reinterpretations from Wikimedia Commons.
 
-    The MediaWiki API is asked for renderings of 1280 pixels (originals can have hundreds of megapixels; addresses made
-    by hand fail since August 2026). A file is used only if its licence field names a free licence. Downloads are
-    atomic, one at a time, and kept: a stopped call goes on, and a complete folder is returned without asking again.
-    ``licences.csv`` lists address, author, licence and hash of each.
+    The MediaWiki API is asked for renderings (originals can have hundreds of megapixels; addresses made by hand fail
+    since August 2026). A file is used only if its licence is a free one; ``licences.csv`` lists it. Downloads are one at
+    a time and kept: a stopped call goes on, and a complete folder is returned without asking again.
 
     Args:
         target: folder to write.
