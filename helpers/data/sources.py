@@ -145,8 +145,8 @@ def wikimedia(
     """Public-domain reproductions, replicas and reinterpretations from Wikimedia Commons.
 
     The MediaWiki API is asked for renderings (originals can have hundreds of megapixels; addresses made by hand fail
-    since August 2026). A file is used only if its licence is a free one; ``licences.csv`` lists it. Downloads are one at
-    a time and kept: a stopped call goes on, and a complete folder is returned without asking again.
+    since August 2026). A file is used only if its licence is a free one; ``licences.csv`` lists it. Downloads go one
+    by one and are kept: a stopped call goes on, and a complete folder is returned without asking again.
 
     Args:
         target: folder to write.
