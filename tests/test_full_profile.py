@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from helpers import profiles
 from helpers.anomalyclip import model as anomalyclip
+from helpers.anomalyclip import training as anomalyclip_training
 from helpers.anomalygpt import evaluation as anomalygpt_testing
 from helpers.anomalygpt import language, pairs
 from helpers.clip import backbones, features
@@ -57,7 +58,6 @@ def test_models_of_the_profile_exist_with_trained_weights(full: profiles.Profile
 
 
 def test_settings_of_the_profile_are_accepted(full: profiles.Profile) -> None:
-    anomalyclip.DetectorSettings(image_size=full.anomalyclip.image_size, sigma=full.anomalyclip.sigma)
     training = pairs.from_preset(full.anomalygpt.preset, **full.anomalygpt.training)
     assert training.batch_size % training.micro_batch == 0 and training.n_epochs == 15
     anomalygpt_testing.EvaluationSettings(alpha=full.alpha, seed=full.seed, **full.anomalygpt.testing)
@@ -124,7 +124,7 @@ def test_clip_large_embeds_a_picture(clip_large: backbones.Clip, full: profiles.
 def test_prompts_of_clip_large_train(clip_large: backbones.Clip, full: profiles.Profile) -> None:
     """A step of notebook 04's training on features of the true shapes: 37 x 37 patches at 518 px."""
     learner = anomalyclip.PromptLearner(clip_large.model, clip_large.tokenizer)
-    module = anomalyclip.PromptTraining(clip_large.model, learner)
+    loss_of = anomalyclip_training.prompts_loss(clip_large)
     side, n_patches = full.anomalyclip.image_size, (full.anomalyclip.image_size // 14) ** 2
     assert n_patches == 1369
     batch = {
@@ -135,12 +135,10 @@ def test_prompts_of_clip_large_train(clip_large: backbones.Clip, full: profiles.
         "has_mask": torch.tensor([True, True]),
     }
     batch["mask"][1, 100:200, 100:200] = 1
-    losses = module(batch)
-    losses["loss"].backward()
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    assert sum(p.numel() for p in trained.values()) == 2 * 12 * 768 + 8 * 4 * 768
+    loss_of(learner, batch)["loss"].backward()
+    assert sum(p.numel() for p in learner.parameters()) == 2 * 12 * 768 + 8 * 4 * 768
     # The last deep prompt vectors replace contexts of later blocks; all of them see a gradient.
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in learner.parameters())
     assert not any(p.grad is not None for p in clip_large.model.parameters())
 
 
@@ -150,8 +148,6 @@ def test_both_streams_of_anomalyclip_at_518_px(full: profiles.Profile) -> None:
     with torch.device("meta"):
         visual = open_clip.CLIP(**_config_of(full.clip.model)).visual.eval()
         images = torch.empty(full.anomalyclip.batch_size, 3, *[full.anomalyclip.image_size] * 2)
-    settings = anomalyclip.filled_settings(visual, anomalyclip.DetectorSettings(image_size=518))
-    assert (settings.first_dual_block, settings.taps) == (5, (24,))
     with torch.no_grad():
         feature, tokens = anomalyclip.dual_path(visual, images, first_dual_block=5, taps=(6, 12, 18, 24))
     assert feature.shape == (8, 768) and [tuple(t.shape) for t in tokens] == [(8, 1370, 768)] * 4
