@@ -340,7 +340,8 @@ def _check_pair(base: Model, delta: Model, version: str | None) -> str:
     if kind is None or is_merged:
         raise WeightFileError(
             f"{base.folder} has {rows[0]} token rows{' and is merged already' if is_merged else ''}, {delta.folder} "
-            f"has {rows[1]}. Allowed are LLaMA with 32000 rows and vicuna delta v0 (32001 rows) or v1.1 (32000)."
+            f"has {rows[1]}. Allowed are LLaMA with 32000 rows and vicuna delta v0 (32001 rows) or v1.1 (32000). Check "
+            f"which delta was downloaded."
         )
     if version not in (None, kind):
         raise WeightFileError(
