@@ -126,7 +126,7 @@ def test_a_wrong_checkpoint_is_refused(chain, spoil, word):
 
 def test_weights_of_another_width_are_refused(chain):
     other = anomalygpt.AnomalyHead(48, 32, 40, (4, 8))
-    with pytest.raises(ValueError, match="prompt learner writes width 40, the language model has hidden width 32"):
+    with pytest.raises(ValueError, match="prompt learner writes width 40, the language model has width 32"):
         anomalygpt.check_widths(chain[0].image_tower, other, chain[0].projection, 32)
 
 
@@ -222,7 +222,7 @@ def test_stop_and_answer_ids_come_from_the_tokenizer():
     def decode(ids):
         return "".join(words[i] for i in ids)
 
-    tokens = language.ChatTokens.from_functions(encode, decode, bos_id=0, eos_id=1, answer_prefix=" ")
+    tokens = language.ChatTokens.of(encode, decode, 0, 1, " ")
     assert tokens.stop_ids == {words.index("###")} and tokens.pad_id == 1
     assert (tokens.yes_id, tokens.no_id) == (words.index(" Yes"), words.index(" No"))
 
@@ -246,7 +246,7 @@ def test_the_prepared_folders_load_to_the_same_chain(chain, weights_dir, tmp_pat
     assert not any(p.requires_grad for p in loaded.language.model.parameters())
     assert loaded.text.shape == (2, 32)
     fresh = anomalygpt.load(weights_dir, checkpoint=None, seed=1, cache_dir=tmp_path)
-    assert fresh.head.hidden == 32 and fresh.checkpoint_id == "new head, seed 1"
+    assert fresh.head.prompt_learner.base_prompts.shape == (9, 32) and fresh.checkpoint_id == "new head, seed 1"
 
 
 def test_loading_again_empties_the_first_chain(weights_dir, tmp_path):
@@ -258,10 +258,10 @@ def test_loading_again_empties_the_first_chain(weights_dir, tmp_path):
 
 
 def test_text_features_are_computed_once(weights_dir, tmp_path, monkeypatch):
-    first = imagebind.text_pair(weights_dir / "imagebind", "object", cache_dir=tmp_path)
+    first = imagebind.text_pair(weights_dir / "imagebind", cache_dir=tmp_path)
     torch.testing.assert_close(first.norm(dim=1), torch.ones(2))
     monkeypatch.setattr(imagebind, "build_clip", None)  # would fail if the tower were loaded again
-    again = imagebind.text_pair(weights_dir / "imagebind", "object", cache_dir=tmp_path)
+    again = imagebind.text_pair(weights_dir / "imagebind", cache_dir=tmp_path)
     assert torch.equal(first, again)
 
 

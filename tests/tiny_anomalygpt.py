@@ -236,7 +236,7 @@ def write_weights(folder: Path, path: Path) -> Path:
     towers["token_embedding.weight"] = torch.randn(49408, 32, generator=torch.Generator().manual_seed(0))
     states = {
         "imagebind": towers,
-        "pandagpt": {k: v for k, v in published.items() if "lora_" in k or k.startswith("llama_proj")},
+        "pandagpt": {k: v for k, v in published.items() if k.startswith("llama_proj")},
         "anomalygpt/train_supervised": {
             k: v for k, v in published.items() if k.startswith(("image_decoder", "prompt_learner"))
         },
@@ -246,7 +246,7 @@ def write_weights(folder: Path, path: Path) -> Path:
         save_file({k: v.contiguous().clone() for k, v in state.items()}, folder / name / "model.safetensors")
     text = CLIP_CONFIG["text_cfg"] | {"vocab_size": 49408}
     files.write_json(folder / "imagebind" / "config.json", CLIP_CONFIG | {"text_cfg": text})
-    files.write_json(folder / "pandagpt" / "config.json", LORA_CONFIG)
+    write_adapter(folder / "pandagpt", published, LORA_CONFIG)
     for name in ("vicuna", *states):
         there = {
             p.name: {"bytes": p.stat().st_size, "sha256": files.sha256_file(p)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -59,65 +59,19 @@ _PLACE = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class ParsedAnswer:
-    """What a sentence says.
-
-    Attributes:
-        is_anomalous: True or False; None when the sentence gives no clear verdict.
-        cells: names of the 3 x 3 cells it mentions.
-    """
+class ParsedAnswer(NamedTuple):
+    """What a sentence says: True (anomalous), False, or None without a clear verdict; and the cells that it names."""
 
     is_anomalous: bool | None
     cells: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class AnswerScores:
-    """Answers against labels.
-
-    Attributes:
-        n: answers.
-        n_correct: clear and right.
-        n_unparseable: without a clear verdict; they count as wrong.
-        n_yes: clear and "yes".
-        n_anomalous: pictures that are anomalous.
-        n_right_yes: anomalous pictures answered "yes".
-    """
-
-    n: int
-    n_correct: int
-    n_unparseable: int
-    n_yes: int
-    n_anomalous: int
-    n_right_yes: int
-
-    @property
-    def accuracy(self) -> float:
-        """Share of right answers; unparseable ones are wrong. nan without answers."""
-        return self.n_correct / self.n if self.n else float("nan")
-
-    @property
-    def yes_bias(self) -> float:
-        """Share of "yes" minus share of anomalous pictures: +0.3 says "yes" to 30 % too many. nan without answers."""
-        return (self.n_yes - self.n_anomalous) / self.n if self.n else float("nan")
-
-
-def describe_category(category: str) -> str:
-    """One sentence on what the picture shows and how it should be: the published wording of a category of MVTec AD or
-    VisA; any other category is called a painting of that name."""
-    if category in _INDUSTRIAL:
-        what, rest = _INDUSTRIAL[category]
-        return f"This is a photo of {what} for anomaly detection{rest.format(_FLAWLESS)}."
-    name = category.replace("_", " ")
-    return f"This is a photo of the painting {name} for anomaly detection, which should be {_FLAWLESS}."
 
 
 def question(category: str | None, *, wording: str | None = "published") -> str:
     """The question about a picture, with what it shows before it.
 
     Args:
-        category: of the dataset; None asks without naming anything.
+        category: of the dataset; of MVTec AD and VisA with the published wording, any other is called a painting of
+            that name; None asks without naming anything.
         wording: one of :data:`WORDINGS`: the published one, or a short sentence (a third of the tokens) for small
             machines; None asks without naming anything.
     Raises:
@@ -132,21 +86,21 @@ def question(category: str | None, *, wording: str | None = "published") -> str:
         raise ValueError(f"wording is {wording!r}; allowed are None, {', '.join(WORDINGS)}.")
     if category is None or wording is None:
         return QUESTION
+    name = category.replace("_", " ")
     if wording == "short":
-        return f"This is the painting {category.replace('_', ' ')}. {QUESTION}"
-    return f"{describe_category(category)} {QUESTION}"
+        return f"This is the painting {name}. {QUESTION}"
+    what, rest = _INDUSTRIAL.get(category, (f"the painting {name}", ", which should be {}"))
+    return f"This is a photo of {what} for anomaly detection{rest.format(_FLAWLESS)}. {QUESTION}"
 
 
 def cell_of(row: float, column: float) -> str:
-    """Name of the cell of a point.
-
-    Args:
-        row, column: position as shares of height and width, 0 to 1; a limit belongs to the lower cell.
+    """Name of the cell of a point, given as shares of height and width; a limit belongs to the lower cell.
 
     >>> cell_of(1 / 3, 0.9)
     'top right'
     """
-    return CELLS[_third(row)][_third(column)]
+    thirds = [0 if share <= 1 / 3 else 1 if share <= 2 / 3 else 2 for share in (row, column)]
+    return CELLS[thirds[0]][thirds[1]]
 
 
 def cell_of_center(mask: np.ndarray) -> str:
@@ -156,12 +110,7 @@ def cell_of_center(mask: np.ndarray) -> str:
 
 
 def cells_of_mask(mask: np.ndarray, *, min_share: float = 0.05) -> tuple[str, ...]:
-    """Cells of the centres of a mask's regions, the largest region first; one entry per region.
-
-    Args:
-        mask: bool ``(H, W)``.
-        min_share: regions smaller than this share of the largest one are left out (crumbs of one mark).
-    """
+    """Cells of the centres of a bool mask's regions, the largest first, without crumbs below ``min_share`` of it."""
     import cv2
 
     joined = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))
@@ -174,11 +123,7 @@ def cells_of_mask(mask: np.ndarray, *, min_share: float = 0.05) -> tuple[str, ..
 
 
 def answer(is_anomalous: bool, cells: Sequence[str] = ()) -> str:
-    """The sentence that AnomalyGPT is trained to say.
-
-    Args:
-        is_anomalous: label of the picture.
-        cells: one cell per anomaly, repeated when two lie in one; empty when the place is unknown.
+    """The sentence that AnomalyGPT is trained to say; one cell per anomaly, none when the place is unknown.
 
     >>> answer(True, ["top", "top", "left"])
     'Yes, there are 3 anomalies in the image, they are at the top and left of the image.'
@@ -222,45 +167,13 @@ def answers_say(text: str) -> bool | None:
     return parse_answer(text).is_anomalous
 
 
-def score_answers(answers: Sequence[str], labels: Sequence[bool]) -> AnswerScores:
-    """Count right, unclear and "yes" answers.
-
-    Args:
-        answers: as generated.
-        labels: True = anomalous.
-    Raises:
-        ValueError: the lengths differ.
-    """
-    if len(answers) != len(labels):
-        raise ValueError(f"{len(answers)} answers for {len(labels)} labels; one each is needed.")
-    verdicts = [answers_say(text) for text in answers]
-    return AnswerScores(
-        n=len(verdicts),
-        n_correct=sum(verdict == bool(label) for verdict, label in zip(verdicts, labels) if verdict is not None),
-        n_unparseable=sum(verdict is None for verdict in verdicts),
-        n_yes=sum(verdict is True for verdict in verdicts),
-        n_anomalous=sum(map(bool, labels)),
-        n_right_yes=sum(verdict is True and bool(label) for verdict, label in zip(verdicts, labels)),
-    )
-
-
 def place_is_right(text: str, mask: np.ndarray) -> bool | None:
-    """Whether the answer's place agrees with the mask.
+    """Whether an answer about an anomalous picture names the place of its mask, bool ``(H, W)``.
 
-    Args:
-        text: an answer about an anomalous picture.
-        mask: bool ``(H, W)`` with an anomalous pixel.
-    Returns:
-        True when the cell of the largest region's centre, or of the centre of all anomalous pixels, is named, and no
-        more cells than the mask has regions: naming all nine is not right. None when the mask is empty. An answer
-        without a place is wrong.
+    True when the cell of the largest region's centre, or of the centre of all anomalous pixels, is named, and no more
+    cells than the mask has regions: naming all nine is not right. None when the mask is empty.
     """
-    true_cells = cells_of_mask(mask)
+    true_cells, named = cells_of_mask(mask), parse_answer(text).cells
     if not true_cells:
         return None
-    named = parse_answer(text).cells
     return bool({true_cells[0], cell_of_center(mask)} & named) and len(named) <= len(true_cells)
-
-
-def _third(share: float) -> int:
-    return 0 if share <= 1 / 3 else 1 if share <= 2 / 3 else 2

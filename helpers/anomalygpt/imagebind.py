@@ -22,31 +22,18 @@ from torch import nn
 from helpers import files
 
 N_TAPS = 4
-NORMAL_STATES = (
-    "{}",
-    "flawless {}",
-    "perfect {}",
-    "unblemished {}",
-    "{} without flaw",
-    "{} without defect",
-    "{} without damage",
-)
+_WITHOUT = [f"{{}} without {what}" for what in ("flaw", "defect", "damage")]
+NORMAL_STATES = ("{}", "flawless {}", "perfect {}", "unblemished {}", *_WITHOUT)
 ABNORMAL_STATES = ("damaged {}", "broken {}", "{} with flaw", "{} with defect", "{} with damage")
 TEMPLATES = ("a photo of a {}.", "a photo of the {}.")
 
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What AnomalyGPT reads of a batch of pictures.
+    """What AnomalyGPT reads of a batch of pictures."""
 
-    Attributes:
-        embedding: float ``(B, J)``, unit norm.
-        taps: float ``(T, B, N, W)``, raw patch tokens after the tapped blocks, row-major from the top left, class
-            token dropped.
-    """
-
-    embedding: torch.Tensor
-    taps: torch.Tensor
+    embedding: torch.Tensor  # float (B, J), unit norm
+    taps: torch.Tensor  # float (T, B, N, W), raw patch tokens of the tapped blocks, from the top left, no class token
 
     def __len__(self) -> int:
         return self.embedding.shape[0]
@@ -69,17 +56,11 @@ class ImageFeatures:
 
 @dataclass(frozen=True)
 class ImageBind:
-    """ImageBind's image tower with its preprocessing.
+    """ImageBind's image tower with its preprocessing."""
 
-    Attributes:
-        visual: ``open_clip`` vision transformer, eval mode, frozen.
-        taps: zero-based blocks whose output tokens are read.
-        weights_id: hash of the weights, part of cache keys.
-    """
-
-    visual: nn.Module
-    taps: tuple[int, ...]
-    weights_id: str = ""
+    visual: nn.Module  # open_clip's vision transformer, eval mode, frozen
+    taps: tuple[int, ...]  # zero-based blocks whose output tokens are read
+    weights_id: str = ""  # hash of the weights
 
     @property
     def image_size(self) -> int:
@@ -101,10 +82,6 @@ class ImageBind:
         """Width of the embedding that images and texts share."""
         return self.visual.proj.shape[1]
 
-    @property
-    def device(self) -> torch.device:
-        return self.visual.class_embedding.device
-
     def preprocess(self, image: np.ndarray) -> torch.Tensor:
         """uint8 RGB ``(H, W, 3)`` -> float32 ``(3, S, S)``, see :func:`preprocess`."""
         return preprocess(image, self.image_size)
@@ -112,7 +89,7 @@ class ImageBind:
     def features(self, pixels: torch.Tensor) -> ImageFeatures:
         """Embedding and taps of preprocessed pictures, float ``(B, 3, S, S)``, in one pass; no gradients."""
         with torch.no_grad():
-            pixels = pixels.to(self.device, self.visual.class_embedding.dtype)
+            pixels = pixels.to(self.visual.class_embedding)
             out = self.visual.forward_intermediates(pixels, indices=list(self.taps), output_fmt="NLC")
             embedding = nn.functional.normalize(out["image_features"].float(), dim=-1)
             return ImageFeatures(embedding, torch.stack(out["image_intermediates"]))
@@ -149,12 +126,9 @@ def preprocess(image: np.ndarray, size: int, *, mode: str = "squash") -> torch.T
 def load_imagebind(folder: Path, *, device: str = "cpu") -> ImageBind:
     """Load the image tower that notebook 01 prepared: float32 on a CPU, as stored (float16) on a GPU.
 
-    Args:
-        folder: holds ``config.json`` (arguments of ``open_clip.CLIP``) and ``model.safetensors``.
-        device: torch device name.
     Raises:
         FileNotFoundError: the folder is incomplete; names notebook 01.
-        ValueError: keys or shapes are not those of the configuration.
+        ValueError: keys or shapes are not those of ``config.json`` (arguments of ``open_clip.CLIP``).
     """
     config, state = _prepared(folder, visual=True)
     if device == "cpu":
@@ -236,38 +210,28 @@ def sentences(name: str) -> tuple[list[str], list[str]]:
 
 
 def encode_text_pair(model: nn.Module, tokens: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Text features of one name.
+    """Tokenised sentences, int64 ``(14, L)`` and ``(10, L)`` -> features float32 ``(2, J)``, normal first, unit norm.
 
-    Args:
-        model: ``open_clip.CLIP`` with its text tower.
-        tokens: int64 ``(14, L)`` and ``(10, L)``: tokenised normal and abnormal sentences.
-    Returns:
-        float32 ``(2, J)``, unit norm, normal first. (ImageBind's text scale cancels in the normalisation.)
+    ImageBind's text scale cancels in the normalisation.
     """
     with torch.no_grad():
         means = [model.encode_text(group, normalize=True).float().mean(dim=0) for group in tokens]
         return nn.functional.normalize(torch.stack(means), dim=-1)
 
 
-def text_pair(folder: Path, name: str, *, cache_dir: Path, device: str = "cpu") -> torch.Tensor:
-    """Normal and abnormal text features of a name, from disk where they are known.
+def text_pair(folder: Path, *, cache_dir: Path, device: str = "cpu") -> torch.Tensor:
+    """Text features of "object", float32 ``(2, J)`` on the CPU: the released weights were most likely trained with it.
 
-    Args:
-        folder: prepared ImageBind weights; the text tower is loaded only for a name that is not known.
-        name: what the pictures show, for example ``"object"``.
-        cache_dir: where the features are kept, one file per weights and name.
-        device: where missing ones are computed.
-    Returns:
-        float32 ``(2, J)`` on the CPU.
+    They are kept in ``cache_dir``; the text tower in ``folder`` is loaded only where they are not known.
     """
     import open_clip
     from safetensors.torch import load_file, save_file
 
-    path = Path(cache_dir) / f"imagebind_text_{_weights_id(folder)[:16]}_{files.sha256_json(name)[:8]}.safetensors"
+    path = Path(cache_dir) / f"imagebind_text_{_weights_id(folder)[:16]}_object.safetensors"
     if not path.exists():
         config, state = _prepared(folder, visual=False)
         model = build_clip(config, {key: tensor.float() for key, tensor in state.items()}, part="text").to(device)
-        tokens = [open_clip.get_tokenizer("ViT-H-14")(group).to(device) for group in sentences(name)]
+        tokens = [open_clip.get_tokenizer("ViT-H-14")(group).to(device) for group in sentences("object")]
         with files.atomic_path(path) as temporary:
             save_file({"pair": encode_text_pair(model, tokens).cpu().contiguous()}, temporary)
     return load_file(path)["pair"]

@@ -9,9 +9,10 @@ Source: Gu et al., AnomalyGPT, AAAI 2024; Su et al., PandaGPT, 2023; code CASIA-
 
 from __future__ import annotations
 
+import functools
 import gc
+import importlib.util
 import json
-import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ ANSWER_END = "\n###"
 BYTES_PER_WEIGHT = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "8bit": 1.1, "4bit": 0.65}
 """The precisions; of quantised ones with their scales and the layers that stay in 16 bit."""
 VICUNA_ROWS = 32001
+_ADAPTER = "adapter_model.safetensors"
 
 
 class PromptTooLong(ValueError):
@@ -62,21 +64,16 @@ class ChatTokens:
     answer_prefix: str = ""
 
     @staticmethod
-    def from_functions(
-        encode: Callable[[str], list[int]],
-        decode: Callable[[Sequence[int]], str],
-        *,
-        bos_id: int,
-        eos_id: int,
+    def of(
+        encode: Callable[[str], list[int]], decode: Callable[[Sequence[int]], str], bos_id: int, eos_id: int,
         answer_prefix: str,
-    ) -> ChatTokens:
+    ) -> ChatTokens:  # fmt: skip
         """Derive the stop and yes/no ids from a tokenizer instead of trusting LLaMA's numbers; padding is eos."""
-        sentence = encode(f"{answer_prefix}Yes.{ANSWER_END}")
-        stop = next((i for i in sentence if "#" in decode([i])), None)
+        stop = next((i for i in encode(f"{answer_prefix}Yes.{ANSWER_END}") if "#" in decode([i])), None)
         if stop is None:
             raise ValueError("This tokenizer writes '###' without any token that holds '#'. Use the model's own one.")
-        first = [encode(f"{answer_prefix}{word}")[0] for word in ("Yes", "No")]
-        return ChatTokens(encode, decode, bos_id, eos_id, eos_id, frozenset([stop]), *first, answer_prefix)
+        yes_id, no_id = (encode(f"{answer_prefix}{word}")[0] for word in ("Yes", "No"))
+        return ChatTokens(encode, decode, bos_id, eos_id, eos_id, frozenset([stop]), yes_id, no_id, answer_prefix)
 
 
 def load_tokens(folder: Path) -> ChatTokens:
@@ -89,7 +86,6 @@ def load_tokens(folder: Path) -> ChatTokens:
     Raises:
         FileNotFoundError: the folder has no tokenizer.
     """
-    folder = Path(folder)
     if (folder / "tokenizer.model").exists():
         import sentencepiece
 
@@ -99,25 +95,19 @@ def load_tokens(folder: Path) -> ChatTokens:
         def decode(ids: Sequence[int]) -> str:
             return model.decode([i for i in ids if i < n_pieces and not model.is_control(i)])
 
-        return ChatTokens.from_functions(model.encode, decode, bos_id=1, eos_id=2, answer_prefix="")
+        return ChatTokens.of(model.encode, decode, 1, 2, "")
     if not (folder / "tokenizer.json").exists():
         raise FileNotFoundError(f"No tokenizer in {folder}. Run notebook 01_prepare_weights.")
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False)
-
-    def decode_fast(ids: Sequence[int]) -> str:
-        return tokenizer.decode(list(ids), skip_special_tokens=True)
-
+    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
     marks_words = tokenizer.convert_ids_to_tokens(encode("Yes"))[0].startswith("\u2581")
     bos_id, eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     if marks_words and bos_id == eos_id:  # the first Vicuna upload calls </s> the beginning, too
         bos_id, eos_id = tokenizer.convert_tokens_to_ids(["<s>", "</s>"])
-    prefix = "" if marks_words else " "
-    return ChatTokens.from_functions(encode, decode_fast, bos_id=bos_id, eos_id=eos_id, answer_prefix=prefix)
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
+    return ChatTokens.of(encode, lambda ids: decode(list(ids)), bos_id, eos_id, "" if marks_words else " ")
 
 
 @dataclass(frozen=True)
@@ -138,15 +128,6 @@ class Language:
         return self.model.config.hidden_size
 
     @property
-    def context(self) -> int:
-        """Longest input plus output in positions."""
-        return self.model.config.max_position_embeddings
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
-
-    @property
     def decoder(self) -> nn.Module:
         """The blocks without the output layer, wherever peft put them."""
         inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
@@ -154,7 +135,8 @@ class Language:
 
     def embed(self, ids: Sequence[int]) -> torch.Tensor:
         """Embeddings ``(n, hidden)`` of token ids."""
-        return self.model.get_input_embeddings()(torch.tensor(list(ids), dtype=torch.long, device=self.device))
+        table = self.model.get_input_embeddings()
+        return table(torch.tensor(list(ids), dtype=torch.long, device=table.weight.device))
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -165,8 +147,8 @@ def load_language(folder: Path, *, lora: Path, precision: str = "fp32", device: 
 
     In ``"fp32"``, ``"bf16"`` and ``"fp16"`` the LoRA is merged: logits change by rounding only, and two small products
     per layer and matrix are saved at every token. Quantised weights keep it beside them. Measured on mini's model
-    against fp32: merged and kept in bf16 other words win at 2.3 % of the positions, in fp16 at 0.8 %; so fp16 is for
-    answers, and bf16 for training, where fp16 gradients would overflow.
+    against fp32: kept in bf16 other words win at 2.3 % of the positions, in fp16 at 0.8 %; so fp16 is for answers, and
+    bf16 for training, where fp16 gradients would overflow.
 
     Args:
         folder: Hugging Face folder of notebook 01.
@@ -182,50 +164,35 @@ def load_language(folder: Path, *, lora: Path, precision: str = "fp32", device: 
 
     if precision not in BYTES_PER_WEIGHT:
         raise ValueError(f"precision is {precision!r}; allowed are {', '.join(BYTES_PER_WEIGHT)}.")
-    folder = Path(folder)
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"No language model in {folder}. Run notebook 01_prepare_weights.")
     check_base(json.loads((folder / "config.json").read_text()), folder)
-    options: dict[str, Any] = {"device_map": {"": device}}
-    quantised = precision in ("8bit", "4bit")
-    if quantised:
-        options["quantization_config"] = _quantisation(precision, device)
     # transformers 5 calls the argument dtype, 4.53 torch_dtype
     name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-    options[name] = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision, torch.float16)
+    options: dict[str, Any] = {name: {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision, torch.float16)}
+    if quantised := precision in ("8bit", "4bit"):
+        if not device.startswith("cuda") or importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError(
+                f"precision {precision!r} needs a GPU and bitsandbytes (pip install bitsandbytes). Without them use "
+                "'fp16', on a CPU 'fp32' or 'bf16'."
+            )
+        kind = {"load_in_8bit": True} if precision == "8bit" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+        options["quantization_config"] = transformers.BitsAndBytesConfig(**kind, bnb_4bit_compute_dtype=torch.float16)
     with memory_errors("precision '8bit' or '4bit'"):
-        model = with_lora(transformers.LlamaForCausalLM.from_pretrained(folder, **options), Path(lora))
-        if not quantised:
-            model = model.merge_and_unload()
+        model = transformers.LlamaForCausalLM.from_pretrained(folder, device_map={"": device}, **options)
+        model = with_lora(model, lora)
+        model = model if quantised else model.merge_and_unload()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # a LoRA kept beside quantised weights brings its own; it is not trained here
     return Language(model.eval().requires_grad_(False), load_tokens(folder))
 
 
-def _quantisation(precision: str, device: str) -> Any:
-    """Settings of bitsandbytes for a precision; the weights are quantised shard by shard on their way to the GPU."""
-    if not device.startswith("cuda"):
-        raise ValueError(f"precision {precision!r} needs a GPU (bitsandbytes). On a CPU use 'fp32' or 'bf16'.")
-    import importlib.util
-
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(f"precision {precision!r} needs bitsandbytes: pip install bitsandbytes, or use 'fp16'.")
-    from transformers import BitsAndBytesConfig
-
-    if precision == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float16)
-
-
 def check_base(config: dict[str, Any], folder: Path | str = "the model") -> None:
-    """Refuse language models that PandaGPT's and AnomalyGPT's weights were not made for.
+    """Refuse language models that PandaGPT's and AnomalyGPT's weights were not made for, with a ``ValueError``.
 
     Vicuna v0 is LLaMA-1 with 2048 positions and 32001 rows; 32000 rows (the bare LLaMA-1, Vicuna v1.1) talk but were
     not trained with. LLaMA-2, CodeLlama and Vicuna 1.5 share the sizes but not the weights: answers become nonsense.
-
-    Raises:
-        ValueError: not a LLaMA architecture, or LLaMA-2's family.
     """
     if config.get("model_type") != "llama":
         raise ValueError(f"{folder} is a {config.get('model_type')!r} model; only the LLaMA architecture fits.")
@@ -258,50 +225,28 @@ def with_lora(model: nn.Module, folder: Path) -> nn.Module:
     import peft
     from safetensors import safe_open
 
-    with tempfile.TemporaryDirectory() as temporary:
-        if not (folder / "adapter_config.json").exists():
-            folder = _as_adapter(folder, Path(temporary))
-        with warnings.catch_warnings(record=True) as heard:
-            warnings.simplefilter("always")
-            try:
-                wrapped = peft.PeftModel.from_pretrained(model, folder)
-            except RuntimeError as error:  # another shape
-                raise _unfitting(str(error).split("\n")[0:3]) from None
-        missing = [str(w.message) for w in heard if "missing" in str(w.message)]
-        with safe_open(folder / "adapter_model.safetensors", framework="numpy") as file:
-            n_stored = len(file.keys())
-    n_wanted = sum("lora_" in name for name, _ in wrapped.named_parameters())
-    if missing or n_stored != n_wanted:  # peft warns of what is missing and is silent about what is left over
-        raise _unfitting([f"{n_stored} matrices for {n_wanted}", *missing])
+    if not (folder / "adapter_config.json").exists():
+        raise FileNotFoundError(f"No prepared LoRA of PandaGPT in {folder}. Run notebook 01_prepare_weights.")
+    problems, wrapped = [], model
+    with warnings.catch_warnings(record=True) as heard, safe_open(folder / _ADAPTER, framework="numpy") as file:
+        warnings.simplefilter("always")
+        try:
+            wrapped = peft.PeftModel.from_pretrained(model, folder)
+        except RuntimeError as error:  # another shape
+            problems.append(str(error))
+        # peft warns of what is missing and is silent about what is left over
+        problems += [str(w.message) for w in heard if "missing" in str(w.message)]
+        n_stored, n_wanted = len(file.keys()), sum("lora_" in name for name, _ in wrapped.named_parameters())
+    if problems or n_stored != n_wanted:
+        told = " ".join(" ".join(problems).split())[:300]
+        raise ValueError(
+            f"PandaGPT's LoRA does not fit this language model: {n_stored} matrices for {n_wanted}. {told} It belongs "
+            "to a model of another size, or its file is incomplete; prepare the matching file in notebook 01."
+        )
     return wrapped
 
 
-def _unfitting(details: Sequence[str]) -> ValueError:
-    told = " ".join(" ".join(details).split())[:300]
-    return ValueError(
-        f"PandaGPT's LoRA does not fit this language model: {told}. It belongs to a model of another size, or its file "
-        "is incomplete; prepare the matching PandaGPT file in notebook 01."
-    )
-
-
-def _as_adapter(folder: Path, target: Path) -> Path:
-    """The LoRA of a folder that an earlier notebook 01 wrote under the published names, in peft's form."""
-    from safetensors.torch import load_file, save_file
-
-    if not (folder / "model.safetensors").exists():
-        raise FileNotFoundError(f"No prepared PandaGPT weights in {folder}. Run notebook 01_prepare_weights.")
-    state = {
-        key.removeprefix("llama_model.").replace(".default.", "."): tensor
-        for key, tensor in load_file(folder / "model.safetensors").items()
-        if "lora_" in key
-    }
-    save_file(state, target / "adapter_model.safetensors")
-    config = json.loads((folder / "config.json").read_text()) | {"peft_type": "LORA"}
-    (target / "adapter_config.json").write_text(json.dumps(config))
-    return target
-
-
-def load_projection(lora: Path, *, device: str = "cpu") -> nn.Linear:
+def load_projection(lora: Path) -> nn.Linear:
     """PandaGPT's projection of the image embedding to the language model's width, float32, frozen.
 
     Raises:
@@ -310,7 +255,7 @@ def load_projection(lora: Path, *, device: str = "cpu") -> nn.Linear:
     """
     from safetensors.torch import load_file
 
-    path = Path(lora) / "model.safetensors"
+    path = lora / "model.safetensors"
     if not path.exists():
         raise FileNotFoundError(f"No prepared PandaGPT weights in {lora}. Run notebook 01_prepare_weights.")
     state = load_file(path)
@@ -320,17 +265,14 @@ def load_projection(lora: Path, *, device: str = "cpu") -> nn.Linear:
         raise ValueError(f"{path} lacks {error}. Prepare PandaGPT again with notebook 01.") from error
     layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
     layer.load_state_dict({"weight": weight, "bias": bias}, assign=True)
-    return layer.requires_grad_(False).to(device)
+    return layer.requires_grad_(False)
 
 
 class memory_errors:
     """Turn "CUDA out of memory" into one sentence that names the knob to turn, and let go of what filled the memory.
 
-    The frames of the failed call are emptied: a notebook keeps the last error, its error the frames, and these every
-    tensor of the failed step, so that the next try would meet the same full GPU.
-
-    Raises:
-        RuntimeError: in place of torch's own error.
+    A notebook keeps its last error, the error the frames of the failed call, and these every tensor of the failed
+    step: the frames are emptied, else the next try would meet the same full GPU.
     """
 
     def __init__(self, knob: str) -> None:
@@ -340,15 +282,13 @@ class memory_errors:
         return None
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if not isinstance(error, torch.OutOfMemoryError):
-            return
-        said = str(error).split(".")[0]
-        traceback.clear_frames(trace)
-        error.__traceback__ = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        raise RuntimeError(f"The GPU's memory is full. Use {self._knob}, then run this cell again. ({said})") from None
+        if isinstance(error, torch.OutOfMemoryError):
+            traceback.clear_frames(trace)
+            error.__traceback__ = None
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            raise RuntimeError(f"The GPU's memory is full. Use {self._knob}, then run this cell again.") from None
 
 
 # --- the prompt ------------------------------------------------------------------------------------------------------
@@ -379,14 +319,8 @@ def clean_answer(text: str) -> str:
 def input_row(
     language: Language, image_token: torch.Tensor, prompts: torch.Tensor, text_ids: Sequence[int]
 ) -> torch.Tensor:
-    """Input embeddings ``(S, hidden)`` of one picture: see the module's layout.
-
-    Args:
-        language: the language model.
-        image_token: ``(1, hidden)``.
-        prompts: ``(18, hidden)``.
-        text_ids: ids of question and cue.
-    """
+    """Input embeddings ``(S, hidden)`` of one picture, see the module's layout: its image token ``(1, hidden)``, its
+    prompts ``(18, hidden)``, and the ids of question and cue."""
     tokens = language.tokens
     before = language.embed([tokens.bos_id, *tokens.encode(BEFORE_IMAGE)])
     after = language.embed(tokens.encode(AFTER_IMAGE))
@@ -398,14 +332,7 @@ def input_row(
 
 @torch.no_grad()
 def next_logits(language: Language, rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Logits float32 ``(B, vocabulary)`` of the token after each prompt; one padded pass for all.
-
-    Args:
-        language: the language model.
-        rows: input embeddings ``(S_i, hidden)``.
-    Raises:
-        PromptTooLong: a prompt is longer than the context.
-    """
+    """Logits float32 ``(B, vocabulary)`` of the token after each prompt ``(S_i, hidden)``; one padded pass for all."""
     _check_length(language, rows, 1)
     embeds, mask = _pad_left(rows)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -467,7 +394,7 @@ class _Streamer:
             self._on_ids(list(self._ids))
 
     def end(self) -> None:
-        return None
+        """Nothing is left to tell."""
 
 
 def _pad_left(rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -482,10 +409,9 @@ def _pad_left(rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def _check_length(language: Language, rows: Sequence[torch.Tensor], n_new: int) -> None:
-    longest = max(len(row) for row in rows)
-    if longest + n_new > language.context:
-        room = max(0, language.context - n_new)
+    longest, context = max(len(row) for row in rows), language.model.config.max_position_embeddings
+    if longest + n_new > context:
         raise PromptTooLong(
-            f"The prompt has {longest} positions and the answer may have {n_new}; the language model holds "
-            f"{language.context}. Shorten the question to fit {room} positions or clear the history."
+            f"The prompt has {longest} positions and the answer may have {n_new}; the language model holds {context}. "
+            f"Shorten the question to fit {max(0, context - n_new)} positions or clear the history."
         )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,27 +46,14 @@ class ImageDecoder(nn.Module):
         self.fc = nn.ModuleList(nn.Linear(width, joint_width) for _ in range(imagebind.N_TAPS))
 
     def forward(self, taps: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """Logits of normal and abnormal per patch.
-
-        Args:
-            taps: ``(T, B, N, W)``, class token dropped.
-            text: ``(2, J)``, unit norm, normal first.
-        Returns:
-            float ``(T, B, N, 2)``: 100 x cosine.
-        """
+        """Taps ``(T, B, N, W)``, text ``(2, J)``, unit norm, normal first -> logits ``(T, B, N, 2)``: 100 x cosine."""
         weight = self.fc[0].weight
         patches = torch.stack([layer(tap.to(weight.dtype)) for layer, tap in zip(self.fc, taps, strict=True)])
-        patches = nn.functional.normalize(patches, dim=-1)
-        return LOGIT_SCALE * patches @ text.to(patches).T
+        return LOGIT_SCALE * nn.functional.normalize(patches, dim=-1) @ text.to(patches).T
 
 
 class PromptLearner(nn.Module):
-    """18 soft prompts for the language model: 9 learnt ones and 9 made of the anomaly map.
-
-    Args:
-        hidden: width of the language model.
-        channels: widths of the convolutions before the last one.
-    """
+    """18 soft prompts of width ``hidden``: 9 learnt ones and 9 that convolutions make of the anomaly map."""
 
     def __init__(self, hidden: int, channels: Sequence[int] = PROMPT_CHANNELS) -> None:
         super().__init__()
@@ -82,24 +70,12 @@ class PromptLearner(nn.Module):
 
 
 class AnomalyHead(nn.Module):
-    """All that is trained: image decoder and prompt learner. Its state dict has the 21 published keys.
-
-    Args:
-        width: width of the image tower's tokens.
-        joint_width: width of the text features.
-        hidden: width of the language model.
-        channels: see :class:`PromptLearner`.
-    """
+    """All that is trained: image decoder and prompt learner. Its state dict has the 21 published keys."""
 
     def __init__(self, width: int, joint_width: int, hidden: int, channels: Sequence[int] = PROMPT_CHANNELS) -> None:
         super().__init__()
         self.image_decoder = ImageDecoder(width, joint_width)
         self.prompt_learner = PromptLearner(hidden, channels)
-
-    @property
-    def hidden(self) -> int:
-        """Width of the language model that the prompts are made for."""
-        return self.prompt_learner.base_prompts.shape[1]
 
     @classmethod
     def from_state(cls, state: Mapping[str, torch.Tensor]) -> AnomalyHead:
@@ -109,11 +85,10 @@ class AnomalyHead(nn.Module):
             ValueError: a key is missing, unknown, or has a shape that does not fit the others.
         """
         hint = "Prepare it again with notebook 01, or train it with notebook 06."
-        convolutions = sorted(
-            (int(key.split(".")[2]), tensor.shape[0])
-            for key, tensor in state.items()
-            if key.startswith("prompt_learner.meta_net.") and key.endswith(".weight")
-        )
+        widths = {
+            key: len(w) for key, w in state.items() if re.fullmatch(r"prompt_learner\.meta_net\.\d+\.weight", key)
+        }
+        channels = [widths[key] for key in sorted(widths, key=lambda key: int(key.split(".")[2]))][:-1]
         try:
             joint_width, width = state["image_decoder.fc.0.weight"].shape
             hidden = state["prompt_learner.base_prompts"].shape[1]
@@ -123,7 +98,7 @@ class AnomalyHead(nn.Module):
                 f"{sorted(state)[:3]}. {hint}"
             ) from None
         with torch.device("meta"):
-            head = cls(width, joint_width, hidden, [n for _, n in convolutions[:-1]] or PROMPT_CHANNELS)
+            head = cls(width, joint_width, hidden, channels or PROMPT_CHANNELS)
         imagebind.load_strictly(head, {k: tensor.float() for k, tensor in state.items()}, "an AnomalyGPT head", hint)
         return head.requires_grad_(True)
 
@@ -132,18 +107,12 @@ class AnomalyHead(nn.Module):
 
 
 def probabilities(logits: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Patch logits -> pixel probabilities of normal and abnormal.
+    """Patch logits ``(T, B, N, 2)`` -> pixel probabilities ``(T, B, 2, 224, 224)`` of normal and abnormal.
 
-    Args:
-        logits: ``(T, B, N, 2)`` from :class:`ImageDecoder`.
-        grid: patches per column and row, N = rows * columns.
-    Returns:
-        float ``(T, B, 2, 224, 224)``. The softmax comes after the interpolation; the other order differs by up to
-        0.14.
+    The softmax comes after the interpolation; the other order differs by up to 0.14. N = rows * columns of ``grid``.
     """
-    n_taps, n_images = logits.shape[:2]
     planes = logits.flatten(0, 1).transpose(1, 2).unflatten(2, grid)  # (T * B, 2, rows, columns)
-    return enlarge(planes.float()).softmax(dim=1).unflatten(0, (n_taps, n_images))
+    return enlarge(planes.float()).softmax(dim=1).unflatten(0, logits.shape[:2])
 
 
 def enlarge(planes: torch.Tensor) -> torch.Tensor:
@@ -157,40 +126,19 @@ def decoder_map(probability: torch.Tensor) -> torch.Tensor:
 
 
 def build_bank(taps: torch.Tensor) -> torch.Tensor:
-    """Memory bank of normal pictures.
-
-    Args:
-        taps: ``(T, k, N, W)``, raw tokens of k normal pictures.
-    Returns:
-        ``(T, k * N, W)`` with rows of unit norm, in the dtype of ``taps``.
-    """
+    """Raw tokens ``(T, k, N, W)`` of k normal pictures -> memory bank ``(T, k * N, W)``, rows of unit norm."""
     return nn.functional.normalize(taps.float(), dim=-1).flatten(1, 2).to(taps.dtype)
 
 
 def bank_similarity(taps: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
-    """Cosine similarity of each patch to the nearest normal patch.
-
-    Args:
-        taps: ``(T, B, N, W)``, raw tokens of the pictures.
-        bank: ``(T, M, W)``, from :func:`build_bank`.
-    Returns:
-        float32 ``(T, B, N)`` in [-1, 1].
-    """
+    """Cosine of each patch to the nearest normal patch: taps ``(T, B, N, W)``, bank ``(T, M, W)`` -> ``(T, B, N)``."""
     queries = nn.functional.normalize(taps.float(), dim=-1).to(bank.dtype)
     similarity = queries.flatten(1, 2) @ bank.transpose(1, 2)  # (T, B * N, M), one product per tap
     return similarity.amax(dim=-1).float().unflatten(1, queries.shape[1:3])
 
 
 def few_shot_map(taps: torch.Tensor, bank: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """The few-shot anomaly map: 1 - similarity to the bank, averaged over the taps, enlarged.
-
-    Args:
-        taps: ``(T, B, N, W)``.
-        bank: see :func:`bank_similarity`.
-        grid: patches per column and row.
-    Returns:
-        float32 ``(B, 224, 224)`` in [0, 2]; another scale than the decoder's map.
-    """
+    """The few-shot anomaly map, float32 ``(B, 224, 224)`` in [0, 2]: 1 - similarity to the bank, mean of the taps."""
     return 1.0 - enlarge(bank_similarity(taps, bank).mean(dim=0).unflatten(1, grid)[:, None])[:, 0]
 
 
@@ -204,18 +152,11 @@ def rotations(pixels: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Look:
-    """What AnomalyGPT sees in a batch of pictures: computed once, asked about many times.
+    """What AnomalyGPT sees in a batch of pictures: computed once, asked about many times."""
 
-    Attributes:
-        maps: float32 ``(B, 224, 224)`` on the CPU, higher = more anomalous; decoder map, or few-shot map with
-            references (another scale).
-        image_tokens: ``(B, 1, hidden)``, projected image embeddings.
-        prompts: ``(B, 18, hidden)``, made of the maps.
-    """
-
-    maps: torch.Tensor
-    image_tokens: torch.Tensor
-    prompts: torch.Tensor
+    maps: torch.Tensor  # float32 (B, 224, 224) on the CPU, higher = more anomalous
+    image_tokens: torch.Tensor  # (B, 1, hidden), projected image embeddings
+    prompts: torch.Tensor  # (B, 18, hidden), made of the maps
 
     def __len__(self) -> int:
         return len(self.maps)
@@ -238,23 +179,14 @@ class Look:
 
 @dataclass(frozen=True)
 class AnomalyGPT:
-    """The whole chain, ready to look at pictures and to answer.
-
-    Attributes:
-        image_tower: ImageBind's.
-        head: image decoder and prompt learner.
-        projection: image embedding -> image token, frozen (PandaGPT).
-        language: Vicuna with PandaGPT's LoRA, and its tokens.
-        text: float32 ``(2, J)``: features of "a photo of a flawless object" and "... a damaged object".
-        checkpoint_id: hash of the head's weights.
-    """
+    """The whole chain, ready to look at pictures and to answer."""
 
     image_tower: ImageBind
     head: AnomalyHead
-    projection: nn.Linear
-    language: Language
-    text: torch.Tensor
-    checkpoint_id: str = ""
+    projection: nn.Linear  # image embedding -> image token, frozen (PandaGPT)
+    language: Language  # Vicuna with PandaGPT's LoRA
+    text: torch.Tensor  # float32 (2, J): features of "a photo of a flawless object" and "... a damaged object"
+    checkpoint_id: str = ""  # hash of the head's weights
 
     @property
     def device(self) -> torch.device:
@@ -279,13 +211,10 @@ class AnomalyGPT:
         references: Sequence[np.ndarray] | torch.Tensor | None = None,
         maps: np.ndarray | None = None,
     ) -> Look:
-        """Maps and prompts of pictures, one pass of the image tower; no gradients.
+        """Maps and prompts of pictures, uint8 RGB of any sizes or their features; no gradients.
 
-        Args:
-            images: uint8 RGB pictures of any sizes, or their features.
-            references: normal pictures, or a bank from :meth:`bank`: the few-shot map replaces the decoder's map.
-            maps: float32 ``(B, 224, 224)`` made elsewhere (see ``map_of`` in
-                :func:`helpers.anomalygpt.evaluation.run`), in place of both.
+        The map is the decoder's; with references (normal pictures, or a bank from :meth:`bank`) the few-shot map; or
+        one made elsewhere, ``maps`` float32 ``(B, 224, 224)``.
         """
         with torch.no_grad():
             features = self._features(images)
@@ -309,7 +238,7 @@ class AnomalyGPT:
         max_new_tokens: int = 64,
         on_text: Callable[[str], None] | None = None,
     ) -> list[str]:
-        """Answers about the pictures, one prompt batch.
+        """Cleaned answers to one question, one per picture; they may be empty.
 
         Args:
             look: the pictures.
@@ -317,8 +246,6 @@ class AnomalyGPT:
             history: earlier turns ``(question, answer)``.
             max_new_tokens: length limit of the answers.
             on_text: of a single picture: gets the text of the answer each time it grows.
-        Returns:
-            cleaned answers, one per picture; may be empty.
         Raises:
             helpers.anomalygpt.language.PromptTooLong: prompt and answer do not fit the language model's context.
         """
@@ -368,16 +295,14 @@ def load(
 
     Args:
         weights_dir: with ``vicuna/``, ``imagebind/``, ``pandagpt/`` and ``anomalygpt/``.
-        checkpoint: one of :data:`CHECKPOINTS`, a folder with ``model.safetensors`` of notebook 06, or None for a new
-            head (the only choice for 13B, for which no head is published).
-        device: torch device name.
-        precision: of the language model, see :func:`helpers.anomalygpt.language.load_language`.
+        checkpoint: one of :data:`CHECKPOINTS`, a folder of notebook 06, or None for a new head (the only choice for
+            13B, for which no head is published).
+        device, precision: see :func:`helpers.anomalygpt.language.load_language`, which tells what is refused.
         cache_dir: where text features are kept.
         seed: of a new head.
     Raises:
         FileNotFoundError: weights are missing; names the notebook that makes them.
         ValueError: weights that do not fit each other.
-        RuntimeError: GPU memory ran out; names what to change.
     """
     global _loaded
     previous = _loaded and _loaded()
@@ -385,10 +310,10 @@ def load(
         _empty(previous)
     folder, lora = weights.require(weights_dir, "imagebind"), weights.require(weights_dir, "pandagpt")
     vicuna = weights.require(weights_dir, "vicuna")
-    text = imagebind.text_pair(folder, "object", cache_dir=cache_dir, device=device)
+    text = imagebind.text_pair(folder, cache_dir=cache_dir, device=device)
     tower = imagebind.load_imagebind(folder, device=device)
     speaker = language.load_language(vicuna, lora=lora, precision=precision, device=device)
-    projection = language.load_projection(lora, device=device)
+    projection = language.load_projection(lora).to(device)
     if checkpoint is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -435,17 +360,17 @@ def check_widths(tower: ImageBind, head: AnomalyHead, projection: nn.Linear, hid
     """Refuse weights that were made for other models.
 
     Raises:
-        ValueError: names the two numbers that differ and what to do.
+        ValueError: names the numbers that differ and what to do.
     """
-    decoder = head.image_decoder.fc[0]
+    decoder, prompts = head.image_decoder.fc[0], head.prompt_learner.base_prompts
     pairs = (
-        ("the image decoder reads tokens of width", decoder.in_features, "the image tower makes", tower.width),
-        ("the image decoder writes width", decoder.out_features, "the text features have", tower.joint_width),
-        ("the prompt learner writes width", head.hidden, "the language model has hidden width", hidden),
-        ("PandaGPT's projection writes width", projection.out_features, "the language model has hidden width", hidden),
-        ("PandaGPT's projection reads width", projection.in_features, "the image embedding has", tower.joint_width),
+        ("image decoder reads tokens of", decoder.in_features, "image tower makes", tower.width),
+        ("image decoder writes", decoder.out_features, "text features have", tower.joint_width),
+        ("prompt learner writes", prompts.shape[1], "language model has", hidden),
+        ("PandaGPT's projection writes", projection.out_features, "language model has", hidden),
+        ("PandaGPT's projection reads", projection.in_features, "image embedding has", tower.joint_width),
     )
-    wrong = [f"{left} {a}, {right} {b}" for left, a, right, b in pairs if a != b]
+    wrong = [f"the {left} width {a}, the {right} width {b}" for left, a, right, b in pairs if a != b]
     if wrong:
         raise ValueError(
             f"These weights do not belong together: {'; '.join(wrong)}. The published AnomalyGPT heads fit Vicuna-7B "
@@ -455,19 +380,11 @@ def check_widths(tower: ImageBind, head: AnomalyHead, projection: nn.Linear, hid
 
 
 def check_memory(weights_dir: Path, *, device: str, precision: str, batch_size: int, training: bool = False) -> str:
-    """Compare what the chain needs with all the memory of the device, before anything is loaded.
+    """Compare what the chain needs with all the memory of the device, before anything is loaded; the sum in words.
 
-    The language model is counted by its file; a picture in training keeps 0.45 GB of activations of a 7B model (0.1 GB
-    with gradient checkpointing, which is always on), in testing 0.15 GB of keys, values and taps. Estimates.
+    The weights are counted by their files. A picture of ``batch_size`` (a training pair is two) takes about 0.15 GB of
+    keys, values and taps beside a 7B model; in training, where activations are recomputed, 0.1 GB. Estimates.
 
-    Args:
-        weights_dir: see :func:`load`.
-        device: torch device name.
-        precision: see :func:`helpers.anomalygpt.language.load_language`.
-        batch_size: pictures at a time (a training pair is two).
-        training: with gradients and AdamW of the head.
-    Returns:
-        the sum in words.
     Raises:
         ValueError: it does not fit; names the three knobs.
     """

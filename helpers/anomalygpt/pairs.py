@@ -28,33 +28,18 @@ MASK_LIMIT = 0.3
 
 @dataclass(frozen=True)
 class HeadTraining:
-    """How the head is trained.
+    """How the head is trained; refuses numbers outside what is allowed with a ``ValueError``."""
 
-    Args:
-        n_epochs: passes over the training pictures; may grow when a run is resumed.
-        batch_size: samples (pairs of pictures) per optimiser step.
-        micro_batch: pairs per forward pass; must divide ``batch_size``; may shrink when a run is resumed.
-        learning_rate: highest rate of the schedule.
-        max_pairs: pairs per epoch at most (drawn anew each epoch), None for one per training picture.
-        n_tuning: tuning pairs at most.
-        patience: tuning scores without improvement until training stops, None for never.
-        wording: of the questions, see :func:`conversations.question`.
-        checkpoint_every: optimiser steps between checkpoints beside the one at each epoch's end.
-        seed: of order and simulation.
-    Raises:
-        ValueError: a number outside what is allowed.
-    """
-
-    n_epochs: int = 15
-    batch_size: int = 8
-    micro_batch: int = 4
-    learning_rate: float = 1e-3
-    max_pairs: int | None = None
-    n_tuning: int = 16
-    patience: int | None = 4
-    wording: str | None = "published"
-    checkpoint_every: int = 50
-    seed: int = 42
+    n_epochs: int = 15  # passes over the training pictures; may grow when a run is resumed
+    batch_size: int = 8  # samples (pairs of pictures) per optimiser step
+    micro_batch: int = 4  # pairs per forward pass, divides batch_size; may shrink when a run is resumed
+    learning_rate: float = 1e-3  # highest rate of the schedule
+    max_pairs: int | None = None  # pairs per epoch at most (drawn anew each epoch), None for one per training picture
+    n_tuning: int = 16  # tuning pairs at most
+    patience: int | None = 4  # tuning scores without improvement until training stops, None for never
+    wording: str | None = "published"  # of the questions, see conversations.question
+    checkpoint_every: int = 50  # optimiser steps between checkpoints beside the one at each epoch's end
+    seed: int = 42  # of order and simulation
 
     def __post_init__(self) -> None:
         if self.micro_batch < 1 or self.batch_size % self.micro_batch:
@@ -82,22 +67,14 @@ def from_preset(preset: str, **changes: Any) -> HeadTraining:
 
 @dataclass(frozen=True)
 class Pair:
-    """A training sample: a normal picture, an anomalous one, and what is known about the latter.
-
-    Attributes:
-        category: the artwork.
-        normal, anomalous: uint8 RGB ``(224, 224, 3)``.
-        mask: float32 ``(224, 224)``; nothing above 0.3 where the picture stayed normal.
-        cells: places of the anomalies.
-        reference: another normal picture of the artwork for the few-shot map, None for the decoder's map.
-    """
+    """A training sample: a normal picture, an anomalous one, and what is known about the latter."""
 
     category: str
-    normal: np.ndarray
-    anomalous: np.ndarray
-    mask: np.ndarray
-    cells: tuple[str, ...]
-    reference: np.ndarray | None
+    normal: np.ndarray  # uint8 RGB (224, 224, 3)
+    anomalous: np.ndarray  # of the same kind
+    mask: np.ndarray  # float32 (224, 224); nothing above 0.3 where the picture stayed normal
+    cells: tuple[str, ...]  # places of the anomalies
+    reference: np.ndarray | None  # another normal picture for the few-shot map, None for the decoder's map
 
     @property
     def is_anomalous(self) -> bool:
@@ -106,17 +83,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class Confirmed:
-    """A picture whose label the user of the chat has confirmed.
-
-    Attributes:
-        image_path: where it lies.
-        category: the artwork.
-        cell: where the anomaly is (one of :data:`conversations.CELLS`), None for a genuine picture.
-    """
+    """A picture whose label the user of the chat has confirmed."""
 
     image_path: Path
     category: str
-    cell: str | None = None
+    cell: str | None = None  # where the anomaly is, a word of conversations.CELLS; None for a genuine picture
 
 
 class PairDataset:

@@ -59,19 +59,15 @@ def answer_loss(
     speaker: language.Language, image_tokens: torch.Tensor, prompts: torch.Tensor, ids: torch.Tensor,
     targets: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Cross-entropy of the answers' tokens, and how many were the most likely ones.
+    """Mean cross-entropy over the answers' tokens, and the share of these that were the most likely ones.
 
     Only the positions that predict an answer token go through the output layer: of 1024 positions with 32001 logits
     each a training batch needs some twenty.
 
     Args:
         speaker: the language model.
-        image_tokens: ``(B, 1, hidden)``.
-        prompts: ``(B, 18, hidden)``, with gradients.
-        ids: int64 ``(B, L)``, question and answer, padded on the right with ``pad_id``.
-        targets: int64 ``(B, L)``, ids of the answer, :data:`IGNORED` elsewhere.
-    Returns:
-        mean loss over the answer tokens of the batch, and their accuracy.
+        image_tokens, prompts: ``(B, 1, hidden)``, ``(B, 18, hidden)`` with gradients.
+        ids, targets: int64 ``(B, L)``, see :func:`pad_texts`.
     """
     tokens, n_images = speaker.tokens, len(ids)
     before = speaker.embed([tokens.bos_id, *tokens.encode(language.BEFORE_IMAGE)]).expand(n_images, -1, -1)
