@@ -274,9 +274,9 @@ class Walk:
         head, name = anomalygpt.load_head(where, "train_supervised")
         return anomalygpt.AnomalyGPT(
             imagebind.load_imagebind(eyes, device=self.device), head.eval().to(self.device),
-            language.load_projection(lora, device=self.device),
+            language.load_projection(lora).to(self.device),
             language.Language(speaker, language.load_tokens(self.folder / "tokenizer")),
-            imagebind.text_pair(eyes, "object", cache_dir=cache, device=self.device), name,
+            imagebind.text_pair(eyes, cache_dir=cache, device=self.device), name,
         )  # fmt: skip
 
     def planned(self, n_pictures: int, *, training: bool = False) -> float:

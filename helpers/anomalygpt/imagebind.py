@@ -89,7 +89,8 @@ class ImageBind:
     def features(self, pixels: torch.Tensor) -> ImageFeatures:
         """Embedding and taps of preprocessed pictures, float ``(B, 3, S, S)``, in one pass; no gradients."""
         with torch.no_grad():
-            pixels = pixels.to(self.visual.class_embedding)
+            weight = self.visual.class_embedding
+            pixels = pixels.to(weight.device, weight.dtype)
             out = self.visual.forward_intermediates(pixels, indices=list(self.taps), output_fmt="NLC")
             embedding = nn.functional.normalize(out["image_features"].float(), dim=-1)
             return ImageFeatures(embedding, torch.stack(out["image_intermediates"]))

@@ -257,7 +257,7 @@ def train_head(
     pairs = PairDataset(learnt, settings, kinds=kinds, confirmed=confirmed)
     collate = Collate(model, settings.wording, map_of)
     evaluate, before = None, []
-    if kept_back:
+    if kept_back and settings.n_tuning:
         tuning = PairDataset(kept_back, settings, kinds=kinds, fixed=True)
         evaluate = _TuningScore(model, tuning, collate, settings.micro_batch)
         with torch.no_grad():
