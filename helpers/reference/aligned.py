@@ -68,13 +68,14 @@ class Comparison:
 
     def describe(self) -> str:
         """The answer in words, with what was seen and everything that limits it."""
-        sentences = {
+        first = {
             NOT_THIS: "Not this artwork: the picture lies on none of the references.",
             DIFFERENT: "This artwork, and it differs from every reference.",
             SAME: "This artwork; no difference was found.",
-        }
-        seen = f"{self.share_seen:.0%} of the picture was seen on a reference, the rest is not judged."
-        return " ".join([sentences[self.answer], *([] if self.answer == NOT_THIS else [seen]), *self.notes])
+        }[self.answer]
+        is_partly = self.answer != NOT_THIS and self.share_seen < 0.995
+        seen = [f"Only {self.share_seen:.0%} of it lies on a reference, the rest is not judged."] if is_partly else []
+        return " ".join([first, *seen, *self.notes])
 
 
 @dataclass

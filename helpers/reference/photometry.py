@@ -109,13 +109,12 @@ def matched(test: np.ndarray, other: np.ndarray, both: np.ndarray) -> np.ndarray
 
     All three are robust and bounded: another camera or lamp is undone, inverted or turned colours are not.
     """
-    picked = np.flatnonzero(both.ravel() > 0)[::7]
+    picked = np.flatnonzero(both.ravel() > 0)
+    picked = picked[:: max(7, len(picked) // 20_000)]
     known, wanted = test.reshape(-1, 3)[picked], other.reshape(-1, 3)[picked]
-    out = np.empty_like(test)
+    rows = [_colour_balance(known, wanted[:, channel], channel) for channel in (1, 2)]
+    out = cv2.transform(test, np.float32([[1, 0, 0, 0], *[[*weights, offset] for weights, offset in rows]]))
     out[..., 0] = _tone_curve(known[:, 0], wanted[:, 0], test[..., 0])
-    for channel in (1, 2):
-        weights, offset = _colour_balance(known, wanted[:, channel], channel)
-        out[..., channel] = test @ weights.astype(np.float32) + np.float32(offset)
     quarter = {"fx": 0.25, "fy": 0.25, "interpolation": cv2.INTER_AREA}
     off = cv2.resize(np.clip(other - out, -15, 15) * both[..., None], None, **quarter)
     slow = weighted_blur(off, cv2.resize(both, None, **quarter), max(both.shape) / 32, is_weighted=True)
@@ -141,10 +140,10 @@ def _tone_curve(known: np.ndarray, wanted: np.ndarray, values: np.ndarray) -> np
     slopes = np.clip(np.diff(y) / np.maximum(np.diff(x), 1e-3), 0.3, 2.5)
     curve = np.concatenate([[0], np.cumsum(slopes * np.diff(x))])
     curve += np.median(y - curve)
-    ends = np.where(values < x[0], (values - x[0]) * slopes[0], 0) + np.where(
-        values > x[-1], (values - x[-1]) * slopes[-1], 0
-    )
-    return (np.interp(values, x, curve) + ends).astype(np.float32)
+    steps = np.arange(-10, 110, 0.02)  # a table is five times as fast as interpolating each pixel
+    below, above = np.minimum(steps - x[0], 0) * slopes[0], np.maximum(steps - x[-1], 0) * slopes[-1]
+    table = (np.interp(steps, x, curve) + below + above).astype(np.float32)
+    return table[np.clip((values + 10) * 50 + 0.5, 0, len(steps) - 1).astype(np.int32)]
 
 
 def _colour_balance(known: np.ndarray, wanted: np.ndarray, channel: int) -> tuple[np.ndarray, float]:
