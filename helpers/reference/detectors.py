@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,8 @@ class Detector:
 
         def score(category: str, samples: Sequence[Sample]) -> list[Scored]:
             with one_thread():
-                return self.score(category, [load_image(sample.image_path) for sample in samples])
+                found = self.score(category, [load_image(sample.image_path) for sample in samples])
+            return [replace(one, answer="") for one in found]  # in results, answers are what chat models said
 
         return results.predict(
             folder, method=self.method, dataset=dataset, score=score, calibration=self.calibration,
