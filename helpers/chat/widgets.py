@@ -68,14 +68,10 @@ def guarded(action: Callable[..., None]) -> Callable[..., None]:
 
 
 class ChatUI:
-    """The widgets of a session; ``root`` is the one to display.
+    """The widgets of a session; ``root`` is the one to display. The first picture is chosen at once.
 
-    Args:
-        session: what they drive; the first sample is chosen at once.
-        samples: words -> picture of the dataset, see :func:`helpers.chat.session.sample_pictures`.
-        uploads: pictures from :func:`upload_on_colab`, offered beside the samples.
-        log: ``feedback.jsonl``.
-        transcripts: folder that “Save transcript” writes to.
+    Pictures are ``samples`` (:func:`helpers.chat.session.sample_pictures`) and ``uploads`` (:func:`upload_on_colab`);
+    judgements go to ``log``, transcripts into the folder ``transcripts``.
     """
 
     def __init__(
@@ -83,51 +79,41 @@ class ChatUI:
         transcripts: Path,
     ) -> None:  # fmt: skip
         self.session, self.samples, self._log, self._transcripts = session, dict(samples), log, transcripts
-        self._uploads = {f"uploaded: {one.name}": one for one in uploads}
-        self._busy = False
+        self._uploads, self._busy = {f"uploaded: {one.name}": one for one in uploads}, False
         wide, row = widgets.Layout(width="auto"), widgets.Layout(flex_flow="row wrap", width="auto")
-        self.sample = widgets.Dropdown(options=[*self._uploads, *self.samples], description="Picture", layout=wide)
+        names = [*self._uploads, *self.samples]
+        self.sample = widgets.Dropdown(options=names, description="Picture", layout=wide)
         self.path = widgets.Text(placeholder="/path/to/picture.jpg", description="or path", layout=wide)
         self.path.continuous_update = False
         self.upload = widgets.FileUpload(accept="image/*", description="or upload")
-        known = [(category_label(name), name) for name in session.categories]
-        self.compared_with = widgets.Dropdown(
-            options=known, value=session.category, description="Painting", layout=wide
-        )
+        known = {category_label(name): name for name in session.categories}
+        self.compared_with = widgets.Dropdown(options=known, description="Painting", layout=wide)
         self.image = widgets.Image(format="png", layout=widgets.Layout(max_width="100%", object_fit="contain"))
-        self.view = widgets.ToggleButtons(options=["marked", "picture"], value="marked")
-        self.view.style.button_width = "84px"
-        self.threshold = widgets.FloatSlider(
-            step=0.001, readout_format=".3f", continuous_update=False, description="threshold", layout=wide
-        )
+        self.view = widgets.ToggleButtons(options=["marked", "picture"])
+        self.threshold = widgets.FloatSlider(step=0.001, readout_format=".3f", description="threshold", layout=wide)
+        self.threshold.continuous_update = False
         self.line, self.talk, self.message, self.table = (widgets.HTML(layout=wide) for _ in range(4))
         self.quick = [widgets.Button(description=q, layout=widgets.Layout(width="auto")) for q in chat.FIXED_QUESTIONS]
         self.question = widgets.Text(placeholder="Ask about the picture …", layout=widgets.Layout(flex="1 1 auto"))
-        self.send = widgets.Button(description="Send", button_style="primary", layout=widgets.Layout(width="80px"))
-        self.again, self.save = (widgets.Button(description=text) for text in ("Start over", "Save transcript"))
+        self.send, self.again, self.save, self.give = (
+            widgets.Button(description=text, layout=widgets.Layout(width="auto"))
+            for text in ("Send", "Start over", "Save transcript", "Save judgement")
+        )
         self.verdict = widgets.ToggleButtons(options=list(feedback.VERDICTS), value=None)
-        self.verdict.style.button_width = "84px"
+        self.view.style.button_width = self.verdict.style.button_width = "84px"
         self.label = widgets.Dropdown(options=list(_LABELS), description="picture is", layout=wide)
         self.region = widgets.Dropdown(options=["", *feedback.CELLS], description="where", layout=wide)
         self.comment = widgets.Text(placeholder="What do you see? (optional)", layout=wide)
         self.keep = widgets.Checkbox(description="keep a copy of the picture", indent=False, layout=wide)
-        self.give = widgets.Button(description="Save judgement", button_style="success")
-        thumbnails = [self._thumbnail(name) for name in [*self._uploads, *self.samples]]
         left = [self.sample, self.path, self.upload, self.compared_with, self.image, self.view, self.threshold]
-        right = [
-            self.talk,
-            self.message,
-            widgets.HBox(self.quick, layout=row),
-            widgets.HBox([self.question, self.send]),
-        ]
-        small = widgets.HTML(f"<small>{_small_model(session)}</small>")
-        judged = [widgets.HTML("<b>Your judgement of the last answer</b>"), self.verdict, self.label, self.region]
-        right += [small, widgets.HBox([self.again, self.save]), *judged, self.comment, self.keep, self.give]
+        asking = [widgets.HBox(self.quick, layout=row), widgets.HBox([self.question, self.send, self.again, self.save])]
+        judging = [widgets.HTML("<b>Your judgement of the last answer</b>"), self.verdict, self.label, self.region]
+        right = [self.talk, self.message, *asking, *judging, self.comment, self.keep, self.give]
         half = widgets.Layout(flex="1 1 400px", min_width="300px", padding="0 10px")
-        columns = [widgets.VBox(part, layout=half) for part in (left, right)]
-        thumbs = widgets.HBox(thumbnails, layout=row)
-        parts = [widgets.HTML(str(_HTML.style())), thumbs, self.line, widgets.HBox(columns, layout=row), self.table]
-        self.root = widgets.VBox(parts, layout=widgets.Layout(max_width="1100px"))
+        columns = widgets.HBox([widgets.VBox(part, layout=half) for part in (left, right)], layout=row)
+        thumbs = widgets.HBox([self._thumbnail(name) for name in names], layout=row)
+        self.root = widgets.VBox([widgets.HTML(str(_HTML.style())), thumbs, self.line, columns, self.table])
+        self.root.layout.max_width = "1100px"
         self._wire()
         self._choose()
 
@@ -219,11 +205,12 @@ class ChatUI:
         if self.verdict.value is None:
             raise BadInput("Say first whether the answer is correct, wrong, or whether you are unsure.")
         picture = self.session.picture
-        judgement = {"verdict": self.verdict.value, "label": _LABELS[self.label.value], "comment": self.comment.value}
-        where = {"region": self.region.value or None, "context": self.session.context()}
-        kept = {"image_path": picture.path, "keep_image": self.keep.value}
         try:
-            feedback.record(self._log, picture.image, **kept, **judgement, **where)
+            feedback.record(
+                self._log, picture.image, image_path=picture.path, keep_image=self.keep.value,
+                verdict=self.verdict.value, label=_LABELS[self.label.value], region=self.region.value or None,
+                comment=self.comment.value, context=self.session.context(),
+            )  # fmt: skip
         except ValueError as error:
             raise BadInput(str(error)) from error
         self.verdict.value = None
@@ -261,9 +248,3 @@ def show(session: ChatSession, samples: Mapping[str, Sample], **options: Any) ->
     ui = ChatUI(session, samples, **options)
     display(ui.root)
     return ui
-
-
-def _small_model(session: ChatSession) -> str:
-    n = sum(parameter.numel() for parameter in session.model.language.model.parameters())
-    known = "it knows yes, no and where, nothing about art" if n < 1e9 else "its answers about art are not checked"
-    return f"The language model has {n / 1e6:,.0f} million parameters: {known}."
