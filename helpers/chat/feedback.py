@@ -88,9 +88,6 @@ class Entry:
         return Path(self.image_path).name or f"picture {self.pixels_sha256[:12]}"
 
 
-# --- write and read --------------------------------------------------------------------------------------------------
-
-
 def record(
     path: Path, image: np.ndarray, *, image_path: Path | None = None, keep_image: bool = False, **judgement: Any
 ) -> Entry:
@@ -129,9 +126,6 @@ def read(path: Path) -> tuple[list[Entry], list[str]]:
             except (ValueError, KeyError, TypeError) as error:
                 skipped.append(f"line {number} is no judgement ({type(error).__name__}: {error})")
     return entries, skipped
-
-
-# --- what may be used ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -191,9 +185,6 @@ def _picture_of(entry: Entry, path: Path) -> tuple[Path, np.ndarray] | None:
     if entry.kept_picture and kept.is_file():  # the name only: a log is not trusted with paths
         return kept, images.load_image(kept)
     return None
-
-
-# --- learning from it ------------------------------------------------------------------------------------------------
 
 
 def simulate_user(path: Path, dataset: Dataset, *, n_pictures: int, seed: int) -> None:

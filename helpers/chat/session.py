@@ -7,13 +7,12 @@ because a language model invents both; where its words contradict the map, a com
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 import traceback
 import unicodedata
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +35,7 @@ ASKED, WHERE, DESCRIBE, SURE = conversations.QUESTION, "Where is it?", "Describe
 FIXED_QUESTIONS = (ASKED, WHERE, DESCRIBE, SURE)
 """Asked without history: an invention of an earlier answer must not become a fact."""
 MODEL, NUMBERS = "AnomalyGPT", "from the map and the numbers"
-MAX_QUESTION = 1_000
-MAX_UPLOAD_BYTES = 40_000_000
-MAX_SIDE = 1024
+MAX_QUESTION, MAX_UPLOAD_BYTES, MAX_SIDE = 1_000, 40_000_000, 1024
 """Characters of a question; size of an uploaded file; longer side in pixels to which a picture is shrunk."""
 
 
@@ -74,9 +71,6 @@ class Turn:
     comment: str = ""
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
-
-
 def open_picture(path: str | Path, *, category: str | None = None) -> Picture:
     """Read a picture from a path; ``~`` is understood, quotes around it are dropped.
 
@@ -87,30 +81,22 @@ def open_picture(path: str | Path, *, category: str | None = None) -> Picture:
     if not text or "://" in text:
         raise BadInput("Give the path of a picture file, for example /content/photo.jpg; web addresses are not opened.")
     place = Path(text).expanduser().absolute()
-    return Picture(_read(place, str(place)), place.name, files.sha256_file(place), place, category)
+    try:
+        image = images.load_image(place, max_side=MAX_SIDE)
+    except (images.ImageError, OSError, ValueError) as error:
+        raise BadInput(str(error)) from error
+    return Picture(image, place.name, files.sha256_file(place), place, category)
 
 
 def receive_picture(name: str, content: bytes) -> Picture:
-    """Read an uploaded picture; its file is not kept.
-
-    Raises:
-        BadInput: empty, larger than :data:`MAX_UPLOAD_BYTES`, or no readable picture.
-    """
+    """Read an uploaded picture; its file is not kept. BadInput: too large, or no readable picture."""
     name = Path(name.replace("\\", "/")).name or "upload"
     if len(content) > MAX_UPLOAD_BYTES:
         size, allowed = len(content) / 1e6, MAX_UPLOAD_BYTES / 1e6
         raise BadInput(f"{name} has {size:.0f} MB; an upload may have {allowed:.0f}. Give the file's path instead.")
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "upload"
-        place.write_bytes(content)
-        return Picture(_read(place, name), name, hashlib.sha256(content).hexdigest())
-
-
-def _read(place: Path, name: str) -> np.ndarray:
-    try:
-        return images.load_image(place, max_side=MAX_SIDE)
-    except (images.ImageError, OSError, ValueError) as error:
-        raise BadInput(str(error).replace(str(place), name)) from error
+        (Path(folder) / name).write_bytes(content)
+        return replace(open_picture(Path(folder) / name), path=None)
 
 
 def sample_pictures(dataset: Dataset) -> dict[str, Sample]:
@@ -143,9 +129,6 @@ def clean_question(text: str) -> str:
     if len(question) > MAX_QUESTION:
         raise BadInput(f"The question has {len(question):,} characters; {MAX_QUESTION:,} are allowed. Shorten it.")
     return question
-
-
-# --- the session -----------------------------------------------------------------------------------------------------
 
 
 class ChatSession:
