@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import gpu_walk
 
 
-def test_the_walk_ends(tmp_path) -> None:
-    arguments = [
-        "--size",
-        "tiny",
-        "--device",
-        "cpu",
-        "--folder",
-        str(tmp_path),
-        "--pictures",
-        "4",
-        "--training-steps",
-        "2",
-    ]
-    steps = list(gpu_walk.main(arguments)[0])
+def test_the_walk_ends(tmp_path: Path) -> None:
+    options = "--size tiny --device cpu --pictures 2 --training-steps 1 --folder".split()
+    steps = list(gpu_walk.main([*options, str(tmp_path)])[0])
     assert steps[:2] == ["write the small checkpoints", "write LLaMA and the delta"] and len(steps) == 12
