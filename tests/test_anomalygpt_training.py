@@ -369,6 +369,8 @@ def test_the_head_learns_from_feedback(model, dataset, confirmed, tmp_path):
     result = t.learn_from_feedback(model, dataset, confirmed, folder=tmp_path / "head", settings=settings)
     assert result.n_steps == 1 and (tmp_path / "head" / "model.safetensors").exists()
     assert any(not tensor.equal(before[name]) for name, tensor in model.head.state_dict().items())
+    with pytest.raises(ValueError, match="other settings"):  # other feedback is another run
+        t.learn_from_feedback(model, dataset, confirmed[:2], folder=tmp_path / "head", settings=settings)
 
 
 def test_feedback_never_teaches_the_test(model, dataset, confirmed, tmp_path):

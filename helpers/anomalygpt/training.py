@@ -230,7 +230,6 @@ def train_head(
     settings: HeadTraining,
     confirmed: Sequence[Confirmed] = (),
     map_of: MapOf | None = None,
-    on_history: Callable[[list[dict[str, Any]]], None] | None = None,
     on_checkpoint: Callable[[Path], None] | None = None,
 ) -> training.TrainingResult:
     """Train the head of ``model`` on genuine pictures; resume if ``folder`` holds a checkpoint of the same run.
@@ -246,7 +245,7 @@ def train_head(
         confirmed: pictures of the feedback, see :func:`learn_from_feedback`.
         map_of: (picture uint8 RGB, category) -> float32 ``(224, 224)`` in [0, 1], 0.5 where genuine pictures end: the
             map that prompts are made of, in place of the published few-shot map.
-        on_history, on_checkpoint: see :func:`helpers.training.train`.
+        on_checkpoint: see :func:`helpers.training.train`.
     Raises:
         helpers.training.TrainingStopped: a loss became nan or infinite.
         RuntimeError: GPU memory ran out; names what to change.
@@ -267,10 +266,13 @@ def train_head(
         model.head.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=1e-3
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_and_decay(step, n_steps=n_steps))
-    free = ("n_epochs", "micro_batch", "patience", "checkpoint_every")  # they do not change what a step computes
-    speaker = model.language.model
+    identity = {
+        "kinds": kinds,
+        "map_of": map_of is not None,
+        **_identity(model, settings, learnt + kept_back, confirmed),
+    }
     if model.device.type == "cuda":
-        _recompute(speaker, True)
+        _recompute(model.language.model, True)
     try:
         with language.memory_errors("a smaller micro_batch or precision '8bit' or '4bit'"):
             result = training.train(
@@ -279,22 +281,30 @@ def train_head(
                 n_accumulation=settings.batch_size // settings.micro_batch, scheduler=schedule, collate=collate,
                 evaluate=evaluate, patience=settings.patience, max_grad_norm=1.0,
                 checkpoint_every=settings.checkpoint_every, seed=settings.seed, device=model.device.type,
-                on_history=on_history, on_checkpoint=on_checkpoint,
-                identity={
-                    "settings": {key: value for key, value in asdict(settings).items() if key not in free},
-                    "pictures": files.sha256_json(sorted(s.sha256 for s in learnt + kept_back)), "kinds": kinds,
-                    "image_tower": model.image_tower.weights_id, "start": model.checkpoint_id,
-                    "language": [model.language.hidden, str(model.language.embed([0]).dtype)],
-                },
+                on_checkpoint=on_checkpoint, identity=identity,
                 title="AnomalyGPT head",
             )  # fmt: skip
     finally:
         if model.device.type == "cuda":
-            _recompute(speaker, False)
+            _recompute(model.language.model, False)
         model.head.eval()
     result = replace(result, history=[*before, *result.history])
     _export(model.head, folder, settings, result, len(pairs), kinds)
     return result
+
+
+def _identity(
+    model: AnomalyGPT, settings: HeadTraining, samples: Sequence[Sample], confirmed: Sequence[Confirmed]
+) -> dict[str, Any]:
+    """What changes the mathematics of a run; a checkpoint with other values is not resumed."""
+    free = ("n_epochs", "micro_batch", "patience", "checkpoint_every")
+    taught = sorted([files.sha256_file(one.image_path), one.category, one.cell or ""] for one in confirmed)
+    return {
+        "settings": {key: value for key, value in asdict(settings).items() if key not in free},
+        "pictures": files.sha256_json(sorted(s.sha256 for s in samples)), "confirmed": files.sha256_json(taught),
+        "image_tower": model.image_tower.weights_id, "start": model.checkpoint_id,
+        "language": [model.language.hidden, str(model.language.embed([0]).dtype)],
+    }  # fmt: skip
 
 
 def _recompute(speaker: nn.Module, on: bool) -> None:
@@ -307,9 +317,8 @@ def _recompute(speaker: nn.Module, on: bool) -> None:
 
 
 def learn_from_feedback(
-    model: AnomalyGPT, dataset: Dataset, confirmed: Sequence[Confirmed], *, folder: Path, settings: HeadTraining,
-    on_history: Callable[[list[dict[str, Any]]], None] | None = None,
-) -> training.TrainingResult:  # fmt: skip
+    model: AnomalyGPT, dataset: Dataset, confirmed: Sequence[Confirmed], *, folder: Path, settings: HeadTraining
+) -> training.TrainingResult:
     """Train the head on, for some steps, with confirmed pictures among the others, lest it forget them.
 
     Each other pair starts from a confirmed genuine picture, and half of the anomalies of a painting are its confirmed
@@ -321,7 +330,6 @@ def learn_from_feedback(
         confirmed: what the user has confirmed; never a test picture.
         folder: of the new checkpoint.
         settings: with few epochs and pairs.
-        on_history: see :func:`helpers.training.train`.
     Raises:
         ValueError: nothing is confirmed, or a test picture is.
     """
@@ -332,7 +340,7 @@ def learn_from_feedback(
             f"{len(leaked)} test pictures among the {len(confirmed)} confirmed ones{': ' if leaked else ''}"
             f"{', '.join(path.name for path in leaked[:3])}. Learn from own pictures that are confirmed."
         )
-    return train_head(model, dataset, folder=folder, settings=settings, confirmed=confirmed, on_history=on_history)
+    return train_head(model, dataset, folder=folder, settings=settings, confirmed=confirmed)
 
 
 def example_pairs(dataset: Dataset, settings: HeadTraining, *, n: int = 4) -> list[dict[str, Any]]:
