@@ -168,9 +168,14 @@ def build_canvases(pictures: Sequence[tuple[np.ndarray, str]], side: int) -> lis
     while left:
         tried = []
         for base in left:
-            places = [np.eye(3) if one is base else _matrix(one, base) for one in left]
-            tried.append((sum(place is not None for place in places), base, places))
-        _, base, places = max(tried, key=lambda one: one[0])
+            found = [None if one is base else registration.register(one.features, [base.features]) for one in left]
+            places = [
+                np.eye(3) if one is base else None if place is None or place.is_mirrored else place.matrix
+                for one, place in zip(left, found)
+            ]
+            n_inliers = sum(place.n_inliers**0.5 for place in found if place is not None)
+            tried.append((sum(place is not None for place in places), n_inliers, base, places))
+        _, _, base, places = max(tried, key=lambda one: one[:2])
         height, width = base.image.shape[:2]
         scale = np.diag([side / max(height, width)] * 2 + [1.0])
         members = [(one, scale @ place) for one, place in zip(left, places) if place is not None]
@@ -187,11 +192,6 @@ def build_canvases(pictures: Sequence[tuple[np.ndarray, str]], side: int) -> lis
         members.sort(key=lambda one: one[0] is not base)
         canvases.append(Canvas(shape, [one for one, _ in members]))
     return canvases
-
-
-def _matrix(picture: Reference, base: Reference) -> np.ndarray | None:
-    found = registration.register(picture.features, [base.features])
-    return None if found is None or found.is_mirrored else found.matrix
 
 
 def best_canvas(
