@@ -40,7 +40,7 @@ STAGES = {
     "02_synthesize_anomalies": Stage(11, 2, 1.0, "data/*/manifest.json"),
     "03_clip": Stage(76, 5, 3.0, "results/clip_patch_knn/manifest.json"),
     "04_anomalyclip": Stage(34, 25, 6.0, "results/anomalyclip/manifest.json"),
-    "05_reference": Stage(60, 5, 0.5, "results/aligned/manifest.json"),
+    "05_reference": Stage(90, 5, 0.5, "results/aligned/manifest.json"),
     "06_anomalygpt_train": Stage(45, 10, 4.5, "checkpoints/anomalygpt/*/training.json"),
     "07_anomalygpt_test": Stage(31, 4, 0.5, "results/anomalygpt/manifest.json"),
     "08_anomalygpt_chat": Stage(42, 5, 0.1, ""),
