@@ -193,6 +193,7 @@ class Walk:
         raw.parent.mkdir(parents=True, exist_ok=True)
         torch.save({"prompt_learner": state}, raw)
         folder = self.route.weights_dir / "anomalyclip" / "trained_on_mvtec"
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier walk in this folder
         return published.convert("anomalyclip", raw, folder) / "model.safetensors"
 
     # --- the steps ----------------------------------------------------------------------------------------------------
