@@ -10,7 +10,6 @@ those with a mask. A picture that is anomalous as a whole (mirrored, another han
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from itertools import zip_longest
 
 import cv2
@@ -107,26 +106,27 @@ def pixel_table(maps: Iterable[np.ndarray], masks: Iterable[np.ndarray | None]) 
             maps than masks or the reverse.
     """
     missing = object()
-    small_maps, small_masks = [], []
+    sorted_pixels, pools = [], ([], [])
     for place, (anomaly_map, mask) in enumerate(zip_longest(maps, masks, fillvalue=missing)):
         if anomaly_map is missing or mask is missing:
             raise ValueError(f"Pass one mask for each map: only {place} pictures have both.")
-        small_maps.append(_small_map(anomaly_map))
-        small_masks.append(_small_mask(mask))
-    if not small_maps:
-        raise ValueError("Pixel metrics need at least one picture; pass maps with their masks.")
-    cuts = []
-    for value in (False, True):
-        pool = np.sort(np.concatenate([one[mask == value] for one, mask in zip(small_maps, small_masks)]))
-        cuts.append(pool[(np.linspace(0, 1, _N_BINS // 2) * (len(pool) - 1)).astype(int)] if len(pool) else pool)
-    edges = np.unique(np.concatenate(cuts))
-    rows = []
-    for anomaly_map, mask in zip(small_maps, small_masks):
-        place = np.searchsorted(edges, anomaly_map, side="right")
-        count = partial(np.bincount, minlength=len(edges) + 1)
-        region = cv2.connectedComponents(mask.astype(np.uint8))[1][mask]
+        small, marked = _small_map(anomaly_map), _small_mask(mask)
+        region = cv2.connectedComponents(marked.astype(np.uint8))[1][marked]
         weight = 1 / np.maximum(np.bincount(region, minlength=1), 1)[region]
-        rows.append([count(place[~mask]), count(place[mask]), count(place[mask], weights=weight)])
+        order = np.argsort(small[marked])
+        genuine, anomalous = np.sort(small[~marked]), small[marked][order]
+        sorted_pixels.append((genuine, anomalous, np.append(0, np.cumsum(weight[order]))))
+        for pool, pixels in zip(pools, (genuine, anomalous)):
+            pool.append(pixels[:: max(1, len(pixels) // _N_BINS)])
+    if not sorted_pixels:
+        raise ValueError("Pixel metrics need at least one picture; pass maps with their masks.")
+    shares = np.linspace(0, 1, _N_BINS // 2)
+    cuts = [np.sort(np.concatenate(pool)) for pool in pools]
+    edges = np.unique(np.concatenate([cut[(shares * (len(cut) - 1)).astype(int)] for cut in cuts if len(cut)]))
+    rows = []
+    for genuine, anomalous, weights in sorted_pixels:
+        below, found = (np.append(np.searchsorted(pixels, edges), len(pixels)) for pixels in (genuine, anomalous))
+        rows.append([np.diff(counted, prepend=0) for counted in (below, found, weights[found])])
     return np.moveaxis(np.array(rows, np.float64), 1, 0)[:, :, ::-1]
 
 
