@@ -234,21 +234,19 @@ def train_head(
 ) -> training.TrainingResult:
     """Train the head of ``model`` on genuine pictures; resume if ``folder`` holds a checkpoint of the same run.
 
-    After it, ``model.head`` holds the best parameters of the tuning pairs (early stopping), and ``folder`` holds
-    ``model.safetensors`` (21 tensors as published, float16) and ``training.json``.
+    ``model.head`` then holds the best parameters of the tuning pairs (early stopping), ``folder`` the 21 published
+    tensors in ``model.safetensors`` (float16), and ``training.json``.
 
     Args:
         model: the chain; its head is the start and is changed in place.
-        dataset: its training pictures and the kinds it holds out.
+        dataset, settings: its training pictures without the kinds it holds out; see :class:`HeadTraining`.
         folder: checkpoints go to ``folder/steps``, the result to ``folder``.
-        settings: see :class:`HeadTraining`.
         confirmed: pictures of the feedback, see :func:`learn_from_feedback`.
         map_of: (picture uint8 RGB, category) -> float32 ``(224, 224)`` in [0, 1], 0.5 where genuine pictures end: the
             map that prompts are made of, in place of the published few-shot map.
         on_checkpoint: see :func:`helpers.training.train`.
     Raises:
-        helpers.training.TrainingStopped: a loss became nan or infinite.
-        RuntimeError: GPU memory ran out; names what to change.
+        RuntimeError: a loss became nan or infinite, or GPU memory ran out.
         ValueError: pictures that cannot be trained with; other settings than the checkpoint's.
     """
     folder, (learnt, kept_back) = Path(folder), training_samples(dataset)
@@ -257,15 +255,9 @@ def train_head(
     collate = Collate(model, settings.wording, map_of)
     evaluate, before = None, []
     if kept_back and settings.n_tuning:
-        tuning = PairDataset(kept_back, settings, kinds=kinds, fixed=True)
-        evaluate = _TuningScore(model, tuning, collate, settings.micro_batch)
-        with torch.no_grad():
-            before = [{"epoch": 0, "step": 0, "score": evaluate(model.head)}]
-    n_steps = settings.n_epochs * math.ceil(len(pairs) / settings.batch_size)
-    optimizer = torch.optim.AdamW(
-        model.head.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=1e-3
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_and_decay(step, n_steps=n_steps))
+        evaluate = _TuningScore(model, PairDataset(kept_back, settings, kinds=kinds, fixed=True), collate, settings)
+        before = [{"epoch": 0, "step": 0, "score": evaluate(model.head)}]
+    optimizer, schedule = _optimiser(model.head, settings, len(pairs))
     identity = {
         "kinds": kinds,
         "map_of": map_of is not None,
@@ -288,9 +280,15 @@ def train_head(
         if model.device.type == "cuda":
             _recompute(model.language.model, False)
         model.head.eval()
-    result = replace(result, history=[*before, *result.history])
-    _export(model.head, folder, settings, result, len(pairs), kinds)
-    return result
+    return _export(model.head, folder, settings, replace(result, history=[*before, *result.history]), len(pairs), kinds)
+
+
+def _optimiser(head: AnomalyHead, settings: HeadTraining, n_pairs: int) -> tuple[Any, Any]:
+    """AdamW as published, and its schedule."""
+    n_steps = settings.n_epochs * math.ceil(n_pairs / settings.batch_size)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=1e-3)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_and_decay(step, n_steps=n_steps))
+    return optimizer, rate
 
 
 def _identity(
@@ -298,13 +296,17 @@ def _identity(
 ) -> dict[str, Any]:
     """What changes the mathematics of a run; a checkpoint with other values is not resumed."""
     free = ("n_epochs", "micro_batch", "patience", "checkpoint_every")
-    taught = sorted([files.sha256_file(one.image_path), one.category, one.cell or ""] for one in confirmed)
     return {
         "settings": {key: value for key, value in asdict(settings).items() if key not in free},
-        "pictures": files.sha256_json(sorted(s.sha256 for s in samples)), "confirmed": files.sha256_json(taught),
+        "pictures": files.sha256_json(sorted(s.sha256 for s in samples)),
+        "confirmed": files.sha256_json(_taught(confirmed)),
         "image_tower": model.image_tower.weights_id, "start": model.checkpoint_id,
         "language": [model.language.hidden, str(model.language.embed([0]).dtype)],
     }  # fmt: skip
+
+
+def _taught(confirmed: Sequence[Confirmed]) -> list[list[str]]:
+    return sorted([files.sha256_file(one.image_path), one.category, one.cell or ""] for one in confirmed)
 
 
 def _recompute(speaker: nn.Module, on: bool) -> None:
@@ -328,7 +330,7 @@ def learn_from_feedback(
         model: the chain; its head is where training starts, and is changed in place.
         dataset: its training pictures keep taking part, its tuning pictures choose the epoch.
         confirmed: what the user has confirmed; never a test picture.
-        folder: of the new checkpoint.
+        folder: gets a folder with the new checkpoint for each set of confirmed pictures.
         settings: with few epochs and pairs.
     Raises:
         ValueError: nothing is confirmed, or a test picture is.
@@ -340,7 +342,8 @@ def learn_from_feedback(
             f"{len(leaked)} test pictures among the {len(confirmed)} confirmed ones{': ' if leaked else ''}"
             f"{', '.join(path.name for path in leaked[:3])}. Learn from own pictures that are confirmed."
         )
-    return train_head(model, dataset, folder=folder, settings=settings, confirmed=confirmed)
+    place = Path(folder) / files.sha256_json(_taught(confirmed))[:12]
+    return train_head(model, dataset, folder=place, settings=settings, confirmed=confirmed)
 
 
 def example_pairs(dataset: Dataset, settings: HeadTraining, *, n: int = 4) -> list[dict[str, Any]]:
@@ -380,9 +383,10 @@ class _TuningScore:
     """Minus the mean loss on fixed simulated pairs: higher is better, and smooth even with few pairs (an AUROC of
     four pairs moves in steps of 1/16, and early stopping would follow its luck)."""
 
-    def __init__(self, model: AnomalyGPT, pairs: PairDataset, collate: Collate, size: int) -> None:
-        self._model, self._pairs, self._collate, self._size = model, pairs, collate, size
+    def __init__(self, model: AnomalyGPT, pairs: PairDataset, collate: Collate, settings: HeadTraining) -> None:
+        self._model, self._pairs, self._collate, self._size = model, pairs, collate, settings.micro_batch
 
+    @torch.no_grad()
     def __call__(self, head: nn.Module) -> float:
         total = 0.0
         for start in range(0, len(self._pairs), self._size):
@@ -395,7 +399,7 @@ class _TuningScore:
 def _export(
     head: AnomalyHead, folder: Path, settings: HeadTraining, result: training.TrainingResult, n_pairs: int,
     kinds: Sequence[str],
-) -> None:  # fmt: skip
+) -> training.TrainingResult:  # fmt: skip
     """``model.safetensors`` in the published layout, and what it came from, written last."""
     from safetensors.torch import save_file
 
@@ -408,3 +412,4 @@ def _export(
         "sha256": files.sha256_file(folder / "model.safetensors"), "history": list(result.history),
     }  # fmt: skip
     files.write_json(folder / "training.json", facts)
+    return result
