@@ -41,7 +41,7 @@ class Comparison:
         anomaly_map: float32 ``(H, W)`` in its frame; values above ``limit`` make a difference.
         seen: bool ``(H, W)``, what was seen on a reference; the rest is not judged.
         registration: how it lies, or None.
-        reference: uint8 RGB ``(H, W, 3)``: the best reference in the frame of the picture, or None.
+        reference: uint8 RGB ``(H, W, 3)``: the best reference in the frame of the picture, or just the first one.
         reference_hash: SHA-256 of that reference's pixels.
         notes: sentences for readers.
     """
@@ -73,6 +73,8 @@ class Comparison:
             DIFFERENT: "This artwork, and it differs from every reference.",
             SAME: "This artwork; no difference was found.",
         }[self.answer]
+        if self.answer == NOT_THIS and self.limit >= UNREGISTERED:
+            first = "Whether this is the artwork cannot be said: the picture lies on none of the references."
         is_partly = self.answer != NOT_THIS and self.share_seen < 0.995
         seen = [f"Only {self.share_seen:.0%} of it lies on a reference, the rest is not judged."] if is_partly else []
         return " ".join([first, *seen, *self.notes])
@@ -147,7 +149,10 @@ class Aligned:
             notes.append("Genuine pictures of it do not lie on each other either, so this says nothing: trust DINOv2.")
         everywhere = np.full(picture.shape[:2], 2 * min(self.limit, UNREGISTERED), np.float32)
         score = _strangeness(self.canvases, features)
-        return Comparison(NOT_THIS, score, self.limit, picture, everywhere, everywhere < 0, notes=tuple(notes))
+        first = self.canvases[0].references[0].image
+        reference, name = cv2.resize(first, picture.shape[1::-1], interpolation=cv2.INTER_AREA), pixel_hash(first)
+        seen = everywhere < 0
+        return Comparison(NOT_THIS, score, self.limit, picture, everywhere, seen, None, reference, name, tuple(notes))
 
 
 def _strangeness(canvases: Sequence[Canvas], features: Features) -> float:

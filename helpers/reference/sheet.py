@@ -106,6 +106,7 @@ def write(path: Path, comparison: Comparison, *, title: str, others: Sequence[di
         limit=comparison.limit,
         suspect=_uri(comparison.picture, 520),
         reference=None if reference is None else _uri(reference, 520),
+        is_laid=comparison.registration is not None,
         marked=_uri(marked(comparison, found), 900),
         found=[(n, one.place, one.area, one.strength) for n, one in enumerate(found, start=1)],
         suspect_hash=pixel_hash(comparison.picture),
