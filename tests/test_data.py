@@ -51,9 +51,6 @@ def test_a_folder_becomes_a_dataset(mvtec: Path, capsys: pytest.CaptureFixture[s
         assert part in words
 
 
-# --- bad files -------------------------------------------------------------------------------------------------------
-
-
 def test_bad_files_are_listed_and_stop_nothing(mvtec: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good, box = mvtec / "mona_lisa" / "train" / "good", mvtec / "mona_lisa" / "ground_truth" / "box"
     (good / "zero.png").write_bytes(b"")
@@ -110,9 +107,6 @@ def test_what_was_noticed_in_files_is_said_once(mvtec: Path) -> None:
     assert upright == SHAPE[::-1] and (data.mask_of(box[0], upright) == np.rot90(mask() > 0, -1)).all()
 
 
-# --- copies ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("place", ["test/good", "validation/good", "test/box"])
 def test_one_file_in_two_splits_or_with_two_labels_is_refused(mvtec: Path, place: str) -> None:
     base = mvtec / "mona_lisa"
@@ -167,9 +161,6 @@ def test_pictures_of_one_colour_or_of_a_fixed_camera_are_no_copies(mvtec: Path) 
     assert any("look the same" in note for note in reading.notes)
 
 
-# --- manifests -------------------------------------------------------------------------------------------------------
-
-
 def test_round_trip_keeps_every_field(mvtec: Path, tmp_path: Path) -> None:
     samples = list(data.read_folder(mvtec).samples)
     odd = put(tmp_path / "out" / 'with "quotes", comma é.png', picture(999))
@@ -192,10 +183,8 @@ def test_round_trip_keeps_every_field(mvtec: Path, tmp_path: Path) -> None:
 
 def test_a_moved_dataset_opens_with_the_same_hash(mvtec: Path, tmp_path: Path) -> None:
     first = data.open_dataset(data.build_manifest(mvtec).parent)
-    shutil.move(mvtec, tmp_path / "moved")
-    second = data.open_dataset(tmp_path / "moved", verify_files=True)
-    assert second.hash == first.hash
-    assert all(str(s.image_path).startswith(str(tmp_path / "moved")) for s in second.samples)
+    moved = data.open_dataset(shutil.move(mvtec, tmp_path / "moved"), verify_files=True)
+    assert moved.hash == first.hash and all(s.image_path.is_relative_to(tmp_path / "moved") for s in moved.samples)
 
 
 def test_the_hash_sees_every_meaningful_change(mvtec: Path) -> None:
@@ -296,9 +285,6 @@ def test_write_manifest_refuses_nothing_and_repeats(mvtec: Path, tmp_path: Path)
         data.write_manifest(tmp_path / "x", [*samples, samples[0]])
 
 
-# --- where the manifest goes -----------------------------------------------------------------------------------------
-
-
 def test_output_keeps_the_users_folder_clean(mvtec: Path, tmp_path: Path) -> None:
     before = sorted(mvtec.rglob("*"))
     for output in (tmp_path / "place", tmp_path / "place2" / "list.csv"):
@@ -306,16 +292,8 @@ def test_output_keeps_the_users_folder_clean(mvtec: Path, tmp_path: Path) -> Non
         assert written == (output if output.suffix else output / "manifest.csv")
         assert all(s.image_path.exists() for s in data.load_manifest(written))
     assert sorted(mvtec.rglob("*")) == before
-
-
-def test_a_read_only_folder_is_not_written_to(mvtec: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    mvtec.chmod(0o555)
-    try:
-        assert data.build_manifest(mvtec).is_relative_to(tmp_path / "temporary")
-        assert "manifest.csv" not in os.listdir(mvtec)
-    finally:
-        mvtec.chmod(0o755)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        data.read_folder(tmp_path / "nowhere")
 
 
 def test_a_second_call_reads_new_pictures_but_frozen_and_foreign_manifests_stay(mvtec: Path) -> None:

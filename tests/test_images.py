@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image, ImageCms
+from tiny_pictures import put
 
 from helpers.data import images
 
@@ -36,30 +37,22 @@ def read(path: Path, **options: object) -> tuple[np.ndarray, str]:
     return images.load_image(path, notes=notes, **options), " | ".join(notes)
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".webp", ".ppm"])
 def test_lossless_formats_keep_every_pixel(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"picture{suffix}"
-    picture().save(path, **({"lossless": True} if suffix == ".webp" else {}))
-    path = path.rename(tmp_path / "claims.jpg")  # the content decides, not the suffix
+    put(tmp_path / f"picture{suffix}", RAMP, **({"lossless": True} if suffix == ".webp" else {}))
+    path = (tmp_path / f"picture{suffix}").rename(tmp_path / "claims.jpg")  # the content decides, not the suffix
     loaded, notes = read(path)
     assert loaded.dtype == np.uint8 and loaded.flags.c_contiguous and not notes
     np.testing.assert_array_equal(loaded, RAMP)
 
 
-@pytest.mark.parametrize(
-    "mode, suffix", [("L", ".png"), ("P", ".png"), ("CMYK", ".jpg"), ("1", ".png"), ("LAB", ".tif")]
-)
+@pytest.mark.parametrize("mode, suffix", [("L", "png"), ("P", "png"), ("CMYK", "jpg"), ("1", "png"), ("LAB", "tif")])
 def test_other_colour_modes_become_rgb(tmp_path: Path, mode: str, suffix: str) -> None:
-    source = picture()
-    if mode == "LAB":
-        profiles = (ImageCms.createProfile(name) for name in ("sRGB", "LAB"))
-        source = ImageCms.profileToProfile(source, *profiles, outputMode="LAB")
-    source = source if mode == "LAB" else source.convert(mode)
-    source.save(tmp_path / f"picture{suffix}", **({"quality": 95} if suffix == ".jpg" else {}))
-    difference = images.load_image(tmp_path / f"picture{suffix}").astype(int) - np.asarray(source.convert("RGB"))
+    profiles = (ImageCms.createProfile(name) for name in ("sRGB", "LAB"))
+    is_lab = mode == "LAB"
+    source = ImageCms.profileToProfile(picture(), *profiles, outputMode="LAB") if is_lab else picture(mode)
+    source.save(tmp_path / f"picture.{suffix}", **({"quality": 95} if suffix == "jpg" else {}))
+    difference = images.load_image(tmp_path / f"picture.{suffix}").astype(int) - np.asarray(source.convert("RGB"))
     assert np.abs(difference).mean() < 6  # CMYK passes through JPEG; the others are exact
 
 
@@ -90,18 +83,6 @@ def test_deep_values_are_scaled_not_clipped(tmp_path: Path, suffix: str, bits: i
     loaded, notes = read(tmp_path / f"deep{suffix}")
     assert np.abs(loaded.astype(int) - (RAMP[..., :1] if n_channels == 1 else RAMP)).max() <= 1
     assert (f"{bits} of 16 bits" in notes) == (bits < 16)
-
-
-@pytest.mark.parametrize("factor, allowed", [(1.0, True), (255.0, True), (1000.0, False), (np.nan, False)])
-def test_float_tiffs_are_read_in_two_ranges_only(tmp_path: Path, factor: float, allowed: bool) -> None:
-    values = (np.linspace(0, 1, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH) * factor).astype(np.float32)
-    Image.fromarray(values).save(tmp_path / "float.tif")
-    if allowed:
-        loaded = images.load_image(tmp_path / "float.tif")
-        np.testing.assert_array_equal(loaded[..., 1], np.rint(values / factor * 255).astype(np.uint8))
-    else:
-        with pytest.raises(images.ImageError, match="8-bit PNG"):
-            images.load_image(tmp_path / "float.tif")
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -162,14 +143,14 @@ def test_broken_exif_does_not_lose_the_picture(tmp_path: Path, exif: bytes, suff
     assert images.load_image(tmp_path / f"odd{suffix}").shape == (HEIGHT, WIDTH, 3)
 
 
-@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png", ".tif"])
-def test_one_page_of_several_is_chosen_and_said(tmp_path: Path, suffix: str) -> None:
-    black, small, whole = Image.new("RGB", (WIDTH, HEIGHT)), picture().resize((9, 6)), picture()
-    pages = [small, whole, small] if suffix == ".tif" else [black, whole, whole.rotate(180)]
+@pytest.mark.parametrize("suffix, number", [(".gif", 1), (".webp", 1), (".png", 1), (".tif", 2)])
+def test_one_page_of_several_is_chosen_and_said(tmp_path: Path, suffix: str, number: int) -> None:
+    small, whole = picture().resize((9, 6)), picture()
+    pages = [small, whole, small] if suffix == ".tif" else [whole, whole.rotate(180)]
     options = {"lossless": True} if suffix == ".webp" else {}
     pages[0].save(tmp_path / f"film{suffix}", save_all=True, append_images=pages[1:], **options)
     loaded, notes = read(tmp_path / f"film{suffix}")
-    assert np.abs(loaded.astype(int) - RAMP).mean() < 9 and "number 2" in notes  # a GIF has a palette
+    assert np.abs(loaded.astype(int) - RAMP).mean() < 9 and f"number {number}" in notes  # a GIF has a palette
 
 
 @pytest.mark.parametrize(
@@ -189,6 +170,9 @@ def test_what_is_no_picture_is_refused_in_words(tmp_path: Path, name: str, conte
     with pytest.raises(images.ImageError, match=words) as caught:
         images.load_image(tmp_path / name)
     assert name in str(caught.value)
+    put(tmp_path / "float.tif", RAMP[..., 0] / np.float32(255))
+    with pytest.raises(images.ImageError, match="float32 values from 0 to 1. Save it as an 8-bit PNG"):
+        images.load_image(tmp_path / "float.tif")
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif", ".gif", ".bmp"])
@@ -223,12 +207,9 @@ def test_bit_flips_are_read_or_refused_but_never_crash(tmp_path: Path) -> None:
 
 
 def test_links_folders_pipes_and_missing_files(tmp_path: Path) -> None:
-    for name in ("Jungfrau Königin ß.png", "聖母 🎨.png", "x" * 180 + ".png"):
-        images.save_png(tmp_path / "Ordner é" / name, RAMP)
-        np.testing.assert_array_equal(images.load_image(tmp_path / "Ordner é" / name), RAMP)
-        (tmp_path / "link.png").unlink(missing_ok=True)
-        (tmp_path / "link.png").symlink_to(tmp_path / "Ordner é" / name)
-        np.testing.assert_array_equal(images.load_image(tmp_path / "link.png"), RAMP)
+    images.save_png(tmp_path / "Ordner é" / "聖母 🎨.png", RAMP)
+    (tmp_path / "link.png").symlink_to(tmp_path / "Ordner é" / "聖母 🎨.png")
+    np.testing.assert_array_equal(images.load_image(tmp_path / "link.png"), RAMP)
     (tmp_path / "broken.png").symlink_to("gone.png")
     (tmp_path / "loop.png").symlink_to("loop.png")
     os.mkfifo(tmp_path / "pipe.png")
@@ -268,10 +249,8 @@ def test_huge_jpegs_are_decoded_at_reduced_size_or_refused(tmp_path: Path) -> No
         "image = images.load_image(sys.argv[1])\n"
         "print(*image.shape, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "huge.jpg"], capture_output=True, text=True, check=True
-    )
-    height, width, _, megabytes = map(int, done.stdout.split())
+    done = subprocess.check_output([sys.executable, "-c", code, tmp_path / "huge.jpg"])
+    height, width, _, megabytes = map(int, done.split())
     assert (height, width) == (5000, 5000) and megabytes < 400  # decoded whole it would be 1,200
     assert images.load_image(tmp_path / "huge.jpg", max_side=288).shape == (288, 288, 3)
     content = (tmp_path / "huge.jpg").read_bytes()
@@ -279,9 +258,6 @@ def test_huge_jpegs_are_decoded_at_reduced_size_or_refused(tmp_path: Path) -> No
     (tmp_path / "progressive.jpg").write_bytes(content[: start + 1] + b"\xc2" + content[start + 2 :])
     with pytest.raises(images.ImageError, match="20000 x 20000"):
         images.load_image(tmp_path / "progressive.jpg", max_side=64)
-
-
-# --- writing and sizes -----------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=25, deadline=None)
@@ -313,9 +289,6 @@ def test_resize_and_save_refuse_in_words(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="Cannot save"):
             images.save_png(tmp_path / "wrong.png", wrong)
     assert not list(tmp_path.iterdir())
-
-
-# --- masks -----------------------------------------------------------------------------------------------------------
 
 
 def palette(indices: np.ndarray, *colours: tuple[int, int, int]) -> Image.Image:
@@ -370,16 +343,15 @@ def test_masks_of_all_conventions(tmp_path: Path, name: str) -> None:
 def test_odd_masks_are_noted(tmp_path: Path) -> None:
     soft = cv2.GaussianBlur(np.kron(TRUTH, np.ones((9, 9))) * 255, (0, 0), 4).astype(np.uint8)
     noisy = np.clip(np.random.default_rng(0).normal(0, 9, (HEIGHT, WIDTH)) + TRUTH * 240, 0, 255).astype(np.uint8)
+    brush = np.linspace(0, 255, 900).astype(np.uint8)[None].repeat(40, 0)
     hole = np.dstack([RAMP, np.where(TRUTH, 0, 255).astype(np.uint8)])
-    cases = {"grey values": (soft, noisy), "photograph": (RAMP, hole), "inverted": (~TRUTH, hole)}
-    for words, masks in cases.items():
-        for mask in masks:
-            notes: list[str] = []
-            Image.fromarray(mask).save(tmp_path / "mask.png")
-            loaded = images.load_mask(tmp_path / "mask.png", notes=notes)
-            assert words in " | ".join(notes)
-            if mask is noisy:
-                np.testing.assert_array_equal(loaded, TRUTH)
+    cases = (("grey", soft), ("grey", noisy), ("grey", brush), ("grey", RAMP), ("inverted", ~TRUTH), ("inverted", hole))
+    for words, mask in cases:
+        notes: list[str] = []
+        loaded = images.load_mask(put(tmp_path / "mask.png", mask), notes=notes)
+        assert words in " | ".join(notes)
+        if mask is noisy:
+            np.testing.assert_array_equal(loaded, TRUTH)
 
 
 def test_mask_is_brought_to_the_size_of_its_picture(tmp_path: Path) -> None:
@@ -387,9 +359,8 @@ def test_mask_is_brought_to_the_size_of_its_picture(tmp_path: Path) -> None:
     truth[10:20, 30:60] = True
     images.save_png(tmp_path / "mask.png", truth)
     np.testing.assert_array_equal(images.load_mask(tmp_path / "mask.png", (20, 30)), truth[::2, ::2])
-    np.testing.assert_array_equal(
-        images.load_mask(tmp_path / "mask.png", (80, 120)), np.kron(truth, np.ones((2, 2), bool))
-    )
+    twice = np.kron(truth, np.ones((2, 2), bool))
+    np.testing.assert_array_equal(images.load_mask(tmp_path / "mask.png", twice.shape), twice)
     with pytest.raises(images.ImageError, match="proportions"):
         images.load_mask(tmp_path / "mask.png", (30, 30))
 

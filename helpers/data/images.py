@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from contextlib import suppress
-from functools import reduce
-from importlib.util import find_spec
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import cv2
@@ -20,9 +19,8 @@ from PIL import Image, ImageCms, ImageOps, JpegImagePlugin
 
 from helpers import files
 
-IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .bmp .gif .tif .tiff .webp .avif .ppm .pgm .heic .heif .jp2".split()
-)
+_SUFFIXES = ".jpg .jpeg .jpe .jfif .png .bmp .gif .tif .tiff .webp .avif .ppm .pgm .heic .heif .jp2"
+IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
 """Suffixes of files that are taken for pictures when a folder is read (what they hold decides, not the suffix)."""
 MAX_PIXELS = 80_000_000
 """Largest picture decoded whole: 240 MB as RGB. Bigger baseline JPEGs are decoded at 1/2, 1/4 or 1/8 instead."""
@@ -30,11 +28,12 @@ MIN_COVERED = 0.2
 """Share of a pixel that a mask must cover to keep it when it shrinks."""
 
 # Formats whose decoders run inside the process. EPS, for one, would start Ghostscript on a stranger's file.
-_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF", "JPEG2000", "HEIF")
+_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF", "JPEG2000")
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
-_MAX_PAGES = 32
-_MAX_COLOURS = 32
+_MAX_PAGES, _MAX_COLOURS = 32, 32
 _SRGB = ImageCms.createProfile("sRGB")
+# Turns what was drawn before an EXIF rotation that changes the proportions (EXIF 2.3, table 6).
+_UPRIGHT = {5: lambda a: a.T, 6: lambda a: np.rot90(a, -1), 7: lambda a: a[::-1, ::-1].T, 8: np.rot90}
 
 
 class ImageError(ValueError):
@@ -44,8 +43,8 @@ class ImageError(ValueError):
 def load_image(path: Path | str, *, max_side: int | None = None, notes: list[str] | None = None) -> np.ndarray:
     """Read a picture, upright, opaque on white and in sRGB.
 
-    EXIF rotation and colour profile are applied; values of more than 8 bits are scaled; of several pages the largest
-    is read, of an animation the first frame that shows something.
+    EXIF rotation and colour profile are applied, values of more than 8 bits are scaled. Of several pages the largest
+    is read, of an animation the first frame.
 
     Args:
         path: the file; its content decides about the format, not its suffix.
@@ -57,19 +56,16 @@ def load_image(path: Path | str, *, max_side: int | None = None, notes: list[str
         ImageError: no such file, empty, truncated, no picture, or too large (but for baseline JPEGs, which shrink).
     """
     path, notes = Path(path), [] if notes is None else notes
-    image = _decoded(path, max_side, notes)
-    profile = image.info.get("icc_profile")
-    image = _eight_bits(image, path, notes)
-    try:
+    with _refused_in_words(path):
+        stored = _decoded(path, max_side, notes)
+        image = _eight_bits(stored, path, notes)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             if image.getchannel("A").getextrema()[1] == 0:
                 notes.append("all of it is transparent; its colours are used as if it were not")
             else:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        array = np.array(_in_srgb(image, profile, notes) if profile else image.convert("RGB"))
-    except Exception as error:
-        raise _damaged(path, error) from error
+        array = np.array(_in_srgb(image, stored.info.get("icc_profile"), notes))
     return array if max_side is None else resize(array, max_side)
 
 
@@ -98,15 +94,15 @@ def load_mask(
     if len({mask.shape for mask in masks}) != 1:
         what = f"masks that differ in size: {sorted({mask.shape for mask in masks})}" if masks else "no mask"
         raise ImageError(f"{path} is a folder with {what}. Put PNG masks of one size there or remove the folder.")
-    mask = reduce(np.logical_or, masks)
+    mask = np.logical_or.reduce(masks)
     if mask.mean() > 0.5:
         notes.append("more than half of the picture is marked; look whether it is inverted")
     if shape is None:
         return mask
     turn = 1 if picture is None else _orientation(Path(picture))
-    fits_as_stored = _fits(mask.shape[::-1] if turn >= 5 else mask.shape, shape)
+    fits_as_stored = _fits(mask.shape[::-1] if turn in _UPRIGHT else mask.shape, shape)
     if fits_as_stored and not _fits(mask.shape, shape):
-        mask = {5: mask.T, 6: np.rot90(mask, -1), 7: mask[::-1, ::-1].T, 8: np.rot90(mask)}[turn]
+        mask = _UPRIGHT[turn](mask)
         notes.append("drawn before its picture's EXIF rotation, so it was turned like the picture")
     elif turn > 1 and fits_as_stored:
         notes.append("its picture is turned by EXIF and the mask is not; look whether it lies right")
@@ -140,8 +136,8 @@ def save_png(path: Path | str, array: np.ndarray) -> None:
     # Level 1 and one filter: 12 ms instead of 30 for a 512 x 512 photograph of a painting, and 2 % larger.
     options = [cv2.IMWRITE_PNG_COMPRESSION, 1]
     if hasattr(cv2, "IMWRITE_PNG_FILTER"):  # OpenCV 4.12 and later
-        line_filter = cv2.IMWRITE_PNG_FILTER_NONE if array.ndim == 2 else cv2.IMWRITE_PNG_FILTER_AVG
-        options += [cv2.IMWRITE_PNG_FILTER, line_filter]
+        filters = {2: cv2.IMWRITE_PNG_FILTER_NONE, 3: cv2.IMWRITE_PNG_FILTER_AVG}
+        options += [cv2.IMWRITE_PNG_FILTER, filters[array.ndim]]
     bgr = array if array.ndim == 2 else np.ascontiguousarray(array[:, :, ::-1])
     files.write_bytes(Path(path), cv2.imencode(".png", bgr, options)[1].tobytes())
 
@@ -173,35 +169,35 @@ def pixel_hash(image: np.ndarray) -> str:
     return hashlib.sha256(header + np.ascontiguousarray(image).tobytes()).hexdigest()
 
 
-# --- decoding --------------------------------------------------------------------------------------------------------
+@contextmanager
+def _refused_in_words(path: Path) -> Iterator[None]:
+    """Any error of a decoder as an ImageError: they raise a dozen types on broken data."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except Exception as error:
+        raise ImageError(f"{path} is damaged or cut off ({_first_line(error)}). Copy or download it again.") from error
 
 
 def _opened(path: Path) -> Image.Image:
     """The file's header, read; pixels are not decoded yet."""
-    if path.is_symlink() and not path.exists():
-        raise ImageError(f"{path} is a link to {os.readlink(path)}, which is not there. Repair or remove the link.")
     if not path.is_file():  # also keeps away from pipes, which would block
-        what = "is a folder" if path.is_dir() else "is not an ordinary file" if path.exists() else "does not exist"
+        link = f"is a link to {os.readlink(path)}, which is not there" if path.is_symlink() else ""
+        what = "is a folder" if path.is_dir() else link or "does not exist or is not an ordinary file"
         raise ImageError(f"{path} {what}.")
     with open(path, "rb") as file:
         head = file.read(12)
     if not head:
         raise ImageError(f"{path} is empty (0 bytes). Copy or download it again.")
-    if head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS:
-        if find_spec("pillow_heif") is None:
-            raise ImageError(f"{path} is a HEIC picture of an iPhone. Save it as JPEG, or pip install pillow-heif.")
-        import pillow_heif
-
-        pillow_heif.register_heif_opener()
     Image.init()
     try:
         if head.startswith(b"\xff\xd8"):  # opened directly: Image.open refuses huge pictures before they can be shrunk
             return JpegImagePlugin.JpegImageFile(path)
         return Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN])
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{path} is too large to decode: {error} At most {MAX_PIXELS:,} pixels are read.") from error
     except Exception as error:  # decoders raise a dozen types on broken headers
         why = "a TIFF of camera raw or of colours as floats" if head[:2] in (b"II", b"MM") else _first_line(error)
+        why = "HEIC, as iPhones save it" if head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS else why
         way = "Save it as JPEG, PNG, TIFF or WebP of 8 bits a channel, or remove it"
         raise ImageError(f"{path} is no picture that can be read ({why}). {way}.") from error
 
@@ -209,61 +205,40 @@ def _opened(path: Path) -> Image.Image:
 def _decoded(path: Path, max_side: int | None, notes: list[str]) -> Image.Image:
     """The picture as stored, in its own mode, upright."""
     with _opened(path) as image:
-        try:
-            _choose_page(image, notes)
-            _limit_size(image, path, max_side)
-            image.load()
-            try:
-                return ImageOps.exif_transpose(image)
-            except Exception:  # a broken EXIF block does not lose the picture
-                return image.copy()
-        except ImageError:
-            raise
-        except Exception as error:  # decoders raise a dozen types on broken data
-            raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> ImageError:
-    return ImageError(f"{path} is damaged or cut off ({_first_line(error)}). Copy or download it again.")
+        _choose_page(image, notes)
+        _limit_size(image, path, max_side)
+        image.load()
+        with suppress(Exception):  # a broken EXIF block does not lose the picture
+            return ImageOps.exif_transpose(image)
+        return image.copy()
 
 
 def _choose_page(image: Image.Image, notes: list[str]) -> None:
-    """Turn to the largest page of a TIFF, to the first frame of an animation that is not of one colour."""
-    n_pages = getattr(image, "n_frames", 1)
-    if n_pages < 2:
-        return
-    chosen, largest = 0, 0
-    for page in range(min(n_pages, _MAX_PAGES)):
-        image.seek(page)
-        size = image.size[0] * image.size[1]
-        if image.format == "TIFF":
-            if size > largest:
-                chosen, largest = page, size
-        elif size > MAX_PIXELS or any(low != high for low, high in image.convert("RGB").getextrema()):
-            chosen = page
-            break
-    image.seek(chosen)
-    notes.append(f"it has {n_pages} pages or frames; number {chosen + 1} was read")
+    """Turn to the largest page of a TIFF, which may begin with its thumbnail; to the first frame of an animation."""
+    n_pages, sizes = getattr(image, "n_frames", 1), [0]
+    if n_pages > 1:
+        for page in range(min(n_pages, _MAX_PAGES) if image.format == "TIFF" else 0):
+            image.seek(page)
+            sizes[page:] = [image.width * image.height]
+        image.seek(int(np.argmax(sizes)))
+        notes.append(f"it has {n_pages} pages or frames; number {image.tell() + 1} was read")
 
 
 def _limit_size(image: Image.Image, path: Path, max_side: int | None) -> None:
     """Ask a JPEG for a smaller decoding where that suffices; refuse what would not fit into memory."""
     width, height = image.size
-    # A progressive JPEG keeps all coefficients in memory, whatever size is asked for.
-    is_baseline = image.format == "JPEG" and not image.info.get("progressive")
     scale = 1.0 if max_side is None else max_side / max(width, height)
-    if is_baseline and width * height > MAX_PIXELS:  # draft keeps at least what is asked for, up to twice that
-        scale = min(scale, (MAX_PIXELS / (width * height)) ** 0.5 / 2)
-    if image.format == "JPEG" and scale <= 0.5:
+    if width * height > MAX_PIXELS:
+        if image.format != "JPEG" or image.info.get("progressive"):  # which keeps all coefficients in memory
+            way = "Save a smaller copy, or a baseline JPEG, which is read at reduced size"
+            raise ImageError(f"{path} has {width} x {height} pixels; at most {MAX_PIXELS:,} are decoded. {way}.")
+        scale = min(scale, (MAX_PIXELS / (width * height)) ** 0.5 / 2)  # a draft may be twice what is asked for
+    if scale <= 0.5:
         image.draft(None, (max(1, round(width * scale)), max(1, round(height * scale))))
-    n_pixels = image.size[0] * image.size[1] if is_baseline else width * height
-    if n_pixels > MAX_PIXELS:
-        way = "Save a smaller copy, or a baseline JPEG, which is read at reduced size"
-        raise ImageError(f"{path} has {width} x {height} pixels; at most {MAX_PIXELS:,} are decoded. {way}.")
 
 
 def _eight_bits(image: Image.Image, path: Path, notes: list[str]) -> Image.Image:
-    """Values of 16 bits (10, 12 or 14 of them in use), or floats in [0, 1] or [0, 255], as 8 bits."""
+    """Values of 16 bits, perhaps with only 10, 12 or 14 of them in use, as 8 bits."""
     if image.mode in ("RGB", "RGBA") and max(high for _, high in image.getextrema()) <= 63:
         # Of 16 bits a colour Pillow keeps the upper 8, which leaves next to nothing when only 12 are in use.
         deep = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)
@@ -275,11 +250,8 @@ def _eight_bits(image: Image.Image, path: Path, notes: list[str]) -> Image.Image
     else:
         return image
     low, high = float(values.min()), float(values.max())
-    if values.dtype.kind == "f" and low >= 0 and high <= 255:  # False for nan
-        return Image.fromarray(np.rint(values * (255 if high <= 1 else 1)).astype(np.uint8))
     if values.dtype.kind == "f" or low < 0 or high > 65535:
-        holds = f"{path} holds {values.dtype} values from {low:g} to {high:g}"
-        raise ImageError(f"{holds}; allowed are 16 bits, or floats in [0, 1] or [0, 255]. Save it as an 8-bit PNG.")
+        raise ImageError(f"{path} holds {values.dtype} values from {low:g} to {high:g}. Save it as an 8-bit PNG.")
     bits = next(bits for bits in (8, 10, 12, 14, 16) if high < 2**bits)
     if bits < 16:
         notes.append(f"its values fill {bits} of 16 bits; they were scaled to the full range")
@@ -287,8 +259,10 @@ def _eight_bits(image: Image.Image, path: Path, notes: list[str]) -> Image.Image
     return Image.fromarray(((values.astype(np.uint32) * 255 + top // 2) // top).astype(np.uint8))
 
 
-def _in_srgb(image: Image.Image, profile: bytes, notes: list[str]) -> Image.Image:
+def _in_srgb(image: Image.Image, profile: bytes | None, notes: list[str]) -> Image.Image:
     """The picture's colours as its profile means them."""
+    if not profile:
+        return image.convert("RGB")
     with suppress(Exception):
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if "srgb" in ImageCms.getProfileDescription(source).lower():
@@ -299,22 +273,17 @@ def _in_srgb(image: Image.Image, profile: bytes, notes: list[str]) -> Image.Imag
     return image.convert("RGB")
 
 
-# --- masks -----------------------------------------------------------------------------------------------------------
-
-
 def _mask_of_file(path: Path, notes: list[str]) -> np.ndarray:
     """One mask as bool ``(H, W)``."""
-    with _opened(path) as header:
-        is_lossy = header.format == "JPEG"
-    values = _labels(_decoded(path, None, notes), path)
+    with _refused_in_words(path):
+        with _opened(path) as header:
+            is_lossy = header.format == "JPEG"
+        values = _labels(_decoded(path, None, notes), path)
     highest = values.max(initial=0)
     if is_lossy or _is_grey_scale(values):
-        half = 127 if 127 < highest <= 255 else 32767 if 32767 < highest <= 65535 else highest / 2
-        is_photograph = ((values > 0.04 * highest) & (values < 0.96 * highest)).mean() > 0.5
-        if is_photograph or not is_lossy:
-            looks = "; it looks like a photograph" if is_photograph else ""
-            notes.append(f"a mask of grey values, counted from half of the range on{looks}")
-        return values > half
+        if not is_lossy or ((values > 0.04 * highest) & (values < 0.96 * highest)).mean() > 0.5:
+            notes.append("a mask of grey values, counted from half of the range on; look whether it is a photograph")
+        return values > highest / 2
     if values.size and 0 < values.min() < highest:
         border = np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
         levels, n_pixels = np.unique(border, return_counts=True)
@@ -324,16 +293,14 @@ def _mask_of_file(path: Path, notes: list[str]) -> np.ndarray:
 
 
 def _labels(image: Image.Image, path: Path) -> np.ndarray:
-    """What a mask file holds ``(H, W)``, 0 = background: label numbers, palette indices, or the largest colour."""
+    """What a mask file holds ``(H, W)``, 0 = background: label numbers, or the largest of three colours."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.maximum(np.nan_to_num(np.asarray(image)), 0)
         return np.rint(values * 255) if image.mode == "F" and values.max(initial=0) <= 1 else values
     if image.mode in ("1", "L"):
         return np.asarray(image.convert("L"))
     colours = np.asarray(_eight_bits(image, path, []).convert("RGB"))
-    if image.mode == "P" and not ((colours == colours[:, :, :1]).all() and (colours == 0).any()):
-        return np.asarray(image)
-    values = np.maximum(colours[:, :, 0], np.maximum(colours[:, :, 1], colours[:, :, 2]))
+    values = colours.max(axis=2)
     if image.has_transparency_data:
         alpha = np.asarray(image.convert("RGBA").getchannel("A"))
         values = values * (alpha > 0)
@@ -349,14 +316,11 @@ def _is_grey_scale(values: np.ndarray) -> bool:
     levels = np.unique(values)
     if len(levels) <= 2 or not (127 < levels[-1] <= 255 or 32767 < levels[-1] <= 65535):
         return False
-    across, down = values[:, 1:] == values[:, :-1], values[1:] == values[:-1]
-    alike_x, alike_y = np.zeros((2, *values.shape), bool)  # bool: masks of 80 million pixels come by
-    alike_x[:, 1:], alike_y[1:] = across, down
-    alike_x[:, :-1] |= across
-    alike_y[:-1] |= down
-    is_uneven = (alike_x & alike_y)[(values > 0) & (values < levels[-1])].mean() < 0.5
-    steps = np.abs(values[:, 1:][~across].astype(float) - values[:, :-1][~across])
-    return is_uneven or bool(len(levels) > 16 and np.median(steps) <= 2)  # or a wide soft brush
+    is_between = (values > 0) & (values < levels[-1])
+    here, diagonal = (part[is_between[1:, 1:]].astype(float) for part in (values[1:, 1:], values[:-1, :-1]))
+    steps = np.abs(here - diagonal)
+    is_wide_brush = len(levels) > 16 and np.median(steps[steps > 0]) <= 2
+    return bool((steps > 0).mean() > 0.75 or is_wide_brush)
 
 
 def _orientation(path: Path) -> int:

@@ -14,20 +14,9 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from helpers.data import names as words
 from helpers.data.images import IMAGE_SUFFIXES
-from helpers.data.names import (
-    ANOMALY_KIND,
-    DatasetError,
-    clean,
-    is_hidden,
-    kind_of,
-    label_of,
-    plain,
-    repaired,
-    roles_of,
-    says_forged,
-    spoken_of,
-)
+from helpers.data.names import ANOMALY_KIND, DatasetError, clean, kind_of, plain, roles_of, says_forged
 from helpers.records import NORMAL_KIND, SPLITS, Sample
 
 MVTEC, VISA, REPORT = "MVTec layout", "VisA layout", "the report's two trees"
@@ -41,16 +30,13 @@ EXPECTED = f"""Understood are:
   {CSV} (also VisA's): a row per picture with the columns image_path, category, split, label, kind, mask_path, group
     (all but image_path optional)"""
 _OURS = ("manifest.csv", "manifest.json", "synthesis.jsonl")
-_TEXTS = frozenset(".txt .md .csv .tsv .json .jsonl .xml .html .log .yaml .yml .py .ipynb .xlsx .docx .url".split())
 _MASK_STEM = re.compile(
     r"[_\-. ]+(anomaly|defect)?[_\-. ]*(masks?|gt|ground[_\- ]?truth|labels?|seg(mentation)?|annotation)"
     r"([_\- ]?\d+)?$|^(mask|gt|label|seg)[_\-. ]+",
     re.IGNORECASE,
 )
-_MASK_FOLDER = re.compile(r"_(masks?|gt|ground_truth)$|^(masks?|gt|ground_truth)_")
-_UNCLEAR = frozenset("0 1 class_0 class_1 class0 class1 true false yes no positive negative pos neg".split())
-_NOT_LEARNT = "anomalous, so not used: detectors learn from normal pictures only"
-
+_UNCLEAR = frozenset("0 1 class_0 class_1 true false yes no positive negative".split())
+_LABELS = frozenset((NORMAL_KIND, ANOMALY_KIND))
 
 _Steps = list[tuple[str, str | None]]  # folder names with their roles, from the top; one with two roles stands twice
 _Names = tuple[str, ...]
@@ -85,37 +71,22 @@ def read_tree(root: Path) -> Layout:
     if not pictures:
         archives = [path.name for path in others if path.suffix.lower() in (".zip", ".tar", ".gz", ".7z", ".rar")]
         raise refusal(root, "There is no picture in it." + (f" Unpack {archives[0]} first." if archives else ""))
-    parts = {path: [repaired(name) for name in path.relative_to(root).parts[:-1]] for path in pictures}
-    names = {name for found in parts.values() for name in found}
-    meanings = {name: _steps_of(name, set(map(plain, names))) for name in names}
-    has_splits = any(role in SPLITS for steps in meanings.values() for _, role in steps)
-    if has_splits and {name for name in names if name.isdigit()} <= {"0", "1"}:
-        meanings |= {"0": [("0", NORMAL_KIND)], "1": [("1", ANOMALY_KIND)]}
-    siblings: dict[_Names, set[str]] = defaultdict(set)
-    for found in parts.values():
-        for i, name in enumerate(found):
-            siblings[tuple(found[:i])].add(name)
-    for children in siblings.values():
-        if len(children) == 2 and {plain(name) for name in children} <= _UNCLEAR and not has_splits:
-            where = "/ and ".join(sorted(children))
+    names = {path: [words.repaired(name) for name in path.relative_to(root).parts[:-1]] for path in pictures}
+    known = {name for found in names.values() for name in found}
+    meanings: dict[str, _Steps] = {name: [(name, role) for role in roles_of(name)] for name in known}
+    meanings |= {name: [(name, "mask"), (_bare(name), None)] for name in known if _bare(name) in known - {name}}
+    if {name for name in known if name.isdigit()} <= {"0", "1"}:
+        unclear = sorted(name for name in known if plain(name) in _UNCLEAR)
+        if any(role in SPLITS for steps in meanings.values() for _, role in steps):
+            meanings |= {"0": [("0", NORMAL_KIND)], "1": [("1", ANOMALY_KIND)]}
+        elif len(unclear) > 1:
+            where = "/ and ".join(unclear)
             raise refusal(root, f"{where}/ may be labels or paintings: call them good/ and anomaly/, or by titles.")
-    steps = {path: [step for name in found for step in meanings[name]] for path, found in parts.items()}
+    steps = {path: [step for name in found for step in meanings[name]] for path, found in names.items()}
     layout = _Tree(root, steps).read()
-    layout.problems += [(p, "no picture of a format that is read") for p in others if p.suffix.lower() not in _TEXTS]
-    texts = [path.relative_to(root).as_posix() for path in others if path.suffix.lower() in _TEXTS]
-    if texts:
-        layout.notes.append(f"Not read: {', '.join(texts[:6])}{' ...' if len(texts) > 6 else ''}.")
-    if n_hidden:
-        layout.notes.append(f"Hidden files, thumbnails and the like were ignored: {n_hidden}.")
+    layout.problems += [(path, "no picture of a format that is read") for path in others]
+    layout.notes += [f"Hidden files, thumbnails and the like were ignored: {n_hidden}."] if n_hidden else []
     return layout
-
-
-def _steps_of(name: str, names: set[str]) -> _Steps:
-    """A folder's name with each of its roles; ``crack_mask`` means masks where there is a folder ``crack``."""
-    bare = _MASK_FOLDER.sub("", plain(name))
-    if bare != plain(name) and bare in names:
-        return [(name, "mask"), (bare, None)]
-    return [(name, role) for role in roles_of(name)]
 
 
 def has_roles(root: Path) -> bool:
@@ -132,8 +103,7 @@ def apart(names: dict[Hashable, str], layout: Layout) -> dict[Hashable, str]:
         tries = [clean(name), *(f"{clean(name)}_{number}" for number in range(2, len(names) + 2))]
         categories[key] = next(candidate for candidate in tries if candidate.casefold() not in taken)
         if categories[key] != tries[0]:
-            where = "/".join(key) if isinstance(key, tuple) else key
-            layout.notes.append(f"{where} is called {categories[key]}: {tries[0]} is the name of another artwork.")
+            layout.notes.append(f"{name} is called {categories[key]}: {tries[0]} is the name of another artwork.")
     return categories
 
 
@@ -149,9 +119,6 @@ def refusal(root: Path, reason: str) -> DatasetError:
     return DatasetError(f"{root} is not understood. {reason}\nSeen:{seen}\n{EXPECTED}")
 
 
-# --- the pictures of a tree ------------------------------------------------------------------------------------------
-
-
 class _Unclear(Exception):
     """Why one picture's place does not say what it is."""
 
@@ -160,18 +127,16 @@ class _Tree:
     """The pictures below a folder, with what the names of the folders above each of them say."""
 
     def __init__(self, root: Path, steps: dict[Path, _Steps]) -> None:
-        stems: dict[Path, set[str]] = defaultdict(set)
-        for path in steps:
-            stems[path.parent].add(path.stem)
+        stems = {(path.parent, path.stem) for path in steps}
         self._root = root
         self._masks: dict[Path, _Steps] = {}
         self._pictures: dict[Path, _Steps] = {}
         for path, names in steps.items():
             bare = _bare(path.stem)
-            is_mask = any(role == "mask" for _, role in names) or (bare != path.stem and bare in stems[path.parent])
+            is_mask = any(role == "mask" for _, role in names) or (bare != path.stem and (path.parent, bare) in stems)
             (self._masks if is_mask else self._pictures)[path] = names
         self._roles = {role for names in self._pictures.values() for _, role in names}
-        self._parents: dict[str, set[_Names]] = {NORMAL_KIND: set(), ANOMALY_KIND: set()}  # of folders with this label
+        self._labels: dict[_Names, set[str]] = defaultdict(set)  # that folders have, by the folders above them
         self._artworks: dict[_Names, list[str]] = {}  # by the folders above the split or label that they stand below
         self._odd: dict[str, list[str]] = defaultdict(list)
         self._learn()
@@ -182,8 +147,8 @@ class _Tree:
         for steps in self._pictures.values():
             names = tuple(name for name, _ in steps)
             for i, (_, role) in enumerate(steps):
-                if role in self._parents:
-                    self._parents[role].add(names[:i])
+                if role in _LABELS:
+                    self._labels[names[:i]].add(role)
             at = _first(steps)
             if at is not None:
                 child, role = steps[at + 1] if at + 1 < len(steps) else ("", "")
@@ -195,6 +160,7 @@ class _Tree:
                 self._artworks[above] = sorted((learnt or found[NORMAL_KIND]) - {""})
 
     def read(self) -> Layout:
+        """Every picture in its place, then the masks; refuses what may be read two ways."""
         if self._masks and not self._roles - {None}:
             first = next(iter(self._masks)).relative_to(self._root)
             raise refusal(self._root, f"There are masks ({first}), but no folder says what is genuine (good/).")
@@ -207,8 +173,7 @@ class _Tree:
                 layout.found.append(sample)
             except _Unclear as reason:
                 layout.problems.append((path, str(reason)))
-        names = {key: key[-1] if key else own_name(self._root) for key in keys.values()}
-        categories = apart(names, layout)
+        categories = apart({key: key[-1] if key else own_name(self._root) for key in keys.values()}, layout)
         layout.found = [replace(sample, category=categories[keys[sample.image_path]]) for sample in layout.found]
         self._match_masks(layout)
         self._note(layout)
@@ -217,46 +182,39 @@ class _Tree:
     def _place(self, path: Path, steps: _Steps) -> tuple[_Names, Sample]:
         """The folder names that identify the artwork, and the picture."""
         names, roles = tuple(name for name, _ in steps), {role for _, role in steps}
-        splits, labels = roles & set(SPLITS), roles & set(self._parents)
+        splits, labels = roles & set(SPLITS), roles & _LABELS
         if len(splits) > 1 or len(labels) > 1:
             raise _Unclear(f"{'/'.join(names)} says two things at once")
-        at = _first(steps)
-        if at is None:
-            return self._unlabelled(path, names)
+        at, beside = _first(steps), set()
+        if at is None:  # no split and no label above it, but perhaps folders with labels beside it
+            at = next((depth for depth in range(len(names), -1, -1) if names[:depth] in self._labels), None)
+            if at is None:
+                return self._unlabelled(path, names)
+            beside = self._labels[names[:at]]
         split, above = next(iter(splits), None), names[:at]
         below = [name for name, role in steps[at:] if role is None]
         is_report = above in self._artworks
         if is_report:
             artwork, below = _spoken(path, self._artworks[above], below)
             above = (*above, self._trusted(artwork))
+        kind = NORMAL_KIND
         if ANOMALY_KIND in labels:
             stated = [name for name, role in steps if role == ANOMALY_KIND and not name.isdigit()]
-            kinds = [*map(kind_of, stated), *map(kind_of, below[:1])]
-            kind = next((kind for kind in kinds if kind != ANOMALY_KIND), ANOMALY_KIND)
-        elif labels or split != "test":
-            if not labels and below and not is_report:
-                raise _Unclear(_NOT_LEARNT)
-            kind = NORMAL_KIND
-        elif below:
+            kind = next((k for k in map(kind_of, (*stated, *below[:1])) if k != ANOMALY_KIND), ANOMALY_KIND)
+        elif beside == {ANOMALY_KIND} and below:
+            reason = "there is a folder of anomalous pictures but none of normal ones (good/)."
+            raise refusal(self._root, f"Beside {below[0]}/ {reason}")
+        elif beside == {ANOMALY_KIND}:
+            self._odd["lie beside a folder of anomalous pictures and count as genuine"].append(path.name)
+        elif not labels and not below and (beside or split == "test"):
+            where = "beside good/" if beside else "directly in test/"
+            raise _Unclear(f"lies {where}: move it into good/ or the folder of its kind")
+        elif not labels and below and (beside or split == "test" or not is_report):
             kind = kind_of(below[0])
-        else:
-            raise _Unclear("lies directly in test/: move it to test/good or test/<kind>")
         return above, self._sample(path, kind, split, below)
 
     def _unlabelled(self, path: Path, names: _Names) -> tuple[_Names, Sample]:
-        """A picture below no split and no label: of a kind beside good/, or genuine where nothing says otherwise."""
-        for depth in range(len(names), -1, -1):
-            above, beside = names[:depth], names[depth : depth + 1]
-            if above in self._parents[NORMAL_KIND]:
-                if not beside:
-                    raise _Unclear("lies beside good/: move it into the folder of its kind")
-                return above, self._sample(path, kind_of(beside[0]), None, beside)
-            if above in self._parents[ANOMALY_KIND]:
-                if beside:
-                    reason = "there is a folder of anomalous pictures but none of normal ones (good/)."
-                    raise refusal(self._root, f"Beside {beside[0]}/ {reason}")
-                self._odd["lie beside a folder of anomalous pictures and count as genuine"].append(path.name)
-                return above, self._sample(path, NORMAL_KIND, None, ())
+        """A picture with no split and no label above or beside it: genuine, unless the tree has some elsewhere."""
         if self._roles - {None}:
             raise _Unclear("is neither below train/ or test/ nor below good/: move it there")
         if not names and self._roles:
@@ -274,7 +232,7 @@ class _Tree:
         """The picture, unless a name contradicts what it is taken for."""
         is_anomalous = kind != NORMAL_KIND
         if is_anomalous and split not in (None, "test"):
-            raise _Unclear(_NOT_LEARNT)
+            raise _Unclear("anomalous, so not used: detectors learn from normal pictures only")
         if is_anomalous and _MASK_STEM.search(path.stem):
             raise _Unclear("named like a mask, but its picture is not beside it")
         if not is_anomalous and any(map(says_forged, below)):
@@ -287,48 +245,40 @@ class _Tree:
         """Give each anomalous picture its mask; list masks that fit none, or more than one."""
         by_stem: dict[str, list[tuple[set[str], int]]] = defaultdict(list)
         for index, sample in enumerate(layout.found):
-            by_stem[sample.image_path.stem].append((_telling(self._pictures[sample.image_path]), index))
-        claims: dict[int, set[Path]] = defaultdict(set)
+            if sample.is_anomalous:
+                by_stem[sample.image_path.stem].append((_telling(self._pictures[sample.image_path]), index))
+        masks: dict[int, set[Path]] = defaultdict(set)
         for path, steps in self._masks.items():
-            owners, mask = [], path
-            where, folder = _telling(steps), path.parent
-            for mask, stem in ((path, path.stem), (path, _bare(path.stem)), (folder, _bare(folder.name))):
-                inside = where - {plain(folder.name)} if mask == folder else where
-                same = [index for other, index in by_stem[stem] if other == inside]
-                wider = [index for other, index in by_stem[stem] if inside < other]
-                same, wider = ([i for i in f if layout.found[i].is_anomalous] or f for f in (same, wider))
-                owners = same or [index for index in wider if layout.found[index].is_anomalous]
-                if owners:
-                    break
-            if len(owners) != 1:
-                why = "mask of more than one picture; used for none" if owners else "mask without a picture"
+            owners, mask, where, folder = [], path, _telling(steps), path.parent
+            above = where - {plain(folder.name)}  # a folder of masks has the name of their picture
+            tries = (path, path.stem, where), (path, _bare(path.stem), where), (folder, _bare(folder.name), above)
+            while not owners and tries:
+                (mask, stem, names), *tries = tries
+                fitting = [(found, index) for found, index in by_stem[stem] if names <= found]
+                owners = [i for found, i in fitting if found == names] or [i for _, i in fitting]
+            if len(owners) == 1:
+                masks[owners[0]].add(mask)
+            else:
+                why = "mask of more than one picture; used for none" if owners else "mask without an anomalous picture"
                 layout.problems.append((path, why))
-            elif layout.found[owners[0]].is_anomalous:
-                claims[owners[0]].add(mask)
-            else:
-                layout.problems.append((path, "mask of a normal picture, not needed"))
-        for index, masks in claims.items():
-            if len(masks) == 1:
-                layout.found[index] = replace(layout.found[index], mask_path=masks.pop())
-            else:
-                layout.problems += [(mask, "one of several masks of a picture; none is used") for mask in sorted(masks)]
+        for index, found in masks.items():
+            if len(found) == 1:
+                layout.found[index] = replace(layout.found[index], mask_path=found.pop())
+            layout.problems += [(mask, "one of several masks of a picture; none is used") for mask in sorted(found)]
 
     def _note(self, layout: Layout) -> None:
         if layout.name == LABELLED:
             layout.notes.append("No train/ and test/: normal pictures count as train, anomalous ones as test.")
         if layout.name in (PER_PAINTING, FLAT):
             layout.notes.append("All pictures count as genuine ones to learn from; there is no test/ folder.")
-            inner: dict[str, set[str]] = defaultdict(set)
-            for (name, _), (child, _) in (steps[:2] for steps in self._pictures.values() if len(steps) > 1):
-                inner[name].add(child)
-            for name, children in inner.items():
-                if len(children) > 1:
-                    layout.notes.append(f"{name}/ counts as one artwork, with {', '.join(sorted(children)[:6])} in it.")
-        kinds = ", ".join(dict.fromkeys(s.kind for s in layout.found if s.is_anomalous and label_of(s.kind) is None))
+            inner = sorted({"/".join(name for name, _ in steps[:2]) for steps in self._pictures.values() if steps[1:]})
+            layout.notes += [f"Not artworks of their own: {', '.join(inner[:6])}."] if len(inner) > 1 else []
+        kinds = dict.fromkeys(s.kind for s in layout.found if words.label_of(s.kind) is None)
         if kinds:
-            layout.notes.append(f"Anomalous by the names of their folders: {kinds}. Genuine ones belong into good/.")
-        for words, names in self._odd.items():
-            layout.notes.append(f"{len(names)} pictures {words}, first {names[0]}.")
+            named = ", ".join(kinds)
+            layout.notes.append(f"Anomalous by the names of their folders: {named}. Genuine ones belong into good/.")
+        for what, names in self._odd.items():
+            layout.notes.append(f"{len(names)} pictures {what}, first {names[0]}.")
 
 
 def _first(steps: _Steps) -> int | None:
@@ -341,7 +291,7 @@ def _spoken(path: Path, artworks: Sequence[str], below: list[str]) -> tuple[str,
         hits = [a for a in artworks if a == name] or [a for a in artworks if plain(a) == plain(name)]
         if len(hits) == 1:
             return hits[0], [other for other in below if other != name]
-    artwork = spoken_of(path.stem, artworks)
+    artwork = words.spoken_of(path.stem, artworks)
     if artwork is None:
         raise _Unclear(f"cannot tell which painting it shows ({', '.join(artworks)}): write it into the file name")
     return artwork, below
@@ -368,11 +318,11 @@ def _listed(root: Path) -> tuple[list[Path], list[Path], int]:
             folders.clear()
             continue
         seen.add(os.path.realpath(here))
-        for name in filter(is_hidden, folders):
+        for name in filter(words.is_hidden, folders):
             n_hidden += sum(len(inside) for *_, inside in os.walk(os.path.join(here, name)))
-        n_hidden += sum(map(is_hidden, names))
-        folders[:] = sorted((name for name in folders if not is_hidden(name)), key=_natural)
-        for path in (Path(here, name) for name in sorted(names, key=_natural) if not is_hidden(name)):
+        n_hidden += sum(map(words.is_hidden, names))
+        folders[:] = sorted((name for name in folders if not words.is_hidden(name)), key=_natural)
+        for path in (Path(here, name) for name in sorted(names, key=_natural) if not words.is_hidden(name)):
             if path.name not in _OURS:
                 (pictures if path.suffix.lower() in IMAGE_SUFFIXES else others).append(path)
     return pictures, others, n_hidden

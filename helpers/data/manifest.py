@@ -19,7 +19,6 @@ from helpers.records import SPLITS, Sample
 MANIFEST_CSV = "manifest.csv"
 MANIFEST_JSON = "manifest.json"
 COLUMNS = tuple("image_path sha256 category split is_anomalous kind mask_path group visibility synthesis_seed".split())
-_REQUIRED = ("image_path", "category", "split", "is_anomalous", "kind")
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,7 @@ class Dataset:
         folder: where ``manifest.csv`` lies.
         samples: all pictures, absolute paths.
         hash: identifies pictures, labels, masks, splits and groups; results name it.
-        kinds_held_out: kinds of synthetic damage that no training may use, so that a test on them is one of unseen
-            kinds.
+        kinds_held_out: kinds of synthetic damage that no training may use, so that a test on them is one of new kinds.
         limits: a sentence for each artwork whose numbers are optimistic or bare, because it has few genuine pictures;
             there, and only there, splits may share source pictures (:func:`shared_groups`).
     """
@@ -125,7 +123,7 @@ def load_manifest(path: Path | str) -> list[Sample]:
         table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path} has no columns that can be read ({error}). Make it again.") from error
-    missing = [column for column in _REQUIRED if column not in table]
+    missing = [column for column in COLUMNS if column not in table]
     if missing:
         raise DatasetError(f"{path} has no column {', '.join(missing)}; a manifest has {', '.join(COLUMNS)}.")
     return [_sample_of_row(row, path, number) for number, row in enumerate(table.to_dict("records"), start=2)]
@@ -218,24 +216,21 @@ def counts(samples: Iterable[Sample]) -> dict[str, dict[str, dict[str, int]]]:
 
 def _sample_of_row(row: Mapping[str, str], path: Path, number: int) -> Sample:
     try:
-        label = row["is_anomalous"].strip().lower()
-        if label not in ("true", "false", "1", "0"):
+        if row["is_anomalous"] not in ("True", "False"):
             raise ValueError(f"is_anomalous is {row['is_anomalous']!r}; allowed are True and False")
-        if not row["image_path"]:
-            raise ValueError("image_path is empty")
         return Sample(
             path.parent / row["image_path"],
             row["category"],
-            label in ("true", "1"),
-            path.parent / row["mask_path"] if row.get("mask_path") else None,
+            row["is_anomalous"] == "True",
+            path.parent / row["mask_path"] if row["mask_path"] else None,
             row["split"],
             row["kind"],
-            row.get("group", ""),
-            row.get("sha256", ""),
-            float(row["visibility"]) if row.get("visibility") else None,
-            int(row["synthesis_seed"]) if row.get("synthesis_seed") else None,
+            row["group"],
+            row["sha256"],
+            float(row["visibility"]) if row["visibility"] else None,
+            int(row["synthesis_seed"]) if row["synthesis_seed"] else None,
         )
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         raise DatasetError(f"{path}, row {number}: {error}. Make the manifest again or correct the row.") from error
 
 

@@ -101,7 +101,8 @@ def kind_of(name: str) -> str:
             )
         return clean(name)
     told = [word for word in words if word not in splits]
-    return clean("_".join(told)) if label == ANOMALY_KIND and _has(told, FORGERY_WORDS) else label
+    is_kind = label == ANOMALY_KIND and any(_is_in(word, FORGERY_WORDS) for word in told)
+    return clean("_".join(told)) if is_kind else label
 
 
 def roles_of(name: str) -> list[str | None]:
@@ -120,7 +121,7 @@ def roles_of(name: str) -> list[str | None]:
 
 def says_forged(name: str) -> bool:
     """True for a name with a word like *fake* in it, which nothing genuine should have."""
-    return _has(re.findall(r"[^\W\d_]+", plain(name)), _TELLTALE)
+    return any(_is_in(word, _TELLTALE) for word in re.findall(r"[^\W\d_]+", plain(name)))
 
 
 def is_hidden(name: str) -> bool:
@@ -157,10 +158,6 @@ def _words(name: str) -> list[str]:
 
 def _is_in(word: str, words: frozenset[str]) -> bool:
     return word in words or word.removesuffix("s") in words
-
-
-def _has(words: Sequence[str], wanted: frozenset[str]) -> bool:
-    return any(_is_in(word, wanted) for word in words)
 
 
 def _label(words: Sequence[str]) -> str | None:

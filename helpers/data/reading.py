@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from itertools import combinations
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -16,7 +14,7 @@ import numpy as np
 
 from helpers import files
 from helpers.data import images, layouts, tables
-from helpers.data.manifest import COLUMNS, MANIFEST_CSV, MANIFEST_JSON, shared_groups, write_manifest
+from helpers.data.manifest import COLUMNS, MANIFEST_CSV, MANIFEST_JSON, counts, shared_groups, write_manifest
 from helpers.data.names import DatasetError, plain
 from helpers.records import SPLITS, Sample
 
@@ -47,18 +45,15 @@ class FolderReading:
 
     def describe(self) -> str:
         """The tree in words, then notes, copies and files left out."""
-        counts = Counter((s.category, s.split, s.is_anomalous, s.kind) for s in self.samples)
-        categories = sorted({category for category, *_ in counts})
-        n_words = f"{_count(len(self.samples), 'picture')} of {_count(len(categories), 'artwork')}"
+        tree, about = counts(self.samples), self.as_json()
+        n_words = f"{_count(len(self.samples), 'picture')} of {_count(len(tree), 'artwork')}"
         lines = [f"{self.source}: {self.layout}, {n_words}"]
-        for category in categories:
+        for category, splits in tree.items():
             lines.append(f"  {category}")
-            for split in SPLITS:
-                kinds = [f"{key[3]} {counts[key]}" for key in sorted(counts) if key[:2] == (category, split)]
-                lines += [f"    {split:<12}{', '.join(kinds)}"] if kinds else []
+            for split, kinds in splits.items():
+                lines.append(f"    {split:<12}{', '.join(f'{kind} {n}' for kind, n in kinds.items())}")
             masks = [s.mask_path is not None for s in self.samples if s.category == category and s.is_anomalous]
             lines += [f"    {'masks':<12}{sum(masks)} of {_count(len(masks), 'anomalous picture')}"] if masks else []
-        about = self.as_json()
         lines += [f"Note: {note}" for note in self.notes]
         lines += _shown("Same file more than once", map(" = ".join, about["exact_duplicates"]))
         near = "Near duplicates (one scan in two splits or under two labels)"
@@ -89,28 +84,35 @@ def read_folder(folder: Path | str) -> FolderReading:
     """
     from tqdm.auto import tqdm
 
-    layout = _layout_of(_found(folder))
+    layout = _layout_of(Path(os.path.abspath(Path(folder).expanduser())))
     # Decoders release the interpreter lock; four at a time keep the memory of four largest pictures below 1 GB.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         work = pool.map(_check, layout.found)
         checks = list(tqdm(work, total=len(layout.found), desc="reading pictures", unit="file", delay=3))
-    readable = [check for check in checks if check.sample is not None]
-    samples = [check.sample for check in readable]
     bad = [*layout.problems, *(problem for check in checks for problem in check.problems)]
+    checks = [check for check in checks if check.sample is not None]
+    samples = [check.sample for check in checks]
     root = layout.source if layout.source.is_dir() else layout.source.parent
     if all(sample.is_anomalous for sample in samples):
         what = f"all {len(samples)} readable pictures are anomalous" if samples else "no picture can be used"
         lines = [f"{layout.source} ({layout.name}): {what}; detectors learn from normal ones. Add some as train/good."]
         lines += _shown("Files left out", [f"{_short(path, root)}: {why}" for path, why in bad])
         raise DatasetError("\n".join([*lines, layouts.EXPECTED]))
-    exact = _exact_duplicates(samples, root)
-    near = near_duplicates([check.perceptual_hash for check in readable])
-    notes = [*layout.notes, *_file_notes(readable)]
-    samples = _grouped(samples, [*exact, *near], root, notes)
-    _note_gaps(samples, notes)
-    paths = [sample.image_path for sample in samples]
-    crossing = [(i, j) for i, j in sorted({*near} - {*exact}) if _contradict(samples[i], samples[j])]
-    copies = [tuple((paths[i], paths[j]) for i, j in pairs) for pairs in (exact, crossing)]
+    pairs = near_duplicates([check.perceptual_hash for check in checks])
+    exact = [(i, j) for i, j in pairs if samples[i].sha256 == samples[j].sha256]
+    near = [(i, j) for i, j in pairs if samples[i].sha256 != samples[j].sha256 and _contradict(samples, i, j)]
+    wrong = [[samples[index] for index in pair] for pair in exact if _contradict(samples, *pair)]
+    if wrong:
+        lines = [" = ".join(f"{_short(s.image_path, root)} ({s.split}, {s.kind})" for s in pair) for pair in wrong]
+        why = "Equal pictures stand in two splits or have two labels; a test would be on what was learnt."
+        raise DatasetError("\n".join([why, *_shown("Equal files", lines), "Delete one of each pair."]))
+    noted: dict[str, list[str]] = defaultdict(list)
+    for name, note in (said for check in checks for said in check.notes):
+        noted[note].append(name)
+    notes = [f"{n[0]}{f' and {len(n) - 1} more' * (len(n) > 1)}: {note}." for note, n in noted.items()]
+    notes = [*layout.notes, *notes, *_gaps(samples)]
+    samples = _grouped(samples, pairs, root, notes)
+    copies = [tuple((samples[i].image_path, samples[j].image_path) for i, j in found) for found in (exact, near)]
     return FolderReading(layout.source, layout.name, tuple(samples), tuple(bad), *copies, tuple(notes))
 
 
@@ -121,24 +123,22 @@ def build_manifest(folder: Path | str, *, output: Path | str | None = None) -> P
 
     Args:
         folder: folder of pictures, or a CSV file; see :data:`helpers.data.layouts.EXPECTED`.
-        output: manifest file (``*.csv``) or its folder; the folder itself by default, a temporary one if read-only.
+        output: manifest file (``*.csv``) or its folder; the folder itself by default.
     Raises:
         FileNotFoundError, DatasetError: as :func:`read_folder`, or a foreign ``manifest.csv`` would be overwritten.
     """
-    source = _found(folder)
+    source = Path(os.path.abspath(Path(folder).expanduser()))
     place = source if source.is_dir() else source.parent
-    mark = files.read_json(place / MANIFEST_JSON) if (place / MANIFEST_JSON).exists() else {}
-    if output is None and source in (place, place / MANIFEST_CSV) and "dataset_hash" in mark and "layout" not in mark:
-        print(f"{place / MANIFEST_CSV} is a frozen dataset and was left as it is.")
-        return place / MANIFEST_CSV
-    reading = read_folder(source)
     target = Path(os.path.abspath(place if output is None else output))
-    if output is None and not (os.access(place, os.W_OK) and place.stat().st_mode & 0o222):  # root may write anywhere
-        target = Path(tempfile.gettempdir()) / f"art_anomaly_{files.sha256_json(str(source))[:8]}"
-        print(f"{place} is read-only; the manifest goes to {target} (choose another place with output=...).")
     target = target if target.suffix.lower() == ".csv" else target / MANIFEST_CSV
-    if output is None and target.exists() and not target.read_bytes().startswith(",".join(COLUMNS).encode()):
-        raise DatasetError(f"{target} exists and is not a manifest of this suite. Rename it, or give output=... .")
+    if output is None and target.exists():
+        about = files.read_json(place / MANIFEST_JSON) if (place / MANIFEST_JSON).exists() else {}
+        if source in (place, target) and "dataset_hash" in about and "layout" not in about:
+            print(f"{target} is a frozen dataset and was left as it is.")
+            return target
+        if not target.read_bytes().startswith(",".join(COLUMNS).encode()):
+            raise DatasetError(f"{target} exists and is not a manifest of this suite. Rename it, or give output=... .")
+    reading = read_folder(source)
     limits = {
         category: f"{_count(len(groups), 'picture')} in two splits show one scan (near duplicates): optimistic numbers."
         for category, groups in shared_groups(reading.samples).items()
@@ -147,95 +147,14 @@ def build_manifest(folder: Path | str, *, output: Path | str | None = None) -> P
     return write_manifest(target, reading.samples, info={**reading.as_json(), "limits": limits})
 
 
-def _found(source: Path | str) -> Path:
-    """The folder or table that a user means, with quotes, ``~`` and variables as people paste them."""
-    path = Path(source)
-    if not path.exists():
-        path = Path(os.path.expanduser(os.path.expandvars(str(source).strip(" '\"").removeprefix("file://"))))
-    if not path.exists():
-        web = " A web address cannot be read: download it, or mount Drive." if "http" in str(source) else ""
-        raise FileNotFoundError(f"{path} does not exist. Give the folder (or CSV file) of your pictures.{web}")
-    return Path(os.path.abspath(path))
-
-
-def _layout_of(source: Path) -> layouts.Layout:
-    """What every picture of a folder or table is, before any is decoded."""
-    visa = sorted(source.glob("split_csv/*.csv"), key=lambda path: path.name != "1cls.csv")
-    found = [source] if source.is_file() else [] if layouts.has_roles(source) else tables.tables_in(source)
-    if source.is_file() and source.suffix.lower() not in (".csv", ".tsv"):
-        raise DatasetError(f"{source} is neither a folder nor a CSV (an archive: unpack it first).\n{layouts.EXPECTED}")
-    if len(found) > 1 and not visa:
-        names = ", ".join(table.name for table in found)
-        raise DatasetError(f"{source} holds several tables of pictures: {names}. Give the path of the one to use.")
-    if visa:
-        layout = tables.read_table(visa[0], source, layouts.VISA)
-    else:
-        layout = tables.read_table(found[0], found[0].parent) if found else layouts.read_tree(source)
-    spelling: dict[str, str] = {}  # kinds that differ in case or separators only become one
-    layout.found = [replace(s, kind=spelling.setdefault(plain(s.kind), s.kind)) for s in layout.found]
-    layout.found.sort(key=lambda s: (s.category, SPLITS.index(s.split), s.is_anomalous, s.kind))
-    return layout
-
-
-# --- one picture -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Check:
-    """What decoding one picture and its mask showed; ``sample`` is None when the picture cannot be used."""
-
-    sample: Sample | None = None
-    problems: list[tuple[Path, str]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    mask_notes: list[str] = field(default_factory=list)
-    perceptual_hash: np.ndarray | None = None
-
-
-def _check(sample: Sample) -> _Check:
-    path, mask_path, check = sample.image_path, sample.mask_path, _Check()
-    if _printable(str(path)) != str(path):
-        return _Check(problems=[(path, "the file name is not valid UTF-8: rename the file")])
-    try:
-        image = images.load_image(path, max_side=8 * HASH_SIDE, notes=check.notes)
-        check.sample = replace(sample, sha256=files.sha256_file(path))
-    except (images.ImageError, OSError) as error:
-        return _Check(problems=[(path, _reason(error, path))])
-    check.perceptual_hash = perceptual_hash(image)
-    if mask_path is not None:
-        try:
-            mask = images.load_mask(mask_path, image.shape[:2], picture=path, notes=check.mask_notes)
-            problem = "" if mask.any() else "the mask is empty although the picture is anomalous"
-        except (images.ImageError, OSError) as error:
-            problem = _reason(error, mask_path)
-        if problem:
-            check.problems.append((mask_path, f"{problem} (mask not used)"))
-            check.sample = replace(check.sample, mask_path=None)
-    return check
-
-
-def _file_notes(checks: Sequence[_Check]) -> list[str]:
-    """What decoding noted, each sentence once, with the first of the files and their number."""
-    names: dict[str, list[str]] = defaultdict(list)
-    for check in checks:
-        name = check.sample.image_path.name
-        for who, notes in ((name, check.notes), (f"mask of {name}", check.mask_notes)):
-            for note in notes:
-                names[note].append(who)
-    return [f"{who[0]}{f' and {len(who) - 1} more' * (len(who) > 1)}: {note}." for note, who in names.items()]
-
-
-# --- copies ----------------------------------------------------------------------------------------------------------
-
-
 def perceptual_hash(image: np.ndarray) -> np.ndarray | None:
-    """256 bits that survive other sizes, JPEG and brightness: the signs of low frequencies of the grey picture.
-
-    A second set of bits marks the frequencies that are strong enough to have a sign; in a smooth picture many are not.
+    """256 signs that survive other sizes, JPEG and brightness: those of low frequencies of the grey picture.
 
     Args:
         image: uint8 RGB ``(H, W, 3)``.
     Returns:
-        uint64 ``(2, 4)``: signs and marks; None for an almost uniform picture, whose signs would be noise.
+        int8 ``(256,)``: -1, 1, or 0 for a frequency too weak to have a sign (in a smooth picture many are); None for
+        an almost uniform picture, whose signs would be noise.
     Source: the "pHash" idea of Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010.
     """
     side = 4 * HASH_SIDE
@@ -244,47 +163,82 @@ def perceptual_hash(image: np.ndarray) -> np.ndarray | None:
         return None
     low = cv2.dct(grey.astype(np.float32))[:HASH_SIDE, :HASH_SIDE].ravel()
     low[0] = 0  # the mean brightness has no say
-    strong = np.abs(low) > 0.003 * np.abs(low).max()
-    return np.stack([np.packbits(low > 0).view(np.uint64), np.packbits(strong).view(np.uint64)])
+    return np.where(np.abs(low) > 0.003 * np.abs(low).max(), np.sign(low), 0).astype(np.int8)
 
 
 def near_duplicates(hashes: Sequence[np.ndarray | None]) -> list[tuple[int, int]]:
     """Pairs ``(i, j)``, ``i < j``, of pictures that show one scan, by the :func:`perceptual_hash` of each picture."""
     known = [index for index, value in enumerate(hashes) if value is not None]
-    if len(known) < 2:
-        return []
-    signs, strong = np.stack([hashes[index] for index in known], axis=1)  # each (n, 4)
-    n_strong = np.bitwise_count(strong).sum(axis=1)
+    signs = np.array([hashes[index] for index in known], float)  # (n, 256)
+    strong = np.abs(signs)
     pairs = []
     for row in range(len(known) - 1):
-        both = strong[row] & strong[row + 1 :]
-        n_both = np.bitwise_count(both).sum(axis=1)
-        n_different = np.bitwise_count((signs[row] ^ signs[row + 1 :]) & both).sum(axis=1)
-        comparable = n_both >= 0.7 * np.maximum(n_strong[row], n_strong[row + 1 :])
+        n_both = strong[row + 1 :] @ strong[row]
+        n_different = (n_both - signs[row + 1 :] @ signs[row]) / 2
+        comparable = n_both >= 0.7 * np.maximum(strong[row].sum(), strong[row + 1 :].sum(axis=1))
         alike = comparable & (n_different <= NEAR_DUPLICATE_LIMIT * n_both)
         pairs += [(known[row], known[row + 1 + k]) for k in np.flatnonzero(alike)]
     return pairs
 
 
-def _contradict(a: Sample, b: Sample) -> bool:
+def _layout_of(source: Path) -> layouts.Layout:
+    """What every picture of a folder or table is, before any is decoded."""
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist. Give the folder (or CSV file) of your pictures.")
+    if source.is_file() and source.suffix.lower() not in (".csv", ".tsv"):
+        raise DatasetError(f"{source} is neither a folder nor a CSV (an archive: unpack it first).\n{layouts.EXPECTED}")
+    visa = sorted(source.glob("split_csv/*.csv"), key=lambda path: path.name != "1cls.csv")
+    found = [source] if source.is_file() else [] if layouts.has_roles(source) else tables.tables_in(source)
+    if visa:
+        layout = tables.read_table(visa[0], source, layouts.VISA)
+    elif len(found) > 1:
+        names = ", ".join(table.name for table in found)
+        raise DatasetError(f"{source} holds several tables of pictures: {names}. Give the path of the one to use.")
+    else:
+        layout = tables.read_table(found[0], found[0].parent) if found else layouts.read_tree(source)
+    spelling: dict[str, str] = {}  # kinds that differ in case or separators only become one
+    layout.found = [replace(s, kind=spelling.setdefault(plain(s.kind), s.kind)) for s in layout.found]
+    layout.found.sort(key=lambda s: (s.category, SPLITS.index(s.split), s.is_anomalous, s.kind))
+    return layout
+
+
+@dataclass
+class _Check:
+    """What decoding one picture and its mask showed; ``sample`` is None when the picture cannot be used."""
+
+    sample: Sample | None
+    problems: list[tuple[Path, str]]
+    notes: Sequence[tuple[str, str]] = ()  # which file, and the sentence
+    perceptual_hash: np.ndarray | None = None
+
+
+def _check(sample: Sample) -> _Check:
+    path, mask_path, problem = sample.image_path, sample.mask_path, ""
+    notes: list[str] = []
+    mask_notes: list[str] = []
+    if _printable(str(path)) != str(path):
+        return _Check(None, [(path, "the file name is not valid UTF-8: rename the file")])
+    try:
+        image = images.load_image(path, max_side=8 * HASH_SIDE, notes=notes)
+        sample = replace(sample, sha256=files.sha256_file(path))
+    except (images.ImageError, OSError) as error:
+        return _Check(None, [(path, _reason(error, path))])
+    try:
+        if mask_path and not images.load_mask(mask_path, image.shape[:2], picture=path, notes=mask_notes).any():
+            problem = "the mask is empty although the picture is anomalous"
+    except (images.ImageError, OSError) as error:
+        problem = _reason(error, mask_path)
+    if problem:
+        sample = replace(sample, mask_path=None)
+    said = [*((path.name, note) for note in notes), *((f"mask of {path.name}", note) for note in mask_notes)]
+    problems = [(mask_path, f"{problem} (mask not used)")] if problem else []
+    return _Check(sample, problems, said, perceptual_hash(image))
+
+
+def _contradict(samples: Sequence[Sample], i: int, j: int) -> bool:
     """Whether copies of one picture make the numbers of their artwork wrong: two splits, or two labels."""
+    a, b = samples[i], samples[j]
     return a.category == b.category and (a.split, a.is_anomalous) != (b.split, b.is_anomalous)
-
-
-def _exact_duplicates(samples: Sequence[Sample], root: Path) -> list[tuple[int, int]]:
-    """Pairs of equal files; raises for a pair that would make the numbers wrong."""
-    by_hash: dict[str, list[int]] = defaultdict(list)
-    for index, sample in enumerate(samples):
-        by_hash[sample.sha256].append(index)
-    pairs = [pair for same in by_hash.values() for pair in combinations(same, 2)]
-    wrong = [(samples[i], samples[j]) for i, j in pairs if _contradict(samples[i], samples[j])]
-    if wrong:
-        lines = [" = ".join(f"{_short(s.image_path, root)} ({s.split}, {s.kind})" for s in pair) for pair in wrong]
-        why = "Equal pictures stand in two splits or have two labels; a test would be on what was learnt."
-        raise DatasetError(
-            "\n".join([why, *_shown("Equal files", lines), "Delete one of each pair and run this again."])
-        )
-    return pairs
 
 
 def _grouped(samples: Sequence[Sample], pairs: Sequence[tuple[int, int]], root: Path, notes: list[str]) -> list[Sample]:
@@ -292,18 +246,17 @@ def _grouped(samples: Sequence[Sample], pairs: Sequence[tuple[int, int]], root: 
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    stems = Counter((s.category, s.image_path.stem) for s in samples)
-    places = Counter((s.category, s.split, s.kind, s.image_path.stem) for s in samples)
-    names, first, joined = [], {}, []
-    for index, s in enumerate(samples):
-        stem = s.image_path.stem
-        if stems[s.category, stem] > 1:  # MVTec calls a picture 000 in every folder
-            is_unique = places[s.category, s.split, s.kind, stem] == 1
-            stem = f"{s.split}/{s.kind}/{stem}" if is_unique else _short(s.image_path, root)
-        names.append(s.group or f"{s.category}/{stem}")
-        joined.append((index, first.setdefault((s.category, names[-1]), index)))
+    # MVTec calls a picture 000 in every folder: the shortest name that no other picture has.
+    spellings = []
+    for s in samples:
+        tails = (s.image_path.stem, f"{s.split}/{s.kind}/{s.image_path.stem}", _short(s.image_path, root))
+        spellings.append([f"{s.category}/{tail}" for tail in tails])
+    uses = Counter(name for found in spellings for name in found)
+    names = [s.group or next((n for n in f if uses[n] == 1), f[-1]) for s, f in zip(samples, spellings)]
+    first: dict[tuple[str, str], int] = {}
+    joined = [(i, first.setdefault((s.category, name), i)) for i, (s, name) in enumerate(zip(samples, names))]
     joined += [(i, j) for i, j in pairs if samples[i].category == samples[j].category]
-    graph = coo_matrix((np.ones(len(joined)), tuple(zip(*joined))), shape=(len(samples), len(samples)))
+    graph = coo_matrix((np.ones(len(joined)), np.transpose(joined)), shape=(len(samples), len(samples)))
     components = connected_components(graph, directed=False)[1]
     sizes = Counter(component for component, _ in set(zip(components, names)))
     totals = Counter(s.category for s in samples)
@@ -315,16 +268,15 @@ def _grouped(samples: Sequence[Sample], pairs: Sequence[tuple[int, int]], root: 
     return [replace(s, group=n if s.category in alike else leader[c]) for s, n, c in zip(samples, names, components)]
 
 
-def _note_gaps(samples: Sequence[Sample], notes: list[str]) -> None:
-    for category in sorted({sample.category for sample in samples}):
-        mine = {(sample.split, sample.is_anomalous) for sample in samples if sample.category == category}
-        if ("train", False) not in mine:
+def _gaps(samples: Sequence[Sample]) -> list[str]:
+    parts = {(sample.category, sample.split, sample.is_anomalous) for sample in samples}
+    notes = []
+    for category in sorted({category for category, *_ in parts}):
+        if (category, "train", False) not in parts:
             notes.append(f"{category}: no pictures to learn from (train/good).")
-        if ("test", True) in mine and ("test", False) not in mine:
+        if (category, "test", True) in parts and (category, "test", False) not in parts:
             notes.append(f"{category}: test/ has no normal pictures, so false alarms cannot be counted.")
-
-
-# --- words -----------------------------------------------------------------------------------------------------------
+    return notes
 
 
 def _reason(error: Exception, path: Path) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +19,6 @@ _COLUMNS = {
     "kind": "kind anomaly_kind anomaly_type defect_type",
     "mask_path": "mask_path mask mask_file",
     "group": "group",
-    "visibility": "visibility",
-    "synthesis_seed": "synthesis_seed",
 }
 _EMPTY = frozenset(("", "nan", "none", "null", "n/a", "na", "-", "<na>"))
 _YES = frozenset("1 1.0 true yes y t ja wahr positive pos".split())
@@ -39,22 +36,15 @@ def read_table(table: Path, root: Path, name: str = CSV) -> Layout:
     header = f"{table} has the columns {', '.join([*columns.values(), *unknown]) or 'of an empty file'}"
     if "image_path" not in columns:
         raise DatasetError(f"{header}; one must name the picture: {_COLUMNS['image_path']}.\n{EXPECTED}")
-    if not {"label", "kind"} & set(columns) and (unknown or "mask_path" in columns):
-        raise DatasetError(
-            f"{header}; none of them is understood as a label, so forgeries would be learnt as genuine. Add a column "
-            "label (normal or anomaly), or remove the other columns if all pictures are genuine."
-        )
-    labels = {row.get("label", "").casefold() for row in rows}
-    numbers = sorted(label for label in labels if re.fullmatch(r"-?[\d.]+", label) and label not in _YES | _NO)
-    if numbers:
-        raise DatasetError(
-            f"{table}: labels {', '.join(numbers)} are not understood. Write normal or anomaly (or 0, 1)."
-        )
-    has_kinds = "kind" not in columns and any(_stated(label) == NORMAL_KIND for label in labels)  # good, crack, tear
     if not {"label", "kind"} & set(columns):
+        if unknown or "mask_path" in columns:
+            way = "Add a column label (normal or anomaly), or remove the other columns if all pictures are genuine."
+            raise DatasetError(f"{header}; none of them is understood as a label. {way}")
         layout.notes.append(f"{table.name} has no column label: all pictures count as genuine.")
     if unknown:
         layout.notes.append(f"Columns of {table.name} that were not read: {', '.join(unknown)}.")
+    says_normal = any(_stated(row.get("label", "")) == NORMAL_KIND for row in rows)
+    has_kinds = "kind" not in columns and says_normal  # labels like good, crack, tear
     names = [row.get("category") or own_name(root) for row in rows]
     categories = apart({name: name for name in names}, layout)
     seen: set[tuple[Path, str]] = set()
@@ -63,8 +53,6 @@ def read_table(table: Path, root: Path, name: str = CSV) -> Layout:
         try:
             if not row["image_path"] or (path, category) in seen:
                 raise ValueError("named in an earlier row already" if row["image_path"] else "no picture named")
-            if re.match(r"[A-Za-z]:[\\/]", row["image_path"]) and not path.exists():
-                raise ValueError("a path of another computer: write paths relative to the table")
             layout.found.append(replace(_sample(row, path, root, has_kinds), category=category))
             seen.add((path, category))
         except ValueError as error:
@@ -74,13 +62,12 @@ def read_table(table: Path, root: Path, name: str = CSV) -> Layout:
 
 def tables_in(root: Path) -> list[Path]:
     """The tables in a folder that name pictures and say something about them, but for our own manifest."""
-    found = []
-    for path in sorted(root.glob("*.[ct]sv")):
-        is_ours = path.name == "manifest.csv" and path.read_bytes().startswith(b"image_path,sha256,category,split")
-        columns = {} if is_ours else _rows(path, Layout(CSV, path))[1]
-        if "image_path" in columns and {"category", "label", "kind", "split"} & set(columns):
-            found.append(path)
-    return found
+    found = {path: _rows(path, Layout(CSV, path)) for path in sorted(root.glob("*.[ct]sv"))}
+    return [
+        path
+        for path, (_, columns, unknown) in found.items()
+        if "image_path" in columns and {"category", "label", "kind", "split"} & set(columns) and "sha256" not in unknown
+    ]
 
 
 def _stated(value: str) -> str | None:
@@ -99,25 +86,16 @@ def _sample(row: dict[str, str], path: Path, root: Path, has_kinds: bool) -> Sam
         raise ValueError(f"label is {label!r}; allowed are normal, anomaly, good, 0, 1, true, false")
     if kind and (_stated(kind) == NORMAL_KIND) != (stated == NORMAL_KIND):
         raise ValueError(f"label says {'normal' if stated == NORMAL_KIND else 'anomalous'} but kind is {kind!r}")
-    is_anomalous, split = stated != NORMAL_KIND, ""
-    if row.get("split"):
-        split = next(iter(roles_of(row["split"])), None)
-        if split not in SPLITS:
-            raise ValueError(f"split is {row['split']!r}; allowed are train, calibration (or validation) and test")
-    if is_anomalous and split not in ("", "test"):
+    is_anomalous = stated != NORMAL_KIND
+    split = next(iter(roles_of(row["split"])), None) if row.get("split") else "test" if is_anomalous else "train"
+    if split not in SPLITS:
+        raise ValueError(f"split is {row['split']!r}; allowed are train, calibration (or validation) and test")
+    if is_anomalous and split != "test":
         raise ValueError(f"an anomalous picture in split {split}: detectors learn from normal pictures only")
+    if not is_anomalous:
+        return Sample(path, "", False, None, split, NORMAL_KIND, row.get("group", ""))
     named = kind_of(kind) if kind and kind.casefold() not in _YES else ANOMALY_KIND
-    return Sample(
-        path,
-        "",
-        is_anomalous,
-        _resolve(root, mask) if mask and is_anomalous else None,
-        split or ("test" if is_anomalous else "train"),
-        named if is_anomalous else NORMAL_KIND,
-        row.get("group", ""),
-        visibility=float(row["visibility"]) if row.get("visibility") else None,
-        synthesis_seed=int(row["synthesis_seed"]) if row.get("synthesis_seed") else None,
-    )
+    return Sample(path, "", True, _resolve(root, mask) if mask else None, split, named, row.get("group", ""))
 
 
 def _rows(table: Path, layout: Layout) -> tuple[list[dict[str, str]], dict[str, str], list[str]]:
@@ -126,12 +104,11 @@ def _rows(table: Path, layout: Layout) -> tuple[list[dict[str, str]], dict[str, 
 
     content = table.read_bytes()
     try:
-        wide = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-16-le" if content[1:2] == b"\0" else ""
-        text = content.decode(wide or "utf-8-sig")
+        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError:
         text = content.decode("cp1252", errors="replace")
         layout.notes.append(f"{table.name} is not UTF-8; read as Windows-1252. Check names with accents.")
-    text = re.sub(r"^sep=.\s+", "", text.replace("\r\n", "\n").replace("\r", "\n"))
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     separator = max(",;\t|", key=text.partition("\n")[0].count)
     long: list[list[str]] = []
     options = {"dtype": str, "keep_default_na": False, "index_col": False, "on_bad_lines": long.append}
@@ -142,20 +119,16 @@ def _rows(table: Path, layout: Layout) -> tuple[list[dict[str, str]], dict[str, 
     layout.problems += [(table, f"a row with too many cells: {', '.join(cells)[:80]}") for cells in long]
     frame = frame.fillna("").map(lambda cell: "" if cell.strip().casefold() in _EMPTY else cell.strip())
     header = {plain(str(column)): column for column in frame.columns}
-    found = {meaning: [header[n] for n in names.split() if n in header] for meaning, names in _COLUMNS.items()}
-    columns = {meaning: names[0] for meaning, names in found.items() if names}
-    for name, column in header.items():  # is_fake, defective, genuine: a word of the vocabulary, answered yes or no
-        said, answers = label_of(name.removeprefix("is_")), frame[column].str.casefold()
-        if "label" not in columns and column not in columns.values() and said and set(answers) <= _YES | _NO:
-            columns["label"] = column
-            if said == NORMAL_KIND:
-                frame[column] = ["0" if answer in _YES else "1" for answer in answers]
-    rest = [column for column in map(str, frame.columns) if column not in columns.values()]
+    aliases = {meaning: names.split() for meaning, names in _COLUMNS.items()}
+    aliases["label"] += [name for name in header if label_of(name.removeprefix("is_")) == ANOMALY_KIND]  # is_defect
+    columns = {meaning: header[next(filter(header.get, n))] for meaning, n in aliases.items() if set(n) & set(header)}
+    unknown = [c for c in map(str, frame.columns) if c not in columns.values() and not c.startswith("Unnamed")]
     rows = frame[list(columns.values())].set_axis(list(columns), axis=1).to_dict("records")
-    return rows, columns, [column for column in rest if column != "sha256" and not column.startswith("Unnamed")]
+    return rows, columns, unknown
 
 
 def _resolve(root: Path, name: str) -> Path:
     """A path as a table writes it: relative to the table's folder, perhaps with Windows separators."""
     tries = [base / text for text in (name, name.replace("\\", "/")) for base in (root, root.parent)]
-    return Path(os.path.abspath(next((path for path in tries if name and path.exists()), tries[0])))
+    found = next((path for path in tries if name and path.exists()), tries[0])
+    return Path(os.path.abspath(found))
