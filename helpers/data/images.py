@@ -78,8 +78,8 @@ def load_mask(
 ) -> np.ndarray:
     """Read a mask, bool ``(H, W)``: True where the picture is anomalous.
 
-    Whatever is not background (0) is anomalous, in label images of any depth and in palettes by their index. Only
-    grey-scale masks (JPEG noise, soft edges) count from half of their range on.
+    Whatever is not background is anomalous, in label images of any depth: 0 is background, or the value along most of
+    the border where nothing is 0. Only grey-scale masks (JPEG noise, soft edges) count from half of their range on.
 
     Args:
         path: the mask file, or a folder of masks of one picture (MVTec LOCO), which are joined.
