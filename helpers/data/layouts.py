@@ -16,7 +16,7 @@ from pathlib import Path
 
 from helpers.data import names as words
 from helpers.data.images import IMAGE_SUFFIXES
-from helpers.data.names import ANOMALY_KIND, DatasetError, clean, kind_of, plain, roles_of, says_forged
+from helpers.data.names import ANOMALY_KIND, DatasetError
 from helpers.records import NORMAL_KIND, SPLITS, Sample
 
 MVTEC, VISA, REPORT = "MVTec layout", "VisA layout", "the report's two trees"
@@ -73,10 +73,10 @@ def read_tree(root: Path) -> Layout:
         raise refusal(root, "There is no picture in it." + (f" Unpack {archives[0]} first." if archives else ""))
     names = {path: [words.repaired(name) for name in path.relative_to(root).parts[:-1]] for path in pictures}
     known = {name for found in names.values() for name in found}
-    meanings: dict[str, _Steps] = {name: [(name, role) for role in roles_of(name)] for name in known}
+    meanings: dict[str, _Steps] = {name: [(name, role) for role in words.roles_of(name)] for name in known}
     meanings |= {name: [(name, "mask"), (_bare(name), None)] for name in known if _bare(name) in known - {name}}
     if {name for name in known if name.isdigit()} <= {"0", "1"}:
-        unclear = sorted(name for name in known if plain(name) in _UNCLEAR)
+        unclear = sorted(name for name in known if words.plain(name) in _UNCLEAR)
         if any(role in SPLITS for steps in meanings.values() for _, role in steps):
             meanings |= {"0": [("0", NORMAL_KIND)], "1": [("1", ANOMALY_KIND)]}
         elif len(unclear) > 1:
@@ -92,7 +92,7 @@ def read_tree(root: Path) -> Layout:
 def has_roles(root: Path) -> bool:
     """True when the name of any folder in a tree says a split or a label."""
     below = (os.path.basename(here) for here, *_ in os.walk(root) if here != str(root))
-    return any(role not in (None, "mask") for name in below for role in roles_of(name))
+    return any(role not in (None, "mask") for name in below for role in words.roles_of(name))
 
 
 def apart(names: dict[Hashable, str], layout: Layout) -> dict[Hashable, str]:
@@ -100,7 +100,7 @@ def apart(names: dict[Hashable, str], layout: Layout) -> dict[Hashable, str]:
     categories: dict[Hashable, str] = {}
     for key, name in names.items():
         taken = {category.casefold() for category in categories.values()}
-        tries = [clean(name), *(f"{clean(name)}_{number}" for number in range(2, len(names) + 2))]
+        tries = [words.clean(name), *(f"{words.clean(name)}_{number}" for number in range(2, len(names) + 2))]
         categories[key] = next(candidate for candidate in tries if candidate.casefold() not in taken)
         if categories[key] != tries[0]:
             layout.notes.append(f"{name} is called {categories[key]}: {tries[0]} is the name of another artwork.")
@@ -109,7 +109,7 @@ def apart(names: dict[Hashable, str], layout: Layout) -> dict[Hashable, str]:
 
 def own_name(root: Path) -> str:
     """The artwork's name when the folder given is the artwork, or its train/ or good/."""
-    return root.name if roles_of(root.name) in ([], [None]) or not root.parent.name else root.parent.name
+    return root.name if words.roles_of(root.name) in ([], [None]) or not root.parent.name else root.parent.name
 
 
 def refusal(root: Path, reason: str) -> DatasetError:
@@ -188,8 +188,12 @@ class _Tree:
         at, beside = _first(steps), set()
         if at is None:  # no split and no label above it, but perhaps folders with labels beside it
             at = next((depth for depth in range(len(names), -1, -1) if names[:depth] in self._labels), None)
+            if at is None and self._roles - {None}:
+                raise _Unclear("is neither below train/ or test/ nor below good/: move it there")
+            if at is None and not names and self._roles:
+                raise _Unclear("lies beside the folders of the paintings: move it into one of them")
             if at is None:
-                return self._unlabelled(path, names)
+                return tuple(map(self._trusted, names[:1])), self._sample(path, NORMAL_KIND, None, names[1:])
             beside = self._labels[names[:at]]
         split, above = next(iter(splits), None), names[:at]
         below = [name for name, role in steps[at:] if role is None]
@@ -200,7 +204,7 @@ class _Tree:
         kind = NORMAL_KIND
         if ANOMALY_KIND in labels:
             stated = [name for name, role in steps if role == ANOMALY_KIND and not name.isdigit()]
-            kind = next((k for k in map(kind_of, (*stated, *below[:1])) if k != ANOMALY_KIND), ANOMALY_KIND)
+            kind = next((k for k in map(words.kind_of, (*stated, *below[:1])) if k != ANOMALY_KIND), ANOMALY_KIND)
         elif beside == {ANOMALY_KIND} and below:
             reason = "there is a folder of anomalous pictures but none of normal ones (good/)."
             raise refusal(self._root, f"Beside {below[0]}/ {reason}")
@@ -210,20 +214,12 @@ class _Tree:
             where = "beside good/" if beside else "directly in test/"
             raise _Unclear(f"lies {where}: move it into good/ or the folder of its kind")
         elif not labels and below and (beside or split == "test" or not is_report):
-            kind = kind_of(below[0])
+            kind = words.kind_of(below[0])
         return above, self._sample(path, kind, split, below)
-
-    def _unlabelled(self, path: Path, names: _Names) -> tuple[_Names, Sample]:
-        """A picture with no split and no label above or beside it: genuine, unless the tree has some elsewhere."""
-        if self._roles - {None}:
-            raise _Unclear("is neither below train/ or test/ nor below good/: move it there")
-        if not names and self._roles:
-            raise _Unclear("lies beside the folders of the paintings: move it into one of them")
-        return tuple(map(self._trusted, names[:1])), self._sample(path, NORMAL_KIND, None, names[1:])
 
     def _trusted(self, name: str) -> str:
         """The name of a folder whose pictures count as genuine ones of an artwork without a label that says so."""
-        if says_forged(name):
+        if words.says_forged(name):
             way = "Put genuine pictures into <artwork>/good and others into <artwork>/<kind>."
             raise refusal(self._root, f"{name}/ would be learnt as genuine, but its name says otherwise. {way}")
         return name
@@ -235,9 +231,9 @@ class _Tree:
             raise _Unclear("anomalous, so not used: detectors learn from normal pictures only")
         if is_anomalous and _MASK_STEM.search(path.stem):
             raise _Unclear("named like a mask, but its picture is not beside it")
-        if not is_anomalous and any(map(says_forged, below)):
+        if not is_anomalous and any(map(words.says_forged, below)):
             raise _Unclear("would be taken for genuine, but a folder above it says otherwise: rename or move that")
-        if not is_anomalous and says_forged(path.stem):
+        if not is_anomalous and words.says_forged(path.stem):
             self._odd["are taken for genuine, though their names say otherwise"].append(path.name)
         return Sample(path, "", is_anomalous, None, split or ("test" if is_anomalous else "train"), kind)
 
@@ -250,7 +246,7 @@ class _Tree:
         masks: dict[int, set[Path]] = defaultdict(set)
         for path, steps in self._masks.items():
             owners, mask, where, folder = [], path, _telling(steps), path.parent
-            above = where - {plain(folder.name)}  # a folder of masks has the name of their picture
+            above = where - {words.plain(folder.name)}  # a folder of masks has the name of their picture
             tries = (path, path.stem, where), (path, _bare(path.stem), where), (folder, _bare(folder.name), above)
             while not owners and tries:
                 (mask, stem, names), *tries = tries
@@ -288,7 +284,7 @@ def _first(steps: _Steps) -> int | None:
 def _spoken(path: Path, artworks: Sequence[str], below: list[str]) -> tuple[str, list[str]]:
     """Which of the artworks the folders or the file name speak of, and the folders that do not."""
     for name in below:
-        hits = [a for a in artworks if a == name] or [a for a in artworks if plain(a) == plain(name)]
+        hits = [a for a in artworks if a == name] or [a for a in artworks if words.plain(a) == words.plain(name)]
         if len(hits) == 1:
             return hits[0], [other for other in below if other != name]
     artwork = words.spoken_of(path.stem, artworks)
@@ -300,8 +296,8 @@ def _spoken(path: Path, artworks: Sequence[str], below: list[str]) -> tuple[str,
 def _telling(steps: _Steps) -> set[str]:
     """The folder names that a mask has in common with its picture: artwork and kind."""
     named = {name for name, role in steps if role in (None, NORMAL_KIND)}
-    told = {name for name, role in steps if role == ANOMALY_KIND and not name.isdigit() and kind_of(name) != role}
-    return {plain(name) for name in named | told}
+    told = {name for name, role in steps if role == ANOMALY_KIND and not name.isdigit() and words.kind_of(name) != role}
+    return {words.plain(name) for name in named | told}
 
 
 def _bare(stem: str) -> str:

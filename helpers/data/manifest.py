@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -113,20 +114,16 @@ def load_manifest(path: Path | str) -> list[Sample]:
         FileNotFoundError: there is no manifest.
         DatasetError: a column is missing, or a row cannot be read (the message names it).
     """
-    import pandas as pd
-
     path = Path(os.path.abspath(path))
     path = path / MANIFEST_CSV if path.is_dir() else path
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist. Run notebook 02 to make the dataset.")
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path} has no columns that can be read ({error}). Make it again.") from error
-    missing = [column for column in COLUMNS if column not in table]
-    if missing:
-        raise DatasetError(f"{path} has no column {', '.join(missing)}; a manifest has {', '.join(COLUMNS)}.")
-    return [_sample_of_row(row, path, number) for number, row in enumerate(table.to_dict("records"), start=2)]
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        table = csv.DictReader(file)
+        missing = [column for column in COLUMNS if column not in (table.fieldnames or ())]
+        if missing:
+            raise DatasetError(f"{path} has no column {', '.join(missing)}; a manifest has {', '.join(COLUMNS)}.")
+        return [_sample_of_row(row, path, number) for number, row in enumerate(table, start=2)]
 
 
 def open_dataset(dataset_dir: Path | str, *, verify_files: bool = False) -> Dataset:
@@ -182,7 +179,8 @@ def dataset_hash(samples: Iterable[Sample], dataset_dir: Path | str) -> str:
     folder = Path(os.path.abspath(dataset_dir))
     rows = []
     for s in (_completed(sample, folder) for sample in samples):
-        mask = "" if s.mask_path is None else _mask_hash(s.mask_path)
+        masks = [] if s.mask_path is None else [files.sha256_file(file) for file in images.mask_files(s.mask_path)]
+        mask = "".join(masks) if len(masks) < 2 else files.sha256_json(masks)
         rows.append([s.sha256, s.category, s.split, s.is_anomalous, s.kind, mask, s.group])
     return files.sha256_json(sorted(rows))
 
@@ -230,7 +228,7 @@ def _sample_of_row(row: Mapping[str, str], path: Path, number: int) -> Sample:
             float(row["visibility"]) if row["visibility"] else None,
             int(row["synthesis_seed"]) if row["synthesis_seed"] else None,
         )
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # TypeError: a row with too few cells
         raise DatasetError(f"{path}, row {number}: {error}. Make the manifest again or correct the row.") from error
 
 
@@ -239,11 +237,6 @@ def _completed(sample: Sample, folder: Path) -> Sample:
     path = folder / sample.image_path
     mask = None if sample.mask_path is None else folder / sample.mask_path
     return replace(sample, image_path=path, mask_path=mask, sha256=sample.sha256 or files.sha256_file(path))
-
-
-def _mask_hash(path: Path) -> str:
-    hashes = [files.sha256_file(file) for file in images.mask_files(path)]
-    return hashes[0] if path.is_file() else files.sha256_json(hashes)
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -109,8 +109,8 @@ def read_folder(folder: Path | str) -> FolderReading:
     noted: dict[str, list[str]] = defaultdict(list)
     for name, note in (said for check in checks for said in check.notes):
         noted[note].append(name)
-    notes = [f"{n[0]}{f' and {len(n) - 1} more' * (len(n) > 1)}: {note}." for note, n in noted.items()]
-    notes = [*layout.notes, *notes, *_gaps(samples)]
+    notes = [*layout.notes, *_gaps(samples)]
+    notes += [f"{n[0]}{f' and {len(n) - 1} more' * (len(n) > 1)}: {note}." for note, n in noted.items()]
     samples = _grouped(samples, pairs, root, notes)
     copies = [tuple((samples[i].image_path, samples[j].image_path) for i, j in found) for found in (exact, near)]
     return FolderReading(layout.source, layout.name, tuple(samples), tuple(bad), *copies, tuple(notes))

@@ -62,12 +62,13 @@ def read_table(table: Path, root: Path, name: str = CSV) -> Layout:
 
 def tables_in(root: Path) -> list[Path]:
     """The tables in a folder that name pictures and say something about them, but for our own manifest."""
-    found = {path: _rows(path, Layout(CSV, path)) for path in sorted(root.glob("*.[ct]sv"))}
-    return [
-        path
-        for path, (_, columns, unknown) in found.items()
-        if "image_path" in columns and {"category", "label", "kind", "split"} & set(columns) and "sha256" not in unknown
-    ]
+    found = []
+    for path in sorted(root.glob("*.[ct]sv")):
+        _, columns, unknown = _rows(path, Layout(CSV, path))
+        says_something = not {"category", "label", "kind", "split"}.isdisjoint(columns)
+        if "image_path" in columns and says_something and "sha256" not in unknown:
+            found.append(path)
+    return found
 
 
 def _stated(value: str) -> str | None:
