@@ -32,7 +32,7 @@ EXPECTED = f"""Understood are:
 _OURS = ("manifest.csv", "manifest.json", "synthesis.jsonl")
 _MASK_STEM = re.compile(
     r"[_\-. ]+(anomaly|defect)?[_\-. ]*(masks?|gt|ground[_\- ]?truth|labels?|seg(mentation)?|annotation)"
-    r"([_\- ]?\d+)?$|^(mask|gt|label|seg)[_\-. ]+",
+    r"([_\- ]?\d+)?$|^(masks?|gt|label|seg)[_\-. ]+",
     re.IGNORECASE,
 )
 _UNCLEAR = frozenset("0 1 class_0 class_1 true false yes no positive negative".split())
@@ -241,8 +241,8 @@ class _Tree:
         """Give each anomalous picture its mask; list masks that fit none, or more than one."""
         by_stem: dict[str, list[tuple[set[str], int]]] = defaultdict(list)
         for index, sample in enumerate(layout.found):
-            if sample.is_anomalous:
-                by_stem[sample.image_path.stem].append((_telling(self._pictures[sample.image_path]), index))
+            by_stem[sample.image_path.stem].append((_telling(self._pictures[sample.image_path]), index))
+        anomalous = {index for index, sample in enumerate(layout.found) if sample.is_anomalous}
         masks: dict[int, set[Path]] = defaultdict(set)
         for path, steps in self._masks.items():
             owners, mask, where, folder = [], path, _telling(steps), path.parent
@@ -250,13 +250,14 @@ class _Tree:
             tries = (path, path.stem, where), (path, _bare(path.stem), where), (folder, _bare(folder.name), above)
             while not owners and tries:
                 (mask, stem, names), *tries = tries
-                fitting = [(found, index) for found, index in by_stem[stem] if names <= found]
-                owners = [i for found, i in fitting if found == names] or [i for _, i in fitting]
-            if len(owners) == 1:
+                same = [index for found, index in by_stem[stem] if found == names]
+                wider = [index for found, index in by_stem[stem] if names < found and index in anomalous]
+                owners = [index for index in same if index in anomalous] or same or wider
+            if len(owners) == 1 and owners[0] in anomalous:
                 masks[owners[0]].add(mask)
             else:
-                why = "mask of more than one picture; used for none" if owners else "mask without an anomalous picture"
-                layout.problems.append((path, why))
+                why = "more than one picture; used for none" if len(owners) > 1 else "no anomalous picture"
+                layout.problems.append((path, f"mask of {why}"))
         for index, found in masks.items():
             if len(found) == 1:
                 layout.found[index] = replace(layout.found[index], mask_path=found.pop())
