@@ -283,7 +283,7 @@ def _mask_of_file(path: Path, notes: list[str]) -> np.ndarray:
     if is_lossy or _is_grey_scale(values):
         if not is_lossy or ((values > 0.04 * highest) & (values < 0.96 * highest)).mean() > 0.5:
             notes.append("a mask of grey values, counted from half of the range on; look whether it is a photograph")
-        return values > highest / 2
+        return values > next((top // 2 for top in (255, 65535) if top // 2 < highest <= top), highest / 2)
     if values.size and 0 < values.min() < highest:
         border = np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
         levels, n_pixels = np.unique(border, return_counts=True)
