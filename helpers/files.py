@@ -18,9 +18,6 @@ from typing import Any
 
 from filelock import FileLock
 
-LOCK_SECONDS = 60
-"""How long to wait for another session that is writing."""
-
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -65,18 +62,17 @@ def read_json(path: Path) -> Any:
 def append_line(path: Path | str, line: str) -> None:
     """Add a line to a text file that other sessions may be adding to; it is on disk when this returns.
 
-    The unfinished last line of a writer that died is closed first: it stays in the file, apart from the new line, for
-    the reader to report.
+    The unfinished last line of a writer that died is closed first, for the reader to report.
 
     Raises:
         ValueError: the line holds a line break.
-        TimeoutError: another session held the lock for :data:`LOCK_SECONDS`.
+        TimeoutError: another session held the lock for a minute.
     """
     if len(line.splitlines()) > 1 or line.endswith("\n"):
         raise ValueError(f"A line holds a line break: {line[:80]!r}. Escape it, for example as JSON.")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_SECONDS), open(path, "ab+") as file:
+    with FileLock(path.with_name(f".{path.name}.lock"), timeout=60), open(path, "ab+") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             line = line if file.read(1) == b"\n" else f"\n{line}"

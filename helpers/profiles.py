@@ -183,15 +183,15 @@ def active() -> Profile:
         FileNotFoundError: ``ART_DATA`` names nothing that exists.
     """
     name, gpu = os.environ.get("ART_PROFILE", "").strip().lower(), _cuda_gpu()
-    if name not in ("", "auto", *NAMES):
-        raise ValueError(f"ART_PROFILE is {name!r}; allowed are {', '.join(NAMES)}, or unset it to choose by GPU.")
     reason = f"ART_PROFILE={name}"
-    if name not in NAMES:
+    if name not in ("", *NAMES):
+        raise ValueError(f"ART_PROFILE is {name!r}; allowed are {', '.join(NAMES)}, or unset it to choose by GPU.")
+    if not name and gpu is None:
         name, reason = "mini", "no CUDA device"
-        if gpu is not None:
-            name, reason = "full", f"{gpu[0]} with {gpu[1]:.1f} GB"
-            if gpu[1] < MIN_FULL_GPU_GB:
-                name, reason = "mini", f"{gpu[0]} has {gpu[1]:.1f} GB, full needs {MIN_FULL_GPU_GB}"
+    elif not name and gpu[1] < MIN_FULL_GPU_GB:
+        name, reason = "mini", f"{gpu[0]} has {gpu[1]:.1f} GB, full needs {MIN_FULL_GPU_GB}"
+    elif not name:
+        name, reason = "full", f"{gpu[0]} with {gpu[1]:.1f} GB"
     home = Path(os.environ.get("ART_HOME") or REPOSITORY / "workspace").expanduser().resolve() / name
     settings = _MINI if name == "mini" else {}
     return Profile(name, reason, home, data_source(), device="cuda" if gpu else "cpu", **settings)
@@ -217,24 +217,17 @@ def data_source() -> Path | None:
         FileNotFoundError: it names nothing that exists; the message says what seems to be wrong.
     """
     asked = os.environ.get("ART_DATA", "").strip()
-    text = asked.strip("\"'`“”‘’").strip()
+    text = os.path.expandvars(asked.strip("\"'`“”‘’").strip())
     if not text:
         return None
     if text.lower().startswith("file:"):
         text = unquote(urlsplit(text).path)
-    text = os.path.expandvars(text)
     spellings = dict.fromkeys((asked, text, text.replace("\\ ", " "), text.replace("\\", "/")))
     for candidate in (Path(place, os.path.expanduser(one)) for one in spellings for place in (Path(), REPOSITORY)):
         if candidate.exists():
             return candidate.resolve()
-    reasons = {
-        r"[a-z]+://": "It is a web address. Copy the folder to Drive and give /content/drive/MyDrive/<folder>, or "
-        "download it and give the folder.",
-        r"[A-Za-z]:[\\/]": "It is a path of Windows, which this machine cannot see. Upload the folder first.",
-        r".*\$": "It holds a variable that is not set.",
-    }
-    why = next((reason for pattern, reason in reasons.items() if re.match(pattern, text)), "")
     raise FileNotFoundError(
-        f"ART_DATA is {asked!r}, but neither {Path(text).absolute()} nor {REPOSITORY / text} exists. {why} "
-        "Give the folder (or CSV file) of your pictures, or unset ART_DATA for the built-in ones.".replace("  ", " ")
+        f"ART_DATA is {asked!r}, but neither {Path(text).absolute()} nor {REPOSITORY / text} exists. Give a folder (or "
+        "CSV file) on this machine; a web address, a path of Windows and an unset variable are none. Copy pictures to "
+        "Drive and give /content/drive/MyDrive/<folder>, or unset ART_DATA for the built-in ones."
     )

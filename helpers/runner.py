@@ -6,7 +6,6 @@ helpers, the profile, the pictures and every notebook before it are as they were
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import sys
@@ -21,7 +20,6 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from helpers import files, profiles
 
 NOTEBOOKS = profiles.REPOSITORY / "notebooks"
-_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,12 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 when every notebook succeeded or was up to date, 1 when a cell failed, 2 for an unknown notebook.
     """
-    parser = argparse.ArgumentParser(prog="colab_setup.sh run", description="Run the notebooks in order.")
-    parser.add_argument("notebook", nargs="*", help="number or name, for example 03 or 03_clip; all by default")
-    parser.add_argument("--again", action="store_true", help="run even what is up to date")
-    options = parser.parse_args(arguments)
-    paths = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
-    unknown = [name for name in options.notebook if not any(path.stem.startswith(name) for path in paths)]
+    names, paths = list(sys.argv[1:] if arguments is None else arguments), sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    unknown = [name for name in names if not any(path.stem.startswith(name) for path in paths)]
     if unknown:
         print(f"No notebook is called {', '.join(unknown)}. There are: {', '.join(path.stem for path in paths)}.")
         return 2
@@ -47,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     key = files.sha256_json([code, profile.name, pictures_fingerprint(profile.data_source)])
     for number, path in enumerate(paths, start=1):
         key = files.sha256_json([key, files.sha256_file(path)])
-        wanted = not options.notebook or any(path.stem.startswith(name) for name in options.notebook)
-        if wanted and not _run_or_skip(path, f"[{number}/{len(paths)}] {path.stem}", profile, key, again=options.again):
+        wanted = not names or any(path.stem.startswith(name) for name in names)
+        if wanted and not _run_or_skip(path, f"[{number}/{len(paths)}] {path.stem}", profile, key):
             return 1
     print(f"all notebooks: {time.monotonic() - started:.0f} s")
     table = profile.report_dir / "comparison.csv"
@@ -59,29 +53,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run_or_skip(path: Path, title: str, profile: profiles.Profile, key: str, *, again: bool) -> bool:
+def _run_or_skip(path: Path, title: str, profile: profiles.Profile, key: str) -> bool:
     """Run one notebook unless its last success has this key; False when a cell failed."""
-    from helpers.colab.preflight import STAGES
-
     executed = profile.home / "executed" / path.name
-    mark, failed = executed.with_suffix(".json"), executed.with_suffix(".failed.ipynb")
-    last = files.read_json(mark) if mark.exists() else {}
-    if not again and executed.exists() and last.get("key") == key:
+    mark = executed.with_suffix(".json")
+    if executed.exists() and mark.exists() and files.read_json(mark) == {"key": key}:
         print(f"{title}: up to date", flush=True)
         return True
     mark.unlink(missing_ok=True)
-    usual = STAGES.get(path.stem)
-    usual_seconds = 0.0 if usual is None else usual.mini_seconds if profile.name == "mini" else 60 * usual.l4_minutes
-    line = _LiveLine(title, last.get("seconds", usual_seconds))
-    notebook, error = execute(path, line.show)
-    if error:
-        files.write_text(failed, nbformat.writes(notebook))
-        line.end(f"failed after {line.seconds:.0f} s\n\n{error}\n\nThe notebook up to there: {failed}")
-        return False
+    in_place, started = sys.stdout.isatty(), time.monotonic()
+
+    def show(state: str, *, is_last: bool = False) -> None:
+        """One line a notebook: rewritten in place on a terminal; elsewhere only its start and its end."""
+        if in_place:
+            print(f"\r\x1b[K{title}: {state}", end="\n" if is_last else "", flush=True)
+        elif is_last or state == "started":
+            print(f"{title}: {state}", flush=True)
+
+    show("started")
+    notebook, error = execute(path, show)
+    seconds = f"{time.monotonic() - started:.0f} s"
     files.write_text(executed, nbformat.writes(notebook))
-    failed.unlink(missing_ok=True)
-    files.write_json(mark, {"key": key, "seconds": round(line.seconds, 1)})
-    line.end(f"{line.seconds:.0f} s")
+    if error:
+        show(f"failed after {seconds}\n\n{error}\n\nThe notebook up to there: {executed}", is_last=True)
+        return False
+    files.write_json(mark, {"key": key})
+    show(seconds, is_last=True)
     return True
 
 
@@ -91,17 +88,12 @@ def execute(path: Path, show: Callable[[str], None]) -> tuple[nbformat.NotebookN
     Returns:
         the notebook with outputs, and the failing cell with its error as plain text, empty when none failed.
     """
-    notebook = nbformat.read(path, as_version=4)
-    n_cells = sum(cell.cell_type == "code" for cell in notebook.cells)
-    started, section = 0, ""
+    notebook, place = nbformat.read(path, as_version=4), ""
 
     def follow(cell: nbformat.NotebookNode, cell_index: int) -> None:
-        nonlocal started, section
-        if cell.cell_type == "code":
-            started += 1
-            show(f"cell {started} of {n_cells}" + (f", {section}" if section else ""))
-        elif headings := re.findall(r"^##+ +(.+)$", cell.source, flags=re.MULTILINE):
-            section = headings[-1].strip()
+        nonlocal place
+        place = f"cell {cell_index + 1} of {len(notebook.cells)}"
+        show(place)
 
     client = NotebookClient(
         notebook,
@@ -114,45 +106,15 @@ def execute(path: Path, show: Callable[[str], None]) -> tuple[nbformat.NotebookN
     try:
         client.execute()
     except CellExecutionError as error:
-        return notebook, _ANSI.sub("", str(error)).strip()
+        return notebook, re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(error)).strip()
     except DeadKernelError as error:
-        where = f"code cell {started} of {n_cells}"
-        return notebook, f"The kernel died in {where} ({error}). The usual cause is too little memory."
+        return notebook, f"The kernel died in {place} ({error}). The usual cause is too little memory."
     return notebook, ""
-
-
-class _LiveLine:
-    """One line a notebook: rewritten in place on a terminal; elsewhere only its start and its end are printed."""
-
-    def __init__(self, title: str, usual_seconds: float) -> None:
-        self._title, self._usual, self._started = title, usual_seconds, time.monotonic()
-        self._in_place = sys.stdout.isatty()
-        if not self._in_place:
-            print(f"{title}: started{self._left()}", flush=True)
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self._started
-
-    def show(self, state: str) -> None:
-        if self._in_place:
-            print(f"\r\x1b[K{self._title}: {state}{self._left()}", end="", flush=True)
-
-    def end(self, outcome: str) -> None:
-        start = "\r\x1b[K" if self._in_place else ""
-        print(f"{start}{self._title}: {outcome}", flush=True)
-
-    def _left(self) -> str:
-        left = self._usual - self.seconds
-        if left >= 90:
-            return f", about {left / 60:.0f} min left"
-        return f", about {max(10, round(left, -1)):.0f} s left" if left > 0 else ""
 
 
 def _pass_on(profile: profiles.Profile) -> None:
     """Make the kernels see this profile: absolute paths, since they start in another folder."""
-    os.environ["ART_PROFILE"] = profile.name
-    os.environ["ART_HOME"] = str(profile.home.parent)
+    os.environ |= {"ART_PROFILE": profile.name, "ART_HOME": str(profile.home.parent)}
     if profile.data_source is not None:
         os.environ["ART_DATA"] = str(profile.data_source)
     lasting = os.environ.get("ART_DRIVE", "").strip()
@@ -170,7 +132,6 @@ def pictures_fingerprint(source: Path | None) -> dict[str, tuple[int, int]]:
     for folder, folders, names in os.walk(source, followlinks=True) if source is not None else ():
         if os.path.realpath(folder) in seen:  # a link to a folder above
             folders.clear()
-            continue
         seen.add(os.path.realpath(folder))
         found |= {Path(folder, name) for name in names}
     for table in [path for path in found if path.suffix.lower() in (".csv", ".tsv")]:

@@ -13,9 +13,8 @@ import math
 import os
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,57 +28,39 @@ from tqdm.auto import tqdm
 
 from helpers import files
 
-_CARD, _MODEL = "checkpoint.json", "model.safetensors"
+_CARD = "checkpoint.json"
+_ADVICE = "The last checkpoint is good. Lower the learning rate or set max_grad_norm=1.0, then train again."
 
 
 class TrainingStopped(RuntimeError):
     """Training cannot go on (the loss or a parameter is nan or infinite); the last good checkpoint is kept."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainingResult:
-    """Where a run is, as every checkpoint says; at the end the module holds the best parameters (or the last).
+    """How a run went; the module holds the best parameters, or the last where no score was taken.
 
     ``history`` has rows ``{"epoch", "step", "loss", <parts>, "learning_rate", "seconds"}`` per optimiser step and rows
     ``{"epoch", "step", "score"}`` per tuning score; only ``seconds`` differ between two equal runs.
     """
 
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best_score: float | None = None  # None without tuning
-    best_epoch: int = 0  # 1-based, of the parameters that the module holds
-    n_steps: int = 0  # over all resumed runs, as are the seconds
-    reason: str = ""  # why it ended: "all epochs" or "early stopping"
-    checkpoint: Path | None = None  # folder of the parameters that the module holds
-    epoch: int = 0  # finished epochs
-    n_seen: int = 0  # samples of the running epoch that are done
-    n_stale: int = 0  # tuning scores since the best one
-    best_step: int = 0
-    seconds: float = 0.0
+    history: list[dict[str, Any]]
+    best_score: float | None  # None without tuning
+    best_epoch: int  # 1-based, of the parameters that the module holds
+    n_steps: int  # over all resumed runs, as are the seconds
+    reason: str  # why it ended: "all epochs" or "early stopping"
+    checkpoint: Path  # folder of the parameters that the module holds
 
 
 def train(
-    module: torch.nn.Module,
-    loss_of: Callable[[torch.nn.Module, Any], Mapping[str, torch.Tensor]],
-    dataset: Any,
-    optimizer: torch.optim.Optimizer,
-    *,
-    folder: Path,
-    n_epochs: int,
-    batch_size: int,
-    n_accumulation: int = 1,
-    scheduler: Any = None,
-    collate: Callable[[list[Any]], Any] | None = None,
-    evaluate: Callable[[torch.nn.Module], float] | None = None,
-    patience: int | None = None,
-    max_grad_norm: float | None = None,
-    checkpoint_every: int = 0,
-    seed: int = 111,
-    device: str = "cpu",
-    identity: Mapping[str, Any] | None = None,
-    on_history: Callable[[list[dict[str, Any]]], None] | None = None,
-    on_checkpoint: Callable[[Path], None] | None = None,
+    module: torch.nn.Module, loss_of: Callable[[torch.nn.Module, Any], Mapping[str, torch.Tensor]], dataset: Any,
+    optimizer: torch.optim.Optimizer, *, folder: Path, n_epochs: int, batch_size: int, n_accumulation: int = 1,
+    scheduler: Any = None, collate: Callable[[list[Any]], Any] | None = None,
+    evaluate: Callable[[torch.nn.Module], float] | None = None, patience: int | None = None,
+    max_grad_norm: float | None = None, checkpoint_every: int = 0, seed: int = 111, device: str = "cpu",
+    identity: Mapping[str, Any] | None = None, on_checkpoint: Callable[[Path], None] | None = None,
     title: str = "training",
-) -> TrainingResult:
+) -> TrainingResult:  # fmt: skip
     """Train a module; go on where an earlier call stopped if ``folder`` holds a checkpoint.
 
     Args:
@@ -95,7 +76,7 @@ def train(
         checkpoint_every: optimiser steps between two checkpoints beside the one at each epoch's end, 0 for none.
         device: ``"cpu"`` forces the CPU; else accelerate's own choice for this process.
         identity: JSON values that determine the run; a checkpoint with other values is not resumed.
-        on_history, on_checkpoint: called in the main process with all rows so far, or a complete checkpoint's folder.
+        on_checkpoint: called in the main process with the folder of each complete checkpoint.
     Raises:
         TrainingStopped: the loss or a parameter became nan or infinite; the last good checkpoint is kept.
         ValueError: no sample; a checkpoint of another run; a tuning score that is nan.
@@ -108,29 +89,9 @@ def train(
     return run.result()
 
 
-def load_parameters(checkpoint: Path, module: torch.nn.Module) -> None:
-    """Load the parameters of a checkpoint folder into a module; RuntimeError when names or shapes differ."""
-    path = Path(checkpoint) / _MODEL
-    if not path.exists():
-        raise FileNotFoundError(f"No checkpoint in {checkpoint}. Run the training that makes it.")
-    module.load_state_dict(load_file(path))
-
-
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoint folders, oldest first."""
     return sorted(path.parent for path in Path(folder).glob(f"step_*/{_CARD}"))
-
-
-def by_epoch(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """History in one row per epoch: mean losses and the tuning score.
-
-    >>> by_epoch([{"epoch": 1, "step": 1, "loss": 4.0}, {"epoch": 1, "step": 2, "loss": 2.0},
-    ...           {"epoch": 1, "step": 2, "score": 0.5}])
-    [{'epoch': 1, 'loss': 3.0, 'tuning_score': 0.5}]
-    """
-    rows = pd.DataFrame(history).rename(columns={"score": "tuning_score"})
-    means = rows.drop(columns=["step", "learning_rate", "seconds"], errors="ignore").groupby("epoch").mean()
-    return [{"epoch": int(epoch)} | row.dropna().to_dict() for epoch, row in means.iterrows()]
 
 
 def curves(history: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -138,19 +99,21 @@ def curves(history: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
     The held-out score comes first, because it counts; then the mean losses of each epoch.
     """
-    tidy = pd.DataFrame(by_epoch(history)).melt("epoch", var_name="series").dropna()
-    is_score = tidy["series"] == "tuning_score"
-    tidy = tidy.assign(panel=is_score.map({True: "held-out score (higher is better)", False: "training losses"}))
-    tidy["series"] = tidy["series"].str.replace("_", " ")
-    return pd.concat([tidy[is_score], tidy[~is_score]]).rename(columns={"epoch": "x"})
+    rows = pd.DataFrame(history).rename(columns={"epoch": "x", "score": "tuning score"})
+    tidy = rows.drop(columns=["step", "learning_rate", "seconds"]).melt("x", var_name="series").dropna()
+    tidy = tidy.groupby(["x", "series"], as_index=False, sort=False)["value"].mean()
+    is_score = tidy["series"] == "tuning score"
+    panels = is_score.map({True: "held-out score (higher is better)", False: "training losses"})
+    tidy = tidy.assign(panel=panels, series=tidy["series"].str.replace("_", " "))
+    return pd.concat([tidy[is_score], tidy[~is_score]])
 
 
 class _Run(SimpleNamespace):
-    """One call of :func:`train`: its arguments, where it is, and what it does."""
+    """One call of :func:`train`: its arguments, and the history, which says where it is."""
 
     def resume(self) -> None:
         """Prepare and seed everything, or load the newest checkpoint of the same run."""
-        self.folder, self.progress = Path(self.folder), TrainingResult()
+        self.folder, self.history = Path(self.folder), []
         self.accelerator = accelerator = Accelerator(cpu=self.device == "cpu", mixed_precision="no")
         # Not wrapped for distributed training: loss_of may call any method of it, _step sums the gradients.
         self.module = accelerator.prepare_model(self.module, evaluation_mode=True)
@@ -158,108 +121,87 @@ class _Run(SimpleNamespace):
         if self.scheduler is not None:
             accelerator.register_for_checkpointing(self.scheduler)
         self.per_step = self.batch_size * self.n_accumulation * accelerator.num_processes
+        self.steps_per_epoch = math.ceil(len(self.dataset) / self.per_step)
         facts = {"samples_per_step": self.per_step, "max_grad_norm": self.max_grad_norm, "seed": self.seed}
         facts |= {"n_samples": len(self.dataset), **(self.identity or {})}
-        self.identity = json.loads(json.dumps(facts))
+        self.identity = now = json.loads(json.dumps(facts))
         set_seed(self.seed, device_specific=True)
-        found = checkpoints(self.folder)
-        if not found:
-            return
-        saved = files.read_json(found[-1] / _CARD)
-        before, now = saved.get("identity", {}), self.identity
-        names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-        if names:
-            changes = "; ".join(f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in names)
-            raise ValueError(
-                f"{found[-1]} was trained with other settings ({changes}). Give this run its own folder, or delete "
-                f"{self.folder} to train anew."
-            )
-        accelerator.load_state(str(found[-1]))
-        self.progress = TrainingResult(**saved["progress"])
+        for newest in checkpoints(self.folder)[-1:]:
+            saved = files.read_json(newest / _CARD)
+            pairs = {name: (saved["identity"].get(name), now.get(name)) for name in sorted(saved["identity"] | now)}
+            changes = [f"{name} {before!r} -> {after!r}" for name, (before, after) in pairs.items() if before != after]
+            if changes:
+                raise ValueError(
+                    f"{newest} was trained with other settings ({'; '.join(changes)}). Give this run its own folder, "
+                    f"or delete {self.folder} to train anew."
+                )
+            accelerator.load_state(str(newest))
+            self.history = saved["history"]
 
     def loop(self) -> None:
         """Train until the last epoch, or until the tuning score has stopped rising."""
-        progress, total = self.progress, self.n_epochs * math.ceil(len(self.dataset) / self.per_step)
-        is_hidden = not self.accelerator.is_main_process
-        with tqdm(total=total, initial=progress.n_steps, desc=self.title, unit="step", disable=is_hidden) as bar:
-            while progress.epoch < self.n_epochs and not self._is_stale():
+        total, is_hidden = self.n_epochs * self.steps_per_epoch, not self.accelerator.is_main_process
+        started = time.monotonic() - max((row.get("seconds", 0.0) for row in self.history), default=0.0)
+        with tqdm(total=total, initial=self.n_steps, desc=self.title, unit="step", disable=is_hidden) as bar:
+            while (epoch := self.n_steps // self.steps_per_epoch) < self.n_epochs and not self._is_stale():
                 if hasattr(self.dataset, "set_epoch"):
-                    self.dataset.set_epoch(progress.epoch)
+                    self.dataset.set_epoch(epoch)
                 self.module.train()
-                started = time.monotonic() - progress.seconds
-                for n_samples, batches in self._steps():
-                    losses = self._step(batches)
-                    progress.n_steps, progress.n_seen = progress.n_steps + 1, progress.n_seen + n_samples
-                    progress.seconds = round(time.monotonic() - started, 3)
-                    rate = float(self.optimizer.param_groups[0]["lr"])
-                    self._log(progress.epoch + 1, losses | {"learning_rate": rate, "seconds": progress.seconds})
+                for batches in self._steps(epoch):
+                    row = {"epoch": epoch + 1, "step": self.n_steps + 1, **self._step(batches)}
+                    row["learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
+                    self.history.append({**row, "seconds": round(time.monotonic() - started, 3)})
                     bar.update()
-                    bar.set_postfix(epoch=progress.epoch + 1, loss=f"{losses['loss']:.4f}", refresh=False)
-                    is_due = self.checkpoint_every and progress.n_steps % self.checkpoint_every == 0
-                    if is_due and progress.n_seen < len(self.dataset):
-                        self.save()
-                progress.epoch, progress.n_seen = progress.epoch + 1, 0
+                    bar.set_postfix(epoch=epoch + 1, loss=f"{row['loss']:.4f}", refresh=False)
+                    if self.checkpoint_every and self.n_steps % self.checkpoint_every == 0:
+                        if self.n_steps % self.steps_per_epoch:
+                            self._save()
                 if self.evaluate is not None:
-                    self._take_score()
-                self.save()
+                    self.history.append({"epoch": epoch + 1, "step": self.n_steps, "score": self._score()})
+                self._save()
 
     def result(self) -> TrainingResult:
         """Load the best parameters and say how it went."""
-        progress = self.progress
-        if self.evaluate is None:
-            progress.best_step, progress.best_epoch = progress.n_steps, progress.epoch
-        progress.checkpoint = self.folder / _name(progress.best_step)
-        load_parameters(progress.checkpoint, self.module)
-        progress.reason = "early stopping" if self._is_stale() else "all epochs"
-        return progress
+        best = self._best() or self.history[-1]
+        checkpoint = self.folder / _name(best["step"])
+        self.module.load_state_dict(load_file(checkpoint / "model.safetensors"))
+        reason = "early stopping" if self._is_stale() else "all epochs"
+        return TrainingResult(self.history, best.get("score"), best["epoch"], self.n_steps, reason, checkpoint)
 
-    def save(self) -> None:
-        """Write a checkpoint folder under a temporary name, rename it, drop all but the last two and the best."""
-        broken = [name for name, value in self.module.state_dict().items() if not value.isfinite().all()]
-        if broken:
-            raise TrainingStopped(
-                f"{broken[0]} is not finite: nothing was saved, the last checkpoint is good. Lower the learning rate "
-                "or set max_grad_norm=1.0, then train again."
-            )
-        target, temporary = self.folder / _name(self.progress.n_steps), self.folder / ".partial"
-        if self.accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(temporary))
-        self.accelerator.wait_for_everyone()
-        if not self.accelerator.is_main_process:
-            return
-        files.write_json(temporary / _CARD, {"identity": self.identity, "progress": asdict(self.progress)})
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
-        for old in checkpoints(self.folder)[:-2]:
-            if old.name != _name(self.progress.best_step):
-                shutil.rmtree(old)
-        if self.on_checkpoint is not None:
-            try:
-                self.on_checkpoint(target)
-            except OSError as error:
-                warnings.warn(f"{target.name} is saved here but was not copied: {error}", stacklevel=2)
+    @property
+    def n_steps(self) -> int:
+        return self.history[-1]["step"] if self.history else 0
 
-    def _steps(self) -> Iterator[tuple[int, list[tuple[float, Any]]]]:
-        """The steps left in the epoch: (samples over all processes, this process's (share of the samples, batch)).
+    def _best(self) -> dict[str, Any] | None:
+        """The first row with the highest tuning score."""
+        return max((row for row in self.history if "score" in row), key=lambda row: row["score"], default=None)
+
+    def _is_stale(self) -> bool:
+        best = self._best()
+        n_since = sum("score" in row and row["step"] > best["step"] for row in self.history) if best else 0
+        return self.patience is not None and best is not None and n_since >= self.patience
+
+    def _steps(self, epoch: int) -> Iterator[list[tuple[float, Any]]]:
+        """For each step left in the epoch this process's batches, with the share of the step's samples in each.
 
         The order is a function of seed and epoch; batches are dealt out to the processes in turn.
         """
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.progress.epoch)
-        order = torch.randperm(len(self.dataset), generator=generator).tolist()[self.progress.n_seen :]
-        steps, size = [order[i : i + self.per_step] for i in range(0, len(order), self.per_step)], self.batch_size
-        mine, n_processes = self.accelerator.process_index, self.accelerator.num_processes
-        plan = [[step[i : i + size] for i in range(0, len(step), size)][mine::n_processes] for step in steps]
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order, size, plan = torch.randperm(len(self.dataset), generator=generator).tolist(), self.batch_size, []
+        for start in range(self.n_steps % self.steps_per_epoch * self.per_step, len(order), self.per_step):
+            step = order[start : start + self.per_step]
+            parts = [step[i : i + size] for i in range(0, len(step), size)]
+            mine = parts[self.accelerator.process_index :: self.accelerator.num_processes]
+            plan.append([(len(part) / len(step), part) for part in mine])
         loader = torch.utils.data.DataLoader(
             self.dataset,
-            batch_sampler=[batch for batches in plan for batch in batches],
+            batch_sampler=[part for step in plan for _, part in step],
             collate_fn=self.collate,
             generator=generator,  # keeps the loader off the global random state
         )
         loaded = iter(loader)
-        for step, batches in zip(steps, plan):
-            yield len(step), [(len(batch) / len(step), next(loaded)) for batch in batches]
+        for step in plan:
+            yield [(share, next(loaded)) for share, _ in step]
 
     def _step(self, batches: list[tuple[float, Any]]) -> dict[str, float]:
         """One optimiser step; the mean losses over its samples in all processes."""
@@ -273,11 +215,8 @@ class _Run(SimpleNamespace):
         everywhere = gather_object([{name: float(value) for name, value in sums.items()}])
         means = {name: sum(one.get(name, 0.0) for one in everywhere) for one in everywhere for name in one}
         if not all(math.isfinite(value) for value in means.values()):
-            raise TrainingStopped(
-                f"The loss is not finite: {', '.join(f'{k} {v:.3g}' for k, v in means.items())}. Training stopped "
-                "before this step; the last checkpoint is good. Lower the learning rate or set max_grad_norm=1.0, "
-                "then train again."
-            )
+            found = ", ".join(f"{name} {value:.3g}" for name, value in means.items())
+            raise TrainingStopped(f"The loss is not finite: {found}. {_ADVICE}")
         if self.accelerator.num_processes > 1:  # each has weighted its samples by their share
             for parameter in [parameter for parameter in self.module.parameters() if parameter.requires_grad]:
                 own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -289,8 +228,8 @@ class _Run(SimpleNamespace):
             self.scheduler.step()
         return means
 
-    def _take_score(self) -> None:
-        """Take the tuning score of the main process, the same in all, and note whether it is the best so far."""
+    def _score(self) -> float:
+        """The tuning score of the main process, the same in all."""
         box: list[Any] = [None]
         if self.accelerator.is_main_process:
             self.module.eval()
@@ -299,21 +238,30 @@ class _Run(SimpleNamespace):
         broadcast_object_list(box)
         if math.isnan(box[0]):
             raise ValueError("The tuning score is nan. The tuning split needs normal and anomalous pictures.")
-        progress = self.progress
-        if progress.best_score is None or box[0] > progress.best_score:
-            progress.best_score, progress.best_step, progress.best_epoch = box[0], progress.n_steps, progress.epoch
-            progress.n_stale = 0
-        else:
-            progress.n_stale += 1
-        self._log(progress.epoch, {"score": box[0]})
+        return box[0]
 
-    def _log(self, epoch: int, values: Mapping[str, Any]) -> None:
-        self.progress.history.append({"epoch": epoch, "step": self.progress.n_steps, **values})
-        if self.on_history is not None and self.accelerator.is_main_process:
-            self.on_history(self.progress.history)
-
-    def _is_stale(self) -> bool:
-        return self.patience is not None and self.progress.n_stale >= self.patience
+    def _save(self) -> None:
+        """Write a checkpoint folder under a temporary name, rename it, drop all but the last two and the best."""
+        broken = [name for name, value in self.module.state_dict().items() if not value.isfinite().all()]
+        if broken:
+            raise TrainingStopped(f"{broken[0]} is not finite: nothing was saved. {_ADVICE}")
+        target, temporary = self.folder / _name(self.n_steps), self.folder / ".partial"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(temporary))
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            return
+        files.write_json(temporary / _CARD, {"identity": self.identity, "history": self.history})
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+        best = self._best()
+        for old in checkpoints(self.folder)[:-2]:
+            if best is None or old.name != _name(best["step"]):
+                shutil.rmtree(old)
+        if self.on_checkpoint is not None:
+            self.on_checkpoint(target)
 
 
 def _name(step: int) -> str:

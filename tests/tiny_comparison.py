@@ -7,6 +7,7 @@ Two paintings of 36 x 24 pixels. Test pictures of each: 4 normal, then anomalous
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 from helpers import results
 from helpers.data import images
 from helpers.data import manifest as data
-from helpers.records import Prediction, Sample
+from helpers.records import Sample, Scored
 
 SHAPE = (36, 24)
 CATEGORIES = ("harbour", "portrait")
@@ -102,37 +103,25 @@ def write_result(
     answer: str = "",
     seconds: float = 0.5,
 ) -> Path:
-    """Write a method's predictions through the real writer; maps are the mask, blurred, plus a little noise."""
-    samples = dataset.select(split="test")
+    """Write a method's predictions with :func:`results.predict`; maps are the mask, blurred, plus a little noise."""
     rng = np.random.default_rng(0)
     left = {category: list(values) for category, values in scores.items()}
-    with results.Writer(
-        folder,
-        method=method,
-        samples=samples,
-        dataset_dir=dataset.folder,
-        dataset_hash=dataset.hash,
-        profile="mini",
-        settings={"alpha": 0.05},
-    ) as writer:
-        for sample in samples:
-            score = float(left[sample.category].pop(0))
-            anomaly_map = None
-            if with_maps:
-                truth = data.mask_of(sample, SHAPE) if sample.mask_path or not sample.is_anomalous else None
-                base = np.zeros(SHAPE) if truth is None else truth.astype(float)
-                anomaly_map = base[::3, ::3] + 0.1 * rng.random((12, 8))
-            writer.add(
-                Prediction(
-                    sample,
-                    score,
-                    anomaly_map=anomaly_map,
-                    threshold=thresholds[sample.category],
-                    p_value=0.25,
-                    seconds=seconds,
-                    answer=answer,
-                )
-            )
+
+    def score(category: str, samples: Sequence[Sample]) -> list[Scored]:
+        return [Scored(float(left[category].pop(0)), a_map(sample), seconds, answer) for sample in samples]
+
+    def a_map(sample: Sample) -> np.ndarray | None:
+        if not with_maps:
+            return None
+        truth = data.mask_of(sample, SHAPE) if sample.mask_path or not sample.is_anomalous else None
+        base = np.zeros(SHAPE) if truth is None else truth.astype(float)
+        return base[::3, ::3] + 0.1 * rng.random((12, 8))
+
+    shutil.rmtree(folder, ignore_errors=True)
+    results.predict(
+        folder, method=method, dataset=dataset, score=score, alpha=0.05, profile="mini", settings={},
+        calibration={category: [threshold] * 19 for category, threshold in thresholds.items()},
+    )  # fmt: skip
     return folder
 
 

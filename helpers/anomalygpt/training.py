@@ -364,11 +364,11 @@ def losses(result: training.TrainingResult) -> tuple[pd.DataFrame, str]:
          "ring": row["epoch"] == result.best_epoch}
         for row in result.history if "score" in row
     ]  # fmt: skip
+    steps = pd.DataFrame([row for row in result.history if "loss" in row])
     learnt = [
-        {"panel": "training pairs, mean of the epoch", "series": "loss", "x": row["epoch"], "value": row["loss"],
-         "ring": False}
-        for row in training.by_epoch([row for row in result.history if "loss" in row])
-    ]  # fmt: skip
+        {"panel": "training pairs, mean of the epoch", "series": "loss", "x": epoch, "value": loss, "ring": False}
+        for epoch, loss in steps.groupby("epoch")["loss"].mean().items()
+    ]
     if not held_out:
         first, last = learnt[0]["value"], learnt[-1]["value"]
         title = f"Too few genuine pictures to keep some back; the training loss goes {first:.2f} → {last:.2f}"
