@@ -1,9 +1,9 @@
 """What is finished outlives the machine: copied to a lasting folder (Google Drive), brought back on a fresh machine.
 
 The workspace is cut into *units*, each finished by itself: a folder of weights, the results of a method, a checkpoint.
-A unit travels as one zip without compression, whose checksums tell a whole one from a damaged one. A newer version has
-a name of its own, and the older one goes when the newer lies there and was read again: whenever a session ends, the
-folder holds the last complete version of every unit. Only ``session.disconnect`` waits until the cloud has it.
+A unit travels as one zip without compression, whose checksums tell a whole one from a damaged one. The older zip goes
+when the newer lies there and was read again, so the folder holds the last complete version of every unit whenever a
+session ends. Only ``session.disconnect`` waits until the cloud has it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ from typing import Any
 
 from helpers import files
 
-MAX_UNIT_BYTES = 2_200_000_000
-"""Larger units (the merged language model: 13.5 GB) are not copied: a Drive without a plan has 15 GB."""
-
+MAX_UNIT_BYTES = 2_200_000_000  # larger units (the merged language model: 13.5 GB) stay: a free Drive has 15 GB
 # Areas whose units are the folders that hold a mark, written last by whoever made them.
 _MARKS = {"weights": "READY.json", "data": "manifest.json", "results": "manifest.json"}
 _REMADE = ("features", "executed", "weights/llama")  # computed again in little time, or only a step on the way
@@ -50,8 +48,9 @@ class Archive:
                 return action()
             except OSError as error:
                 if attempt == self.n_tries:
-                    advice = "Free space on Drive, or run the set-up cell again to mount it anew."
-                    raise OSError(f"{error} (in {attempt} attempts). {advice}") from error
+                    raise OSError(
+                        f"{error} (in {attempt} attempts). Free space or run the set-up cell again."
+                    ) from error
             time.sleep(self.wait_seconds * 2 ** (attempt - 1))
             if self.reconnect is not None:
                 self.reconnect()
@@ -62,13 +61,11 @@ class Outcome:
     """What became of one unit."""
 
     unit: str  # its folder below the workspace
-    state: str  # "saved", "restored", "here" (local already), "too large" or "failed"
-    n_bytes: int = 0  # 0 when unknown
-    problem: str = ""  # why it failed, and what to do
+    state: str  # "saved", "restored", "too large" or "failed"
+    problem: str = ""  # why, and what to do
 
     def __str__(self) -> str:
-        size = f" ({self.n_bytes / 1e6:.1f} MB)" if self.n_bytes else ""
-        return f"{self.unit}{size}: {self.state}" + (f", {self.problem}" if self.problem else "")
+        return f"{self.unit}: {self.state}" + (f", {self.problem}" if self.problem else "")
 
 
 def find_units(home: Path) -> dict[str, list[Path]]:
@@ -84,9 +81,9 @@ def find_units(home: Path) -> dict[str, list[Path]]:
         place = Path(folder).relative_to(home)
         folders[:] = [name for name in folders if not _TEMPORARY.search(name) and str(place / name) not in _REMADE]
         unit = place.parts[0] if place.parts else "files"
-        if unit in _MARKS:
+        if unit in _MARKS:  # not finished without its mark
             owners = marked & {Path(folder), *Path(folder).parents}
-            unit = owners.pop().relative_to(home).as_posix() if owners else ""  # "": not finished
+            unit = owners.pop().relative_to(home).as_posix() if owners else ""
         elif unit == "checkpoints":
             unit = place.as_posix()
         paths = [Path(folder, name) for name in names if unit and not _TEMPORARY.search(name)]
@@ -101,7 +98,7 @@ def save(home: Path, archive: Archive) -> list[Outcome]:
     """
     home, memo = Path(home), _read_memo(home)
     if not memo["has_seen_archive"]:
-        return [Outcome("all", "failed", problem=f"{archive.folder} was never listed. Run the set-up cell again.")]
+        return [Outcome("all", "failed", f"{archive.folder} was never listed. Run the set-up cell again.")]
     outcomes, units = [], find_units(home)
     for unit, paths in units.items():
         stamp, known = _stamp(home, paths), memo["units"].get(unit, {"stamp": "", "name": ""})
@@ -114,14 +111,15 @@ def save(home: Path, archive: Archive) -> list[Outcome]:
                 raise ValueError(f"An older version could not be read and is not replaced. {_way_out(unit)}")
             name = _put(home, unit, paths, stamp, archive) if state == "saved" else ""
         except (OSError, ValueError) as error:
-            outcomes.append(Outcome(unit, "failed", n_bytes, str(error)))
+            outcomes.append(Outcome(unit, "failed", str(error)))
             if isinstance(error, OSError):
                 break  # the disk is not to be had now, or full; each further unit would wait as long
             continue
         memo["units"][unit] = {"stamp": stamp, "name": name}
         files.write_json(home / _MEMO, memo)
         _remove(archive.folder, known["name"] if name else "")
-        outcomes.append(Outcome(unit, state, n_bytes, "" if name else "it stays on this machine only"))
+        size = f"its {n_bytes / 1e9:.1f} GB stay on this machine only"
+        outcomes.append(Outcome(unit, state, "" if name else size))
     for unit in [unit for unit in memo["units"] if _CHECKPOINT.match(unit) and unit not in units]:
         if _remove(archive.folder, memo["units"][unit]["name"]):  # what training dropped goes: each may have 1.4 GB
             del memo["units"][unit]
@@ -139,23 +137,22 @@ def restore(home: Path, archive: Archive) -> list[Outcome]:
     try:
         names = archive.patiently(lambda: _newest(archive.folder))
     except OSError as error:
-        return [Outcome("all", "failed", problem=f"{archive.folder} cannot be listed: {error}")]
+        return [Outcome("all", "failed", f"{archive.folder} cannot be listed: {error}")]
     memo |= {"has_seen_archive": True, "unread": []}
     here = find_units(home).keys() - {memo["arriving"]}
     for unit, name in sorted(names.items()):
         if unit in memo["units"] or unit in here:
             memo["units"].setdefault(unit, {"stamp": "", "name": name})  # without a stamp it is saved the next time
-            outcomes.append(Outcome(unit, "here"))
             continue
         memo["arriving"] = "" if unit.split("/")[0] in _MARKS else unit  # a marked folder appears at once
         files.write_json(home / _MEMO, memo)
         try:
-            n_bytes = _get(home, unit, name, archive)
+            _get(home, unit, name, archive)
             memo["units"][unit] = {"stamp": _stamp(home, find_units(home)[unit]), "name": name}
-            outcomes.append(Outcome(unit, "restored", n_bytes))
+            outcomes.append(Outcome(unit, "restored"))
         except (OSError, ValueError, KeyError) as error:
             memo["unread"].append(unit)
-            outcomes.append(Outcome(unit, "failed", problem=f"{error} {_way_out(unit)}"))
+            outcomes.append(Outcome(unit, "failed", f"{error} {_way_out(unit)}"))
         memo["arriving"] = ""
     files.write_json(home / _MEMO, memo)
     return outcomes
@@ -194,27 +191,22 @@ def _put(home: Path, unit: str, paths: Sequence[Path], stamp: str, archive: Arch
     """Pack a unit, copy the zip, read it again, and only then give it its name, which is returned."""
     name = f"{unit.replace('/', '+')}.{time.time_ns()}.zip"
     with tempfile.TemporaryDirectory(prefix=".keeping-", dir=home) as work:
-        packed, part = Path(work) / "unit.zip", archive.folder / f"{name}.part"
+        packed = Path(work) / "unit.zip"
         with zipfile.ZipFile(packed, "w", strict_timestamps=False) as content:  # links travel as what they point to
             for path in paths:
                 content.write(path, path.relative_to(home).as_posix())
         if _stamp(home, paths) != stamp:
             raise ValueError(f"{unit} changed while it was packed; the next round takes it.")
-
-        def copy() -> None:
-            _copy(packed, part)
-            os.replace(part, archive.folder / name)
-
         try:
-            archive.patiently(copy)
+            archive.patiently(lambda: _copy(packed, archive.folder / name))
         except OSError:
-            _remove(archive.folder, part.name)
+            _remove(archive.folder, f"{name}.part")
             raise
     return name
 
 
-def _get(home: Path, unit: str, name: str, archive: Archive) -> int:
-    """Copy, check and unpack a zip, then put the unit in its place; its size in bytes."""
+def _get(home: Path, unit: str, name: str, archive: Archive) -> None:
+    """Copy, check and unpack a zip, then put the unit in its place."""
     with tempfile.TemporaryDirectory(prefix=".keeping-", dir=home) as work:
         packed, fresh = Path(work) / "unit.zip", Path(work) / "files"
         archive.patiently(lambda: _copy(archive.folder / name, packed))
@@ -223,39 +215,39 @@ def _get(home: Path, unit: str, name: str, archive: Archive) -> int:
             if any(".." in one.parts or not one.is_relative_to("." if unit == "files" else unit) for one in inside):
                 raise ValueError(f"{name} holds a file that leads outside of {unit}.")
             content.extractall(fresh)
-        n_bytes, target = sum((fresh / one).stat().st_size for one in inside), home / unit
+        target = home / unit
         if unit.split("/")[0] in _MARKS:
             shutil.rmtree(target, ignore_errors=True)  # without its mark, or it would be a unit of this machine
         if unit != "files" and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(fresh / unit, target)  # a folder that is not there yet appears at once
-            return n_bytes
+            return
         for one in sorted(inside, key=_marks_last):
             (home / one).parent.mkdir(parents=True, exist_ok=True)
             os.replace(fresh / one, home / one)
-    return n_bytes
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a zip and read the copy to its end; OSError when it is cut or a checksum is wrong."""
-    shutil.copyfile(source, target)
+    """Copy a zip, read the copy to its end, then give it its name; OSError when it is cut or a checksum is wrong."""
+    part = target.with_name(f"{target.name}.part")
+    shutil.copyfile(source, part)
     try:
-        with zipfile.ZipFile(target) as content:
+        with zipfile.ZipFile(part) as content:
             damaged = content.testzip()
     except zipfile.BadZipFile as error:
         damaged = str(error)
     if damaged:
         raise OSError(f"{target.name} is damaged ({damaged}).")
+    os.replace(part, target)
 
 
 def _remove(folder: Path, name: str) -> bool:
     """Delete a file if it can be; emptied first, because what is deleted on Drive fills the bin for 30 days."""
-    if not name:
-        return True
     try:
-        with open(folder / name, "r+b") as file:
-            file.truncate()
-        (folder / name).unlink()
+        if name:
+            with open(folder / name, "r+b") as file:
+                file.truncate()
+            (folder / name).unlink()
     except FileNotFoundError:
         return not (folder / name).exists()
     except OSError:

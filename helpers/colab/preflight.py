@@ -19,8 +19,8 @@ from helpers import files, profiles
 GB = 1e9
 _CHANGE_GPU = "Runtime > Change runtime type > L4 GPU"
 
+# GB of free GPU memory, of free memory, and of free disk from the very start.
 NEEDS = {"mini": (0, 3, 2), "full": (profiles.MIN_FULL_GPU_GB, 12, 65)}
-"""GB of free GPU memory, of free memory, and of free disk from the very start."""
 
 RATES = {"T4": 1.19, "L4": 1.71, "A100": 5.40, "A100 80GB": 7.52, "RTX PRO 6000": 8.71}
 """Colab compute units per hour, users' measurements of 2026-03-10. Google changes them: edit this table."""
@@ -58,10 +58,7 @@ class Check(NamedTuple):
 
 
 def run(profile: profiles.Profile, *, lasting: Path | None = None) -> list[Check]:
-    """Look at everything that has stopped somebody before, the folder that outlasts the session included.
-
-    It needs no network: which repositories ask for consent depends on the route that is chosen in notebook 01.
-    """
+    """Look at everything that has stopped somebody before, the folder that outlasts the session included; offline."""
     gpu_gb, ram_gb, disk_gb = NEEDS[profile.name]
     checks = [_gpu(profile.device, gpu_gb), _memory(ram_gb), _disk(profile.home, disk_gb)]
     return [*checks, _lasting(lasting), _weights(profile)]
@@ -74,27 +71,28 @@ def as_text(checks: Iterable[Check]) -> str:
       ✗ disk        1 GB
                     -> Free some.
     """
-    lines = [
-        f"  ✓ {check.name:11s} {check.found}" if check.is_ok else
-        f"  ✗ {check.name:11s} {check.found}\n{'':16s}-> {check.fix}" for check in checks
-    ]  # fmt: skip
+    lines = []
+    for check in checks:
+        lines.append(f"  {'✓' if check.is_ok else '✗'} {check.name:11s} {check.found}")
+        lines += [] if check.is_ok else [f"{'':16s}-> {check.fix}"]
     return "\n".join(lines)
 
 
 def states(home: Path) -> dict[str, str]:
     """Notebook -> "done", "to do" or "any time", by what lies in a workspace; in doubt the notebook knows better."""
-    return {
-        name: "any time" if not stage.proof else "done" if any(home.glob(stage.proof)) else "to do"
-        for name, stage in STAGES.items()
-    }
+
+    def state(proof: str) -> str:
+        return "any time" if not proof else "done" if any(home.glob(proof)) else "to do"
+
+    return {name: state(stage.proof) for name, stage in STAGES.items()}
 
 
 def where_am_i(home: Path) -> str:
     """Which notebooks are done in this workspace and which comes next, in a sentence."""
     found = states(home)
     done = ", ".join(name[:2] for name, state in found.items() if state == "done") or "nothing yet"
-    left = [name for name, state in found.items() if state == "to do"]
-    return f"done here: {done}; next: {left[0] if left else 'everything is there, look into 08 and 09'}"
+    left = next((name for name, state in found.items() if state == "to do"), "everything is there, look into 08 and 09")
+    return f"done here: {done}; next: {left}"
 
 
 def costs(profile: profiles.Profile, gpu: str = "") -> pd.DataFrame:
@@ -105,15 +103,11 @@ def costs(profile: profiles.Profile, gpu: str = "") -> pd.DataFrame:
     table, is_mini = pd.DataFrame(STAGES.values(), index=list(STAGES)), profile.name == "mini"
     minutes = table.mini_seconds / 60 if is_mini else table.l4_minutes.astype(float)
     found = pd.DataFrame({"state": states(profile.home), "minutes": minutes.round(1)}).rename_axis("notebook")
-    found["compute units"] = "none" if is_mini else [compute_units(60 * one, gpu) for one in minutes]
+    rate = RATES.get(rate_name(gpu))
+    units = "unknown" if rate is None else (rate * minutes / 60).map("{:.1f}".format)
+    found["compute units"] = "none" if is_mini else units
     found["GB of disk"] = "below 1" if is_mini else table.disk_gb
     return found.reset_index()
-
-
-def compute_units(seconds: float, gpu: str) -> str:
-    """Colab's price of some time on a GPU, ``"unknown"`` when its rate is."""
-    rate = RATES.get(rate_name(gpu))
-    return "unknown" if rate is None else f"{rate * seconds / 3600:.1f}"
 
 
 def cost_note(profile: profiles.Profile, gpu: str = "") -> str:
@@ -154,9 +148,6 @@ def is_reachable(folder: Path) -> bool:
     return True
 
 
-# --- the checks -----------------------------------------------------------------------------------------------------
-
-
 def _gpu(device: str, need_gb: float) -> Check:
     if not device.startswith("cuda"):
         found = f"none; full needs {need_gb:g} GB" if need_gb else "none, and none is needed"
@@ -167,9 +158,7 @@ def _gpu(device: str, need_gb: float) -> Check:
     has_bf16 = torch.cuda.get_device_capability(0)[0] >= 8
     fix = f"full needs {need_gb:g} GB: {_CHANGE_GPU}, or ART_PROFILE=mini."
     if total >= need_gb:
-        fix = (
-            "Another program holds its memory: Runtime > Manage sessions, end the others; or Runtime > Restart session."
-        )
+        fix = "Another program holds its memory: Runtime > Manage sessions, end the others; or restart this one."
     if not has_bf16:
         fix += ' It lacks bfloat16: set precision = "fp16" in 06 and 07, or take an L4.'
     return Check("GPU", free >= need_gb and has_bf16, f"{gpu_name(device)}, {free:.1f} of {total:.1f} GB free", fix)
@@ -202,8 +191,8 @@ def _lasting(folder: Path | None) -> Check:
 
 def _weights(profile: profiles.Profile) -> Check:
     found = "not ready; only 06 to 08 need them all. 01 downloads about 32 GB and first asks you to accept the licences"
-    if profile.weights.size == "mini":
-        found = "01 makes them of installed packages, nothing is downloaded"
     if states(profile.home)["01_prepare_weights"] == "done":
         found = "ready"
+    elif profile.weights.size == "mini":
+        found = "01 makes them of installed packages, nothing is downloaded"
     return Check("weights", True, found)

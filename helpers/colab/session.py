@@ -18,8 +18,7 @@ from helpers import profiles
 from helpers.colab import keep, preflight
 
 MOUNT_POINT = Path("/content/drive")
-FOLDER = "art-anomaly"
-"""Folder in My Drive that the suite makes."""
+FOLDER = "art-anomaly"  # in My Drive; the suite makes it
 _PAUSE_SECONDS = 300  # after a failed round, so that a dead Drive does not slow down every cell
 _CHECKPOINT_SECONDS = 900  # between two rounds in one long cell: a checkpoint of AnomalyGPT has 1.4 GB
 
@@ -52,8 +51,7 @@ def start(*, log: Callable[[str], None] = print) -> profiles.Profile:
             raise ValueError(f"ART_DRIVE_LIMIT_GB is {limit!r}; give a number of GB, or unset it for 2.2.")
         archive = keep.Archive(lasting / profile.name, reconnect, max_unit_bytes=int(float(limit) * 1e9))
         for outcome in keep.restore(profile.home, archive):
-            if outcome.state != "here":
-                log(f"kept in {lasting}: {outcome}")
+            log(f"kept in {lasting}: {outcome}")
         _current = _Keeper(profile.home, archive, log)
         if shell is not None:
             shell.events.register("post_run_cell", _current)
@@ -64,10 +62,7 @@ def start(*, log: Callable[[str], None] = print) -> profiles.Profile:
 
 
 def lasting_folder(device: str, *, log: Callable[[str], None] = print) -> Path | None:
-    """Where finished work is kept: ``ART_DRIVE`` (``off``: nowhere), or Google Drive on a machine with a GPU.
-
-    Without a GPU everything is made again in minutes, so no dialog is opened.
-    """
+    """Where finished work is kept: ``ART_DRIVE`` (``off``: nowhere), or Google Drive on a machine with a GPU."""
     asked = os.environ.get("ART_DRIVE", "").strip()
     if asked.lower() == "off":
         return None
