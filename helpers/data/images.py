@@ -7,6 +7,7 @@ choice was made) or refused with :class:`ImageError`. PIL's (W, H) and OpenCV's 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
 import os
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ MIN_COVERED = 0.2
 """Share of a pixel that a mask must cover to keep it when it shrinks."""
 
 # Formats whose decoders run inside the process. EPS, for one, would start Ghostscript on a stranger's file.
-_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF", "JPEG2000")
+_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF", "JPEG2000", "HEIF")
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 _MAX_PAGES, _MAX_COLOURS = 32, 32
 _SRGB = ImageCms.createProfile("sRGB")
@@ -190,6 +191,10 @@ def _opened(path: Path) -> Image.Image:
         head = file.read(12)
     if not head:
         raise ImageError(f"{path} is empty (0 bytes). Copy or download it again.")
+    is_heic = head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS
+    with suppress(ImportError):  # not required: it reads what iPhones save
+        if is_heic:
+            importlib.import_module("pillow_heif").register_heif_opener()
     Image.init()
     try:
         if head.startswith(b"\xff\xd8"):  # opened directly: Image.open refuses huge pictures before they can be shrunk
@@ -197,7 +202,7 @@ def _opened(path: Path) -> Image.Image:
         return Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN])
     except Exception as error:  # decoders raise a dozen types on broken headers
         why = "a TIFF of camera raw or of colours as floats" if head[:2] in (b"II", b"MM") else _first_line(error)
-        why = "HEIC, as iPhones save it" if head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS else why
+        why = "HEIC, as iPhones save it; or pip install pillow-heif" if is_heic else why
         way = "Save it as JPEG, PNG, TIFF or WebP of 8 bits a channel, or remove it"
         raise ImageError(f"{path} is no picture that can be read ({why}). {way}.") from error
 
