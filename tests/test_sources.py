@@ -6,7 +6,9 @@ import hashlib
 import io
 import json
 import shutil
+import sys
 import threading
+import types
 import urllib.parse
 from collections import Counter
 from collections.abc import Iterator
@@ -21,14 +23,15 @@ import pytest
 from PIL import Image
 
 from helpers import data
+from helpers.anomalyclip import training
 from helpers.data import images, sources
 from helpers.data.sources import REINTERPRETATION, REPLICA, Work
-from helpers.records import Sample
 
 
-def test_embedded_artworks_are_a_complete_dataset(tmp_path: Path) -> None:
+def test_embedded_artworks_are_a_complete_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "N_GENUINE", 6)
     folder = tmp_path / "embedded"
-    samples = sources.embedded_artworks(folder, max_side=96, seed=5, n_genuine=6)
+    samples = sources.embedded_artworks(folder, max_side=96, seed=5)
     assert list(data.open_dataset(folder, verify_files=True).samples) == samples
     kinds = Counter((s.category, s.split, s.kind) for s in samples)
     for category in ("portrait_in_orange", "still_life_with_coffee"):
@@ -39,13 +42,10 @@ def test_embedded_artworks_are_a_complete_dataset(tmp_path: Path) -> None:
         height, width = images.load_image(sample.image_path).shape[:2]
         assert 0.75 * 96 <= max(height, width) <= 96 and height != width
     stamp = samples[0].image_path.stat().st_mtime_ns
-    assert sources.embedded_artworks(folder, max_side=96, seed=5, n_genuine=6) == samples  # not made twice
+    assert sources.embedded_artworks(folder, max_side=96, seed=5) == samples  # not made twice
     assert samples[0].image_path.stat().st_mtime_ns == stamp
     canvases = list(sources.PAINTINGS.rglob("*.webp"))
     assert len(canvases) == 18 and sum(path.stat().st_size for path in canvases) < 3e6
-
-
-# --- Wikimedia Commons -----------------------------------------------------------------------------------------------
 
 
 def jpeg(seed: int, size: tuple[int, int] = (64, 48), mark: bool = False) -> bytes:
@@ -69,21 +69,17 @@ class Commons:
     licences: dict[str, str] = field(default_factory=dict)
     mimes: dict[str, str] = field(default_factory=dict)
     without_rendering: set[str] = field(default_factory=set)
-    originals: set[str] = field(default_factory=set)  # served as they are, so that SHA-1 can be checked
-    wrong_sha1: set[str] = field(default_factory=set)
     trouble: dict[str, list[str]] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
     agents: set[str] = field(default_factory=set)
 
     def entry(self, name: str) -> dict:
         quoted = urllib.parse.quote(name)
-        url = f"{self.address}/original/{quoted}"
-        thumb = url if name in self.originals else f"{self.address}/thumb/1280px-{quoted}"
-        sha1 = "0" * 40 if name in self.wrong_sha1 else hashlib.sha1(self.files[name]).hexdigest()
+        url, thumb = f"{self.address}/original/{quoted}", f"{self.address}/thumb/1280px-{quoted}"
         licence = {"LicenseShortName": {"value": self.licences.get(name, "Public domain")}}
         author = {"Artist": {"value": '<a href="//x">Leonardo  da Vinci</a>'}}
         rendering = {"thumberror": "too large"} if name in self.without_rendering else {"thumburl": thumb}
-        page = f"{self.address}/wiki/File:{quoted}"
+        sha1, page = hashlib.sha1(self.files[name]).hexdigest(), f"{self.address}/wiki/File:{quoted}"
         more = {"sha1": sha1, "mime": self.mimes.get(name, "image/jpeg"), "descriptionurl": page}
         return {"url": url, "extmetadata": {**licence, **author}, **rendering, **more}
 
@@ -97,24 +93,20 @@ class Commons:
             ]
             more = {"continue": {"gcmcontinue": str(first + 2)}} if first + 2 < len(self.members) else {}
             return {"query": {"pages": pages}, **more}
-        pages, normalized, redirects = [], [], []
-        for title in query["titles"].split("|"):
-            canonical = title.replace("_", " ")
-            if canonical != title:
-                normalized.append({"from": title, "to": canonical})
-            if canonical in self.renamed:
-                redirects.append({"from": canonical, "to": self.renamed[canonical]})
-                canonical = self.renamed[canonical]
-            name = next((n for n in self.files if n.replace("_", " ") == canonical.removeprefix("File:")), None)
-            page = {"title": canonical}
-            pages.append(page | ({"missing": True} if name is None else {"imageinfo": [self.entry(name)]}))
-        return {"query": {"normalized": normalized, "redirects": redirects, "pages": pages}}
+        canonical = query["titles"].replace("_", " ")
+        canonical = self.renamed.get(canonical, canonical)
+        name = next((n for n in self.files if n.replace("_", " ") == canonical.removeprefix("File:")), None)
+        known = {"missing": True} if name is None else {"imageinfo": [self.entry(name)]}
+        return {"query": {"pages": [{"title": canonical, **known}]}}
 
 
 @pytest.fixture
 def commons(monkeypatch: pytest.MonkeyPatch) -> Iterator[Commons]:
     monkeypatch.setenv("no_proxy", "*")
     state = Commons(files={work.file: jpeg(seed) for seed, work in enumerate(WORKS)})
+    monkeypatch.setattr(sources, "WORKS", WORKS)
+    monkeypatch.setattr(sources, "MEMBERS", {"mona_lisa": ["Category:Mona Lisa"]})
+    monkeypatch.setattr(sources, "PAUSE", 0)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -147,6 +139,7 @@ def commons(monkeypatch: pytest.MonkeyPatch) -> Iterator[Commons]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     state.address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(sources, "COMMONS_API", f"{state.address}/w/api.php")
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield state
@@ -162,28 +155,22 @@ WORKS = (
 )
 
 
-def fetch(commons: Commons, target: Path, works: tuple[Work, ...] = WORKS, **more) -> tuple[list[Sample], str]:
-    lines: list[str] = []
-    api = f"{commons.address}/w/api.php"
-    return sources.wikimedia(target, works=works, api=api, pause=0, log=lines.append, **more), "\n".join(lines)
-
-
 def test_wikimedia_writes_a_dataset_with_licences(commons: Commons, tmp_path: Path) -> None:
     commons.renamed = {"File:L.H.O.O.Q.jpg": "File:Marcel Duchamp.jpg"}
     commons.files["Marcel Duchamp.jpg"] = commons.files.pop("L.H.O.O.Q.jpg")
-    samples, log = fetch(commons, tmp_path)
+    samples = sources.wikimedia(tmp_path)
     assert [(s.split, s.kind) for s in samples] == [("train", "good"), ("test", REPLICA), ("test", REINTERPRETATION)]
     assert list(data.open_dataset(tmp_path, verify_files=True).samples) == samples
     assert samples[0].image_path.read_bytes() == commons.files[WORKS[0].file]
-    assert samples[1].image_path.name.startswith("Prado_copy_é_") and "64 x 48 px, Public domain" in log
+    assert samples[1].image_path.name.startswith("Prado_copy_é_")
     rows = pd.read_csv(tmp_path / "licences.csv")
     assert list(rows["author"]) == ["Leonardo da Vinci"] * 3 and list(rows["licence"]) == ["Public domain"] * 3
     assert commons.agents == {sources.USER_AGENT} and "https://" in sources.USER_AGENT
     commons.asked.clear()
-    assert fetch(commons, tmp_path)[0] == samples and commons.asked == []  # complete: nothing is asked for again
+    assert sources.wikimedia(tmp_path) == samples and commons.asked == []  # complete: nothing is asked for again
 
 
-def test_members_of_the_category_are_sorted(commons: Commons, tmp_path: Path) -> None:
+def test_members_of_the_category_are_sorted(commons: Commons, tmp_path: Path, monkeypatch, capsys) -> None:
     """Genuine ones join; copies of a scan, other pictures, changed ones and unfree ones are left out with a line."""
     scan = np.asarray(Image.open(io.BytesIO(commons.files[WORKS[0].file])))
     buffer = io.BytesIO()
@@ -203,66 +190,60 @@ def test_members_of_the_category_are_sorted(commons: Commons, tmp_path: Path) ->
         np.testing.assert_array_equal(main, scan)
         return images.pixel_hash(picture) in looks
 
-    members = {"mona_lisa": ("Category:Mona Lisa",)}
-    samples, log = fetch(commons, tmp_path, members=members, is_genuine=is_genuine, n_genuine=4)
+    monkeypatch.setattr(sources, "MOST_GENUINE", 4)
+    samples = sources.wikimedia(tmp_path, is_genuine=is_genuine)
+    log = capsys.readouterr().out
     good = [s.image_path.stem.rpartition("_")[0] for s in samples if not s.is_anomalous]
-    assert good == ["Mona_Lisa_scan", "photo_0", "photo_1", "photo_2"] or len(good) == 4, good
+    assert good == ["Mona_Lisa__scan", "photo_0", "photo_1", "photo_2"]
     for name, words in (("poster", "another picture"), ("copy of the scan", "once more"), ("press", "not known to be")):
         assert any(name in line and words in line for line in log.splitlines()), log
     assert "moustache.jpg: it is another picture, or differs" in log
-    assert max(Counter(commons.asked).values() if "api" not in commons.asked else [1]) == 1
+    assert max(n for name, n in Counter(commons.asked).items() if name != "api") == 1
+    commons.asked.clear()
+    assert sources.wikimedia(tmp_path, is_genuine=is_genuine) == samples and commons.asked == []
 
 
-@pytest.mark.parametrize("behaviour", ["status 429 0", "status 503", "truncated", "disconnect"])
+@pytest.mark.parametrize("behaviour", ["status 429 0", "status 503", "disconnect"])
 def test_a_busy_server_is_asked_again(commons: Commons, tmp_path: Path, behaviour: str) -> None:
     commons.trouble[WORKS[0].file] = [behaviour]
-    samples, _ = fetch(commons, tmp_path)
-    assert len(samples) == 3 and Counter(commons.asked)[WORKS[0].file] == 2
+    assert len(sources.wikimedia(tmp_path)) == 3 and Counter(commons.asked)[WORKS[0].file] == 2
 
 
 @pytest.mark.parametrize(
-    ("behaviours", "words", "n_asked"),
-    [
-        (["status 400"], "answered 400", 1),
-        (["status 404"], "answered 404", 1),
-        (["truncated"] * 9, "breaks off", 3),
-        (["html"], "no picture", 1),
-    ],
+    ("behaviour", "words"), [("status 400", "answered 400"), ("status 404", "answered 404"), ("html", "no picture")]
 )
-def test_one_broken_file_is_skipped_with_a_line(commons, tmp_path, behaviours, words, n_asked) -> None:
-    commons.trouble[WORKS[1].file] = behaviours
-    samples, log = fetch(commons, tmp_path)
-    assert [s.kind for s in samples] == ["good", REINTERPRETATION]
-    assert f"skipped {WORKS[1].file}" in log and words in log and Counter(commons.asked)[WORKS[1].file] == n_asked
+def test_one_broken_file_is_skipped_with_a_line(commons, tmp_path, capsys, behaviour, words) -> None:
+    commons.trouble[WORKS[1].file] = [behaviour]
+    assert [s.kind for s in sources.wikimedia(tmp_path)] == ["good", REINTERPRETATION]
+    log = capsys.readouterr().out
+    assert f"skipped {WORKS[1].file}" in log and words in log and Counter(commons.asked)[WORKS[1].file] == 1
 
 
-def test_a_stopped_call_goes_on(commons: Commons, tmp_path: Path) -> None:
-    commons.trouble[WORKS[2].file] = ["status 403"]
-    with pytest.raises(sources.SourceError, match="descriptive User-Agent"):
-        fetch(commons, tmp_path)
+@pytest.mark.parametrize(("behaviour", "words"), [("status 403", "User-Agent"), ("truncated", "breaks off")])
+def test_a_stopped_call_goes_on(commons: Commons, tmp_path: Path, behaviour: str, words: str) -> None:
+    commons.trouble[WORKS[2].file] = [behaviour]
+    with pytest.raises(sources.SourceError, match=words):
+        sources.wikimedia(tmp_path)
     commons.asked.clear()
-    assert len(fetch(commons, tmp_path)[0]) == 3 and commons.asked == ["api", WORKS[2].file]
+    assert len(sources.wikimedia(tmp_path)) == 3
+    assert [name for name in commons.asked if name != "api"] == [WORKS[2].file]
 
 
-def test_what_may_not_be_used_is_skipped(commons: Commons, tmp_path: Path, monkeypatch) -> None:
+def test_what_may_not_be_used_is_skipped(commons: Commons, tmp_path: Path, monkeypatch, capsys) -> None:
     commons.licences[WORKS[1].file] = "Fair use"
     commons.mimes[WORKS[2].file] = "application/pdf"
     commons.files["huge.tif"], commons.without_rendering = jpeg(9), {"huge.tif"}
-    commons.files |= {"other.jpg": jpeg(8), "large.jpg": jpeg(7) + bytes(3 << 20)}
-    commons.originals, commons.wrong_sha1 = {"other.jpg", WORKS[0].file}, {"other.jpg"}
-    monkeypatch.setattr(sources, "MAX_DOWNLOAD_BYTES", 2 << 20)
-    works = (*WORKS, *(Work(name, "mona_lisa") for name in ("huge.tif", "Gone.jpg", "other.jpg", "large.jpg")))
-    samples, log = fetch(commons, tmp_path, works)
-    assert [s.kind for s in samples] == ["good"]
+    monkeypatch.setattr(sources, "WORKS", (*WORKS, *(Work(name, "mona_lisa") for name in ("huge.tif", "Gone.jpg"))))
+    assert [s.kind for s in sources.wikimedia(tmp_path)] == ["good"]
+    log = capsys.readouterr().out
     for words in (
         "'Fair use'",
-        "'application/pdf', not a picture",
+        "'application/pdf', not a",
         "no rendering of it (too large)",
         "no file of this",
     ):
         assert words in log
-    assert "SHA-1 differs" in log and "is larger than" in log
-    assert commons.asked == ["api", WORKS[0].file, "other.jpg", "large.jpg"]  # nothing of the others was fetched
+    assert {name for name in commons.asked if name != "api"} == {WORKS[0].file}  # nothing of the others was fetched
 
 
 @pytest.mark.parametrize(
@@ -283,27 +264,26 @@ def test_free_licences(licence: str, addition: str) -> None:
 def test_refusals_of_the_server_are_explained(commons, tmp_path, behaviour, words) -> None:
     commons.trouble["api"] = [behaviour]
     with pytest.raises(sources.SourceError, match=words):
-        fetch(commons, tmp_path)
+        sources.wikimedia(tmp_path)
 
 
 def test_no_network_and_no_genuine_picture_are_said(commons, tmp_path, monkeypatch) -> None:
-    with pytest.raises(sources.SourceError, match=r"127\.0\.0\.1:9 cannot be reached(.|\n)*ART_DATA"):
-        sources.wikimedia(tmp_path, api="http://127.0.0.1:9/w/api.php", pause=0)
     commons.trouble[WORKS[0].file] = ["status 404"]
     with pytest.raises(sources.SourceError, match="No genuine picture"):
-        fetch(commons, tmp_path)
+        sources.wikimedia(tmp_path)
+    monkeypatch.setattr(sources, "COMMONS_API", "http://127.0.0.1:9/w/api.php")
+    with pytest.raises(sources.SourceError, match=r"127\.0\.0\.1:9 cannot be reached(.|\n)*ART_DATA"):
+        sources.wikimedia(tmp_path)
     assert not (tmp_path / "manifest.json").exists()
 
 
 @pytest.mark.network
-def test_commons_still_answers(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_commons_still_answers(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch) -> None:
     if "network" not in request.config.getoption("markexpr"):
         pytest.skip("run with -m network")
-    samples = sources.wikimedia(tmp_path, works=sources.WORKS[:1])
+    monkeypatch.setattr(sources, "WORKS", sources.WORKS[:1])
+    samples = sources.wikimedia(tmp_path)
     assert max(images.load_image(samples[0].image_path).shape[:2]) >= 960
-
-
-# --- Best Artworks of All Time ---------------------------------------------------------------------------------------
 
 
 def test_best_artworks_takes_twice_spelt_artists_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,12 +295,20 @@ def test_best_artworks_takes_twice_spelt_artists_once(tmp_path: Path, monkeypatc
     for broken in ("Albrecht_Du╠êrer", "Albrecht_DuΓòá├¬rer"):
         shutil.copytree(base / "Albrecht_Dürer", base / broken)
     (base / "Albrecht_Du╠êrer" / "more.jpg").write_bytes(jpeg(3))
-    samples = sources.best_artworks(folder=tmp_path / "kaggle")
+    module = types.ModuleType("kagglehub")
+    module.dataset_download = lambda name: str(tmp_path / "kaggle")
+    monkeypatch.setitem(sys.modules, "kagglehub", module)
+    samples = sources.best_artworks(limit=9)
     assert Counter(s.category for s in samples) == {"Albrecht_Dürer": 4, "Vincent_van_Gogh": 2}
     assert all(not s.is_anomalous and s.split == "train" for s in samples)
-    assert Counter(s.category for s in sources.best_artworks(folder=tmp_path / "kaggle", limit=1)).total() == 2
+    assert Counter(s.category for s in sources.best_artworks(limit=1)).total() == 2
+    views = training.auxiliary_samples(
+        "best_artworks", tmp_path / "views", n_views=2, max_side=48, seed=1, limit=2, kinds=["box"]
+    )
+    assert len(views) == 8 and sum(view.is_anomalous for view in views) == 4
+    shutil.rmtree(base)
     with pytest.raises(sources.SourceError, match="does not hold"):
-        sources.best_artworks(folder=tmp_path)
-    monkeypatch.setitem(__import__("sys").modules, "kagglehub", None)  # import raises ImportError
-    with pytest.raises(sources.SourceError, match=r"by hand, unpack it and pass folder"):
-        sources.best_artworks()
+        sources.best_artworks(limit=1)
+    monkeypatch.setitem(sys.modules, "kagglehub", None)  # import raises ImportError
+    with pytest.raises(sources.SourceError, match="Kaggle gave no dataset"):
+        sources.best_artworks(limit=1)

@@ -55,7 +55,7 @@ def auxiliary_samples(
         found += [Path(path) for path in load_sample_images().filenames]
         pictures = [Sample(path, "auxiliary", False, group=path.stem) for path in found]
     elif source == "best_artworks":
-        found = sources.best_artworks(target / "pictures", limit=limit)
+        found = sources.best_artworks(limit=limit)
         pictures = [s for s in found if not any(name in s.category.lower() for name in ARTISTS_UNDER_TEST)]
     else:  # read_folder names a folder that is not there
         return _split([sample for sample in data.read_folder(source).samples if sample.split == "test"], seed)

@@ -12,13 +12,17 @@ import os
 import platform
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
+import PIL
+import skimage
+from tqdm.auto import tqdm
 
 from helpers import files, synthesis
 from helpers.data import images, manifest, sources, splits
@@ -31,7 +35,6 @@ TEST_KINDS = synthesis.LOCAL_KINDS + synthesis.REPORT_VARIATIONS
 """Kinds of synthetic anomalies in a test set by default."""
 MIN_SIDE = 64
 """Shorter side in pixels that slender pictures (scrolls) keep, at up to four times the longer side of the others."""
-_MADE_BY = ("build_dataset", "assemble.build_dataset")
 
 
 @dataclass(frozen=True)
@@ -63,19 +66,15 @@ def source_for(
     seed: int,
     is_genuine: Callable[[np.ndarray, np.ndarray], bool] | None = None,
 ) -> Source:
-    """The user's pictures, or built-in ones when there are none.
+    """The user's pictures (a folder or CSV file), or built-in ones, written to ``target``, when there are none.
 
     Args:
-        data_source: the user's folder or CSV file, or None.
-        builtin: ``"embedded"`` (two painted pictures, offline) or ``"wikimedia"`` (the Mona Lisa and Girl with a Pearl
-            Earring, network), used when ``data_source`` is None.
-        target: folder that the built-in pictures are written to.
-        max_side, seed: of embedded pictures, see :func:`helpers.data.sources.embedded_artworks`.
+        builtin: ``"embedded"`` (two paintings, offline; ``max_side`` pixels and ``seed`` are of their photographs) or
+            ``"wikimedia"`` (the Mona Lisa and Girl with a Pearl Earring, network).
         is_genuine: see :func:`helpers.data.sources.wikimedia`.
     Raises:
         FileNotFoundError, DatasetError: the folder is missing or not understood (:func:`helpers.data.read_folder`).
         helpers.data.sources.SourceError: the network is missing.
-        ValueError: unknown ``builtin``.
     """
     if data_source is not None:
         reading = read_folder(data_source)
@@ -84,12 +83,10 @@ def source_for(
         found = sources.embedded_artworks(target, max_side=max_side, seed=seed)
         words = "two painted pictures that ship with the suite, photographed by simulated cameras"
         identity = f"embedded {max_side} {seed}"
-    elif builtin == "wikimedia":
+    else:
         found = sources.wikimedia(target, is_genuine=is_genuine)
         asked_for = [[work.file for work in sources.WORKS], is_genuine is not None]  # what Commons holds may drift
         words, identity = "public-domain reproductions from Wikimedia Commons", files.sha256_json(asked_for)
-    else:
-        raise ValueError(f"No built-in pictures {builtin!r}; there are 'embedded' and 'wikimedia'. Or set ART_DATA.")
     for category in sorted({sample.category for sample in found}):
         kinds = Counter("genuine" if s.kind == NORMAL_KIND else s.kind for s in found if s.category == category)
         words += f"\n  {category}: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items())
@@ -104,7 +101,6 @@ def build_dataset(
     seed: int,
     kinds: Sequence[str] = TEST_KINDS,
     kinds_held_out: Sequence[str] = synthesis.HELD_OUT_KINDS,
-    remake: bool = False,
 ) -> Path:
     """Make and freeze a dataset. A frozen one of the same source and settings is kept, whatever library or machine
     made it; it is made again, and that is said, when source pictures or settings changed or a file is gone.
@@ -115,50 +111,43 @@ def build_dataset(
     are all kept, for testing only. An artwork or a file that cannot be used is left out by name.
 
     Args:
-        source: see :class:`Source`.
-        target: folder of the dataset.
         sizes: has ``max_image_side`` (pixels) and, per artwork, ``n_train``, ``n_calibration``, ``n_test_normal`` and
             ``n_test_anomalous``: synthetic anomalies, spread over ``kinds``, the report's five with the largest share.
         seed: decides about splits and every synthetic picture.
         kinds: local kinds, and anomalous changes of the whole picture (which have no mask).
         kinds_held_out: local kinds that no training may use (recorded for the later notebooks).
-        remake: make it again in any case.
     Returns:
         path of ``manifest.csv``.
     Raises:
-        ValueError: a count is out of range or a kind unknown.
+        ValueError: a kind is unknown.
         DatasetError: there is no readable genuine picture, or ``target`` holds something else.
     """
     settings = _settings(sizes, seed, kinds, kinds_held_out, source.count_real)
     target = Path(os.path.abspath(target))
     samples = [_completed(sample) for sample in source.samples]
-    identity = source.identity or files.sha256_json(sorted(_fingerprints(samples)))
+    identity = source.identity or files.sha256_json(_fingerprints(samples))
     reason = _reason_to_make(target, samples, settings, identity)
-    reason = "asked for" if remake and reason is None else reason
     if reason is None:
         print(f"{target} is complete: nothing to do.")
         _print_outcome(files.read_json(target / manifest.MANIFEST_JSON))
         return target / manifest.MANIFEST_CSV
     if reason:
         print(f"The dataset in {target} is made again: {reason}.")
-    readable, left_out = _readable(samples, sizes.max_image_side)
-    jobs, notes, limits = splits.plan(readable, settings)
+    problems = list(_in_threads(lambda sample: _problem(sample, sizes.max_image_side), samples, "reading sources"))
+    left_out = [{"path": str(s.image_path), "reason": why} for s, why in zip(samples, problems) if why]
+    jobs, notes, limits = splits.plan([s for s, why in zip(samples, problems) if not why], settings)
     if not jobs:
         raise DatasetError(
             f"None of the {len(samples)} source pictures is a readable normal one, so there is nothing to learn from."
-            + "".join(f"\n  {path}: {why}" for path, why in left_out[:12])
+            + "".join(f"\n  {file['path']}: {file['reason']}" for file in left_out[:12])
         )
     training_kinds = [kind for kind in synthesis.LOCAL_KINDS if kind not in kinds_held_out]
-    info = {"made_by": _MADE_BY[0], "settings": settings, "sources_hash": identity, "machine": _machine()}
+    info = {"made_by": "build_dataset", "settings": settings, "sources_hash": identity, "machine": _machine()}
     info |= {"kinds_held_out": settings["kinds_held_out"], "training_kinds": training_kinds, "test_kinds": list(kinds)}
-    info |= {"notes": notes, "source_notes": list(source.notes), "limits": limits}
-    info["left_out"] = [{"path": str(path), "reason": why} for path, why in left_out]
+    info |= {"notes": notes, "source_notes": list(source.notes), "limits": limits, "left_out": left_out}
     _write(jobs, target, info)
     _print_outcome(info)
     return target / manifest.MANIFEST_CSV
-
-
-# --- is there anything to do? ----------------------------------------------------------------------------------------
 
 
 def _settings(
@@ -166,35 +155,31 @@ def _settings(
 ) -> dict[str, Any]:
     names = ("max_image_side", "n_train", "n_calibration", "n_test_normal", "n_test_anomalous")
     settings = {name: getattr(sizes, name) for name in names}
-    for name, n in settings.items():
-        if n < (name != "n_test_anomalous"):
-            raise ValueError(f"{name} is {n}; at least {int(name != 'n_test_anomalous')} is needed.")
     known = (*synthesis.LOCAL_KINDS, *synthesis.ANOMALOUS_VARIATIONS)
     unknown = [kind for kind in (*kinds, *kinds_held_out) if kind not in known]
     if unknown or not kinds:
         raise ValueError(f"Kinds {', '.join(unknown) or 'are none'}: allowed are {', '.join(known)}.")
     held_out = sorted(kinds_held_out, key=known.index)
-    return {**settings, "seed": seed, "count_real": count_real, "kinds": list(kinds), "kinds_held_out": held_out}
+    return settings | {"seed": seed, "count_real": count_real, "kinds": list(kinds), "kinds_held_out": held_out}
 
 
 def _completed(sample: Sample) -> Sample:
     """A sample with absolute paths and with a group that names its artwork."""
-    path = Path(os.path.abspath(sample.image_path))
-    group = sample.group or path.stem
-    group = group if group.startswith(f"{sample.category}/") else f"{sample.category}/{group}"
-    mask = None if sample.mask_path is None else Path(os.path.abspath(sample.mask_path))
-    return replace(sample, image_path=path, group=group, mask_path=mask)
+    group = f"{sample.category}/{(sample.group or sample.image_path.stem).removeprefix(f'{sample.category}/')}"
+    mask = sample.mask_path and Path(os.path.abspath(sample.mask_path))
+    return replace(sample, image_path=Path(os.path.abspath(sample.image_path)), group=group, mask_path=mask)
 
 
-def _fingerprints(samples: Sequence[Sample]) -> Iterator[list[Any]]:
-    """What of each source picture decides about the dataset: neither its folder nor the names of groups do, but
-    which pictures share a group does."""
+def _fingerprints(samples: Sequence[Sample]) -> list[list[Any]]:
+    """What of the source pictures decides about the dataset: not folders or names of groups, but who shares one."""
     first: dict[str, str] = {}
+    rows = []
     for sample in sorted(samples, key=lambda s: (s.image_path.name, s.image_path)):
         masks = [] if sample.mask_path is None else images.mask_files(sample.mask_path)
         hashes = [files.sha256_file(p) if p.is_file() else "missing" for p in (sample.image_path, *masks)]
         leader = first.setdefault(sample.group, hashes[0])
-        yield [sample.category, sample.split, sample.kind, sample.image_path.name, leader, *hashes]
+        rows.append([sample.category, sample.split, sample.kind, sample.image_path.name, leader, *hashes])
+    return sorted(rows)
 
 
 def _reason_to_make(target: Path, samples: Sequence[Sample], settings: Mapping[str, Any], identity: str) -> str | None:
@@ -204,7 +189,7 @@ def _reason_to_make(target: Path, samples: Sequence[Sample], settings: Mapping[s
         raise DatasetError(f"{inside} lies in the folder of the dataset that would replace it. Choose another folder.")
     mark = target / manifest.MANIFEST_JSON
     info = files.read_json(mark) if mark.exists() else {}
-    if info.get("made_by") not in _MADE_BY:
+    if not str(info.get("made_by")).endswith("build_dataset"):
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise DatasetError(f"{target} holds other files. Give an empty folder for the dataset, or move them away.")
         return ""
@@ -224,49 +209,33 @@ def _reason_to_make(target: Path, samples: Sequence[Sample], settings: Mapping[s
 
 def _machine() -> dict[str, str]:
     """Versions and machine: on another one, the same plan may draw pixels a grey level apart."""
-    import cv2
-    import PIL
-    import skimage
-
     versions = {module.__name__: module.__version__ for module in (cv2, np, PIL, skimage)}
     return {**versions, "python": platform.python_version(), "machine": platform.processor() or platform.machine()}
 
 
 def _print_outcome(info: Mapping[str, Any]) -> None:
-    now = _machine()
-    other = [f"{name} {value}, here {now.get(name)}" for name, value in info["machine"].items() if now[name] != value]
+    now, left_out = _machine(), info["left_out"]
+    other = [f"{name} {value}, here {now[name]}" for name, value in info["machine"].items() if now[name] != value]
     lines = [f"It was made with {'; '.join(other)}, and is kept as it is."] if other else []
-    lines += [f"Note: {note}" for note in info["notes"]]
-    lines += [f"Limit: {limit}" for limit in info["limits"].values()]
-    left_out = info["left_out"]
+    lines += [f"Note: {note}" for note in info["notes"]] + [f"Limit: {limit}" for limit in info["limits"].values()]
     lines += [f"Left out: {file['path']}: {file['reason']}" for file in left_out[:12]]
     lines += [f"... and {len(left_out) - 12} more (all in {manifest.MANIFEST_JSON})"] if len(left_out) > 12 else []
-    print(*lines, sep="\n", end="\n" if lines else "")
-
-
-# --- reading and writing ---------------------------------------------------------------------------------------------
+    for line in lines:
+        print(line)
 
 
 def _in_threads(work: Callable[[Any], Any], items: Sequence[Any], words: str) -> Iterable[Any]:
-    from tqdm.auto import tqdm
-
     with ThreadPoolExecutor(4) as pool:
         yield from tqdm(pool.map(work, items), total=len(items), desc=words, unit="picture", delay=10)
 
 
-def _readable(samples: Sequence[Sample], max_side: int) -> tuple[list[Sample], list[tuple[Path, str]]]:
-    """Samples that can be used at the dataset's resolution; files left out and why."""
-
-    def problem(sample: Sample) -> str:
-        try:
-            _at_resolution(sample.image_path, max_side)
-        except (images.ImageError, OSError) as error:
-            return str(error)
-        return ""
-
-    problems = list(_in_threads(problem, samples, "reading sources"))
-    left_out = [(sample.image_path, words) for sample, words in zip(samples, problems) if words]
-    return [sample for sample, words in zip(samples, problems) if not words], left_out
+def _problem(sample: Sample, max_side: int) -> str:
+    """Why a picture cannot be used at the dataset's resolution; "" when it can."""
+    try:
+        _at_resolution(sample.image_path, max_side)
+    except (images.ImageError, OSError) as error:
+        return str(error)
+    return ""
 
 
 def _at_resolution(path: Path | str, max_side: int) -> np.ndarray:
@@ -297,25 +266,24 @@ def _write(jobs: Sequence[splits.Job], target: Path, info: Mapping[str, Any]) ->
     ordered = sorted((rows[job.image_path] for job in jobs), key=lambda r: (r["category"], SPLITS.index(r["split"])))
     lines = [json.dumps(row, ensure_ascii=False, sort_keys=True) for row in ordered]
     files.write_text(partial / RECORDS, "\n".join(lines) + "\n")
-    samples = [
-        Sample(
-            image_path=partial / row["image_path"],
-            is_anomalous=row["kind"] != NORMAL_KIND,
-            mask_path=None if row["mask_path"] is None else partial / row["mask_path"],
-            visibility=row.get("visibility"),
-            **{name: row[name] for name in ("category", "split", "kind", "group", "synthesis_seed")},
-        )
-        for row in ordered
-    ]
-    manifest.write_manifest(partial, samples, info=info)
+    manifest.write_manifest(partial, [_sample(row, partial) for row in ordered], info=info)
     if target.exists():
         shutil.rmtree(target)
     os.replace(partial, target)
 
 
+def _sample(row: Mapping[str, Any], folder: Path) -> Sample:
+    same = {name: row[name] for name in ("category", "split", "kind", "group", "synthesis_seed")}
+    mask = row["mask_path"] and folder / row["mask_path"]
+    is_anomalous = row["kind"] != NORMAL_KIND
+    return Sample(
+        folder / row["image_path"], is_anomalous=is_anomalous, mask_path=mask, **same, visibility=row.get("visibility")
+    )
+
+
 def _make(job: splits.Job, folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Make one picture (and mask) and return its record."""
-    record: dict[str, Any] = {"synthesis_seed": None, "mask_path": None}
+    record: dict[str, Any] = {**job._asdict(), "mask_source": None, "synthesis_seed": None, "mask_path": None}
     mask = None
     if job.origin in (splits.GENUINE, splits.REAL):
         image = _at_resolution(job.source_path, settings["max_image_side"])
@@ -337,4 +305,4 @@ def _make(job: splits.Job, folder: Path, settings: Mapping[str, Any]) -> dict[st
         artwork, _, kind, name = job.image_path.split("/")
         record["mask_path"] = f"{artwork}/ground_truth/{kind}/{name.removesuffix('.png')}_mask.png"
         images.save_png(folder / record["mask_path"], mask)
-    return {**job._asdict(), "mask_source": None, **record}
+    return record

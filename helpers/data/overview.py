@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from helpers import synthesis
+from helpers import results, synthesis
 from helpers.data import images
 from helpers.data.build import RECORDS, TEST_KINDS, Source
 from helpers.data.manifest import Dataset, mask_of
 from helpers.data.splits import ORIGINS, SYNTHETIC
 from helpers.records import SPLITS
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def read_records(dataset: Dataset) -> dict[Path, dict[str, Any]]:
@@ -32,11 +30,9 @@ def read_records(dataset: Dataset) -> dict[Path, dict[str, Any]]:
 
 def gallery(source: Source, *, n: int, max_side: int = 512) -> list[tuple[str, np.ndarray]]:
     """File name and picture (uint8 RGB) of the first ``n`` genuine pictures of each artwork."""
-    shown = []
-    for category in sorted({sample.category for sample in source.samples}):
-        mine = [s for s in source.samples if s.category == category and not s.is_anomalous]
-        shown += [(s.image_path.stem, images.load_image(s.image_path, max_side=max_side)) for s in mine[:n]]
-    return shown
+    rows = pd.DataFrame([(s.category, s.image_path) for s in source.samples if not s.is_anomalous])
+    paths = rows.sort_values(0, kind="stable").groupby(0).head(n)[1]
+    return [(path.stem, images.load_image(path, max_side=max_side)) for path in paths]
 
 
 def kind_examples(dataset: Dataset, *, category: str) -> list[tuple[str, np.ndarray, np.ndarray, np.ndarray | None]]:
@@ -45,14 +41,13 @@ def kind_examples(dataset: Dataset, *, category: str) -> list[tuple[str, np.ndar
     Returns:
         kind, original and anomalous picture (uint8 RGB), mask (bool, None for a change of the whole picture).
     """
-    records = read_records(dataset)
-    made = [s for s in dataset.select(category=category) if records[s.image_path]["origin"] == SYNTHETIC]
-    examples = []
-    for kind in (kind for kind in TEST_KINDS if any(s.kind == kind for s in made)):
-        ranked = sorted((s for s in made if s.kind == kind), key=lambda s: s.visibility or 0)
-        sample = ranked[len(ranked) // 2]
-        original = images.load_image(dataset.folder / records[sample.image_path]["source_path"])
-        examples.append((kind, original, images.load_image(sample.image_path), mask_of(sample)))
+    records, examples = read_records(dataset), []
+    for kind in TEST_KINDS:
+        mine = dataset.select(category=category, is_anomalous=True)
+        made = [s for s in mine if s.kind == kind and records[s.image_path]["origin"] == SYNTHETIC]
+        for sample in sorted(made, key=lambda s: s.visibility or 0)[len(made) // 2 :][:1]:
+            original = images.load_image(dataset.folder / records[sample.image_path]["source_path"])
+            examples.append((kind, original, images.load_image(sample.image_path), mask_of(sample)))
     return examples
 
 
@@ -67,18 +62,16 @@ def zoomed(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 def whole_pictures(dataset: Dataset) -> list[tuple[str, np.ndarray]]:
     """Caption and picture (uint8 RGB) of one anomaly without a mask for each kind and artwork."""
-    shown = {}
-    for sample in dataset.select(is_anomalous=True):
-        if sample.mask_path is None:
-            shown.setdefault((sample.category, sample.kind), sample)
-    named = (((kind, category.replace("_", " ")), sample) for (category, kind), sample in sorted(shown.items()))
-    return [(", ".join(name).replace("_", " "), images.load_image(s.image_path)) for name, s in named]
+    whole = [s for s in dataset.select(is_anomalous=True) if s.mask_path is None]
+    first = {(s.category, s.kind): s.image_path for s in reversed(whole)}
+    return [
+        (f"{kind}, {category}".replace("_", " "), images.load_image(path))
+        for (category, kind), path in sorted(first.items())
+    ]
 
 
 def visibility_table(dataset: Dataset) -> pd.DataFrame:
     """Synthetic test anomalies by kind and bin of :data:`helpers.synthesis.VISIBILITY_BINS`."""
-    import pandas as pd
-
     made = [s for s in dataset.select(split="test", is_anomalous=True) if s.visibility is not None]
     bins = pd.Categorical([synthesis.visibility_bin(s.visibility) for s in made], list(synthesis.VISIBILITY_BINS))
     kinds = pd.Categorical([s.kind for s in made], list(synthesis.LOCAL_KINDS))
@@ -87,44 +80,40 @@ def visibility_table(dataset: Dataset) -> pd.DataFrame:
 
 def summary(dataset: Dataset) -> pd.DataFrame:
     """Pictures per artwork and split: a column per origin (:data:`ORIGINS`), and the true number of genuine sources."""
-    import pandas as pd
-
     rows = pd.DataFrame(list(read_records(dataset).values()))
-    keys = [rows["category"].rename("artwork"), pd.Categorical(rows["split"], SPLITS, ordered=True)]
-    table = pd.crosstab(keys, pd.Categorical(rows["origin"], ORIGINS), dropna=False).loc[lambda t: t.sum(axis=1) > 0]
-    table["source pictures"] = [dataset.n_sources(category, split) for category, split in table.index]
+    table = rows.pivot_table("image_path", ["category", "split"], "origin", "count", fill_value=0)
+    order = [(category, split) for category in dataset.categories for split in SPLITS]
+    table = table.reindex(order, columns=list(ORIGINS), fill_value=0)
+    table["source pictures"] = [dataset.n_sources(category, split) for category, split in order]
     table.columns.name = None
     return table.rename_axis(["artwork", "split"])
 
 
-def check_dataset(dataset: Dataset) -> bool:
+def check_dataset(dataset: Dataset) -> None:
     """Check on the files what later notebooks rely on; a line for each.
 
     Raises:
         AssertionError: the line that does not hold.
     """
     records = read_records(dataset)
-    by_path = {sample.image_path: sample for sample in dataset.samples}
-    files = [{(s.category, s.sha256) for s in dataset.select(split=split)} for split in SPLITS]
-    lines = {"no file stands in two splits": not (files[0] & files[1] or files[0] & files[2] or files[1] & files[2])}
-    shared = {
-        category
-        for category in dataset.categories
-        for group in {s.group for s in dataset.select(category=category)}
-        if len({s.split for s in dataset.select(category=category) if s.group == group}) > 1
-    }
-    lines["no source picture stands in two splits, unless a limit says so"] = shared <= set(dataset.limits)
-    made = [s for s in dataset.samples if records[s.image_path]["origin"] == SYNTHETIC and s.mask_path is not None]
-    lines["every local damage has a mask"] = all(
-        sample.mask_path is not None for sample in dataset.samples if sample.kind in synthesis.LOCAL_KINDS
+    rows = pd.DataFrame(
+        [(s.category, s.split, s.sha256, s.group) for s in dataset.samples],
+        columns=["category", "split", "file", "group"],
     )
+    n_splits = {name: rows.groupby(["category", name])["split"].nunique() for name in ("file", "group")}
+    shared = n_splits["group"][n_splits["group"] > 1].index.get_level_values("category")
+    made = [s for s in dataset.samples if records[s.image_path]["origin"] == SYNTHETIC and s.mask_path is not None]
     changed_outside = 0
     for sample in made:
-        model = by_path[dataset.folder / records[sample.image_path]["source_path"]]
-        before, after = images.load_image(model.image_path), images.load_image(sample.image_path)
-        changed_outside += int((before != after)[~mask_of(sample)].sum())
-    lines[f"outside the masks of {len(made)} damaged pictures no pixel differs"] = changed_outside == 0
-    for words, holds in lines.items():
-        assert holds, f"does not hold: {words}"
-        print(f"✓ {words}")
-    return True
+        before = images.load_image(dataset.folder / records[sample.image_path]["source_path"])
+        changed_outside += int((before != images.load_image(sample.image_path))[~mask_of(sample)].sum())
+    results.confirm(
+        {
+            "no file stands in two splits": n_splits["file"].max() == 1,
+            "no source picture stands in two splits, unless a limit says so": set(shared) <= set(dataset.limits),
+            "every local damage has a mask": all(
+                s.mask_path is not None for s in dataset.samples if s.kind in synthesis.LOCAL_KINDS
+            ),
+            f"outside the masks of {len(made)} damaged pictures no pixel differs": changed_outside == 0,
+        }
+    )

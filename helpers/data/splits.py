@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from helpers import synthesis
 from helpers.data.names import clean
@@ -22,6 +21,15 @@ OWN_TEST_SHARES = (0.2, 0.3)
 """Shares of calibration and test source pictures when there are no normal test pictures; the rest is learnt from."""
 MOST_TIMES = 3
 """Genuine pictures beyond this many times the number asked for are left out, at random."""
+_LIMITS = {
+    "shared": "shows the same photographs in training and test and has no others: every number is optimistic",
+    "one": "has only 1 genuine picture: thresholds and test pictures come from re-photographs of the picture that is "
+    "learnt from, so every number is optimistic",
+    "two": "has only {n} genuine pictures: thresholds and normal test pictures come from re-photographs of one that is "
+    "not learnt from, so false-alarm rates are optimistic",
+    "few": "has only {n} genuine pictures: {train} are learnt from, thresholds rest on {calibration} and false-alarm "
+    "rates on {test} independent ones, so both are rough",
+}
 
 
 class Job(NamedTuple):
@@ -51,105 +59,74 @@ def plan(samples: Sequence[Sample], settings: Mapping[str, Any]) -> tuple[list[J
         if not normals:
             notes.append(f"{category} is left out: {len(real)} anomalous pictures and no genuine one to learn from.")
             continue
-        rng = synthesis.rng_for(settings["seed"], f"{category}/splits")
-        parts, borrowed, limit = _split(category, normals, real, rng, notes)
+        groups, is_shared = _split(normals, real, category, settings["seed"], notes)
+        limit, lender = _limit({split: len(found) for split, found in groups.items()}, is_shared)
         if limit:
-            limits[category] = limit
-        jobs += _jobs(category, _unique(clean(category), taken), parts, borrowed, real, settings, notes)
+            limits[category] = f"{category_label(category)} {limit}."
+        parts = {split: [s for group in sorted(found) for s in found[group]] for split, found in groups.items()}
+        jobs += _jobs(category, _unique(clean(category), taken), parts, lender, real, settings, notes)
     return jobs, notes, limits
 
 
 def _split(
-    category: str, normals: Sequence[Sample], real: Sequence[Sample], rng: np.random.Generator, notes: list[str]
-) -> tuple[dict[str, list[Sample]], dict[str, str], str]:
-    """Genuine pictures by split, whose re-photographs fill an empty split, and what that means for the numbers."""
+    normals: Sequence[Sample], real: Sequence[Sample], category: str, seed: int, notes: list[str]
+) -> tuple[dict[str, dict[str, list[Sample]]], bool]:
+    """Genuine pictures by split and source picture; whether a test picture shows what is learnt from."""
     train, calibration, test = (_by_group(s for s in normals if s.split == split) for split in SPLITS)
     if not train and not calibration:
         notes.append(f"{category}: no pictures to learn from; the source's normal test pictures are split.")
         train, test = test, {}
     calibration = {group: members for group, members in calibration.items() if group not in train}
-    if not test or not train:
-        train, calibration = {**train, **calibration}, {}
-    shared = ({s.group for s in real} | set(test)) & (set(train) | set(calibration))
-    if shared and len(set(train) - shared) >= 2:
+    if not (train and test):
+        train, calibration = train | calibration, {}
+    tested = {s.group for s in real} | set(test)
+    shared = tested & (set(train) | set(calibration))
+    if shared and len(set(train) - tested) >= 2:
         notes.append(
             f"{category}: {len(shared)} source pictures for learning became test pictures, because a test picture "
             "shows the same photograph (or is named as its copy)."
         )
-        for pool in (train, calibration):
-            for group in sorted(shared & set(pool)):
-                test.setdefault(group, []).extend(pool.pop(group))
+        for group in sorted(shared):
+            test.setdefault(group, []).extend(train.pop(group, []) + calibration.pop(group, []))
         shared = set()
-    order = [sorted(train)[i] for i in rng.permutation(len(train))]
-    n_calibration, n_test = _group_counts(len(order), has_calibration=bool(calibration), has_test=bool(test))
+    # A split without pictures of its own takes a share of those to learn from; at least one stays.
+    order = [sorted(train)[i] for i in synthesis.rng_for(seed, f"{category}/splits").permutation(len(train))]
+    share = CALIBRATION_SHARE if test else OWN_TEST_SHARES[0]
+    n_calibration = 0 if calibration else min(max(round(share * len(order)), 1), len(order) - 1)
+    n_test = 0 if test else min(max(round(OWN_TEST_SHARES[1] * len(order)), 1), len(order) - 1 - n_calibration)
     calibration |= {group: train.pop(group) for group in order[:n_calibration]}
     test |= {group: train.pop(group) for group in order[n_calibration : n_calibration + n_test]}
-    if not calibration and len(test) >= 2:  # one picture to learn from beside test pictures
-        n_calibration = max(1, round(CALIBRATION_SHARE * len(test)))
+    if not calibration:  # one picture to learn from beside test pictures
         free = sorted(set(test) - {s.group for s in real} - set(train))
-        calibration |= {group: test.pop(group) for group in free[:n_calibration] if len(test) > 1}
-    groups = dict(zip(SPLITS, (train, calibration, test)))
-    lender = next(split for split in ("test", "calibration", "train") if groups[split])
-    borrowed = {split: lender for split in SPLITS if not groups[split]}
-    parts = {split: [s for group in sorted(found) for s in found[group]] for split, found in groups.items()}
-    return (
-        parts,
-        borrowed,
-        _limit(category_label(category), [len(found) for found in groups.values()], borrowed, bool(shared)),
-    )
+        n_calibration = min(max(round(CALIBRATION_SHARE * len(test)), 1), len(test) - 1)
+        calibration = {group: test.pop(group) for group in free[: max(0, n_calibration)]}
+    return dict(zip(SPLITS, (train, calibration, test))), bool(shared)
 
 
-def _group_counts(n: int, *, has_calibration: bool, has_test: bool) -> tuple[int, int]:
-    """How many of ``n`` source pictures to learn from go to calibration and to test; at least one is learnt from.
-
-    >>> [_group_counts(10, has_calibration=False, has_test=known) for known in (False, True)]
-    [(2, 3), (3, 0)]
-    >>> [_group_counts(n, has_calibration=False, has_test=False) for n in (1, 2, 3, 4)]
-    [(0, 0), (1, 0), (1, 1), (1, 1)]
-    """
-    test = 0 if has_test else max(round(OWN_TEST_SHARES[1] * n), 1)
-    share = CALIBRATION_SHARE if has_test else OWN_TEST_SHARES[0]
-    calibration = min(0 if has_calibration else max(round(share * n), 1), n - 1)
-    return calibration, max(0, min(test, n - 1 - calibration))
-
-
-def _limit(name: str, n_groups: Sequence[int], borrowed: Mapping[str, str], is_shared: bool) -> str:
-    """What few source pictures mean for the numbers; "" when there are enough. Only shared ones make *optimistic*."""
-    n, (n_train, n_calibration, n_test) = sum(n_groups), n_groups
+def _limit(n_groups: Mapping[str, int], is_shared: bool) -> tuple[str, str]:
+    """What few source pictures mean for the numbers, "" when there are enough, and the split that empty ones are filled
+    from, by re-photographs."""
+    lender = next(split for split in reversed(SPLITS) if n_groups[split])
     if is_shared:
-        words = "shows the same photographs in training and test and has no others: every number is optimistic"
-    elif "train" in borrowed.values():
-        words = (
-            "has only 1 genuine picture: thresholds and test pictures come from re-photographs of the picture that is "
-            "learnt from, so every number is optimistic"
-        )
-    elif borrowed:
-        words = (
-            f"has only {n} genuine pictures: thresholds and normal test pictures come from re-photographs of one that "
-            "is not learnt from, so false-alarm rates are optimistic"
-        )
-    elif min(n_calibration, n_test) < 3:
-        words = (
-            f"has only {n} genuine pictures: {n_train} are learnt from, thresholds rest on {n_calibration} and "
-            f"false-alarm rates on {n_test} independent ones, so both are rough"
-        )
+        words = "shared"
+    elif min(n_groups.values()) == 0:
+        words = "one" if lender == "train" else "two"
     else:
-        return ""
-    return f"{name} {words}."
+        words = "few" if min(n_groups["calibration"], n_groups["test"]) < 3 else ""
+    return _LIMITS.get(words, "").format(n=sum(n_groups.values()), **n_groups), lender
 
 
 def _jobs(
     category: str,
     folder: str,
     parts: Mapping[str, Sequence[Sample]],
-    borrowed: Mapping[str, str],
+    lender: str,
     real: Sequence[Sample],
     settings: Mapping[str, Any],
     notes: list[str],
 ) -> list[Job]:
     """Every picture of one artwork: genuine ones, re-photographs, real anomalies, synthetic anomalies."""
     jobs, taken = [], set()
-    rng = synthesis.rng_for(settings["seed"], f"{category}/limits")
 
     def add(
         split: str, kind: str, stem: str, group: str, origin: str, source: object, mask: Path | None = None
@@ -158,53 +135,36 @@ def _jobs(
         path = f"{folder}/{'test' if split == 'test' else 'train'}/{clean(kind)}/{stem}"
         jobs.append(Job(_unique(path, taken) + ".png", category, split, kind, group, origin, str(source), mask))
 
-    n_asked = {
-        "train": settings["n_train"],
-        "calibration": settings["n_calibration"],
-        "test": settings["n_test_normal"],
-    }
+    n_asked = dict(zip(SPLITS, (settings[name] for name in ("n_train", "n_calibration", "n_test_normal"))))
+    rng = synthesis.rng_for(settings["seed"], f"{category}/limits")
     for split in SPLITS:
         limit = MOST_TIMES * n_asked[split]
         if len(parts[split]) > limit:
             notes.append(f"{category}: {limit} of {len(parts[split])} genuine pictures for {split} are used.")
-        for sample in _limited(parts[split], limit, rng):
+        kept = rng.permutation(len(parts[split]))[:limit] if len(parts[split]) > limit else range(len(parts[split]))
+        for sample in (parts[split][i] for i in sorted(kept)):
             add(split, NORMAL_KIND, clean(sample.image_path.stem), sample.group, GENUINE, sample.image_path)
-    genuine = list(jobs)
+    genuine = {split: [job for job in jobs if job.split == split] for split in SPLITS}
     for split in SPLITS:
-        n_more = n_asked[split] - sum(job.split == split for job in genuine)
-        models = [job for job in genuine if job.split == borrowed.get(split, split)]
-        for index, model in zip(range(n_more), _turns(models)):
+        models = _turns(genuine[split] or genuine[lender])
+        for index, model in zip(range(n_asked[split] - len(genuine[split])), models):
             stem = f"{Path(model.image_path).stem}~{index:03d}"
             add(split, NORMAL_KIND, stem, model.group, REPHOTOGRAPHED, model.image_path)
     for sample in sorted(real, key=lambda s: (s.kind, s.image_path)):
         add("test", sample.kind, clean(sample.image_path.stem), sample.group, REAL, sample.image_path, sample.mask_path)
     n_made = settings["n_test_anomalous"] - (len(real) if settings["count_real"] else 0)
     models = [job for job in jobs if job.split == "test" and job.kind == NORMAL_KIND]
-    rng = synthesis.rng_for(settings["seed"], f"{category}/damage")
-    models = [models[i] for i in rng.permutation(len(models))]
-    for index, (kind, model) in enumerate(zip(_kind_turns(settings["kinds"], n_made), _turns(models))):
+    order = synthesis.rng_for(settings["seed"], f"{category}/damage").permutation(len(models))
+    turns = _turns([models[i] for i in order])
+    for index, (kind, model) in enumerate(zip(_kind_turns(settings["kinds"], n_made), turns)):
         add("test", kind, f"synthetic_{index:03d}", model.group, SYNTHETIC, model.image_path)
     return jobs
 
 
-def _limited(samples: Sequence[Sample], limit: int, rng: np.random.Generator) -> Sequence[Sample]:
-    """At most ``limit`` pictures, of as many source pictures as possible: the first of each, then the second, ..."""
-    if len(samples) <= limit:
-        return samples
-    groups = _by_group(samples[i] for i in rng.permutation(len(samples)))
-    ranked = sorted((pair for members in groups.values() for pair in enumerate(members)), key=lambda pair: pair[0])
-    kept = {sample.image_path for _, sample in ranked[:limit]}
-    return [sample for sample in samples if sample.image_path in kept]
-
-
 def _turns(items: Sequence[Any]) -> Iterator[Any]:
     """Endlessly one item of each group after the other; within a group, one after the other."""
-    by_group = _by_group(items)
-    turn = 0
-    while by_group:
-        for members in by_group.values():
-            yield members[turn % len(members)]
-        turn += 1
+    cycles = [itertools.cycle(members) for members in _by_group(items).values()]
+    return (next(cycle) for cycle in itertools.cycle(cycles))
 
 
 def _kind_turns(kinds: Sequence[str], n: int) -> list[str]:
@@ -215,7 +175,7 @@ def _kind_turns(kinds: Sequence[str], n: int) -> list[str]:
     """
     of_report = [kind for kind in kinds if kind in synthesis.REPORT_KINDS]
     cycle = [*of_report, *(kind for kind in kinds if kind not in of_report), *of_report]
-    return [cycle[i % len(cycle)] for i in range(n)]
+    return list(itertools.islice(itertools.cycle(cycle), max(0, n)))
 
 
 def _by_group(items: Iterable[Any]) -> dict[str, list[Any]]:
@@ -227,9 +187,6 @@ def _by_group(items: Iterable[Any]) -> dict[str, list[Any]]:
 
 def _unique(name: str, taken: set[str]) -> str:
     """The name, with a number when it is taken; remembered in ``taken`` (file systems may ignore letter case)."""
-    candidate, number = name, 1
-    while candidate.lower() in taken:
-        number += 1
-        candidate = f"{name}_{number}"
+    candidate = next(c for c in (name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))) if c.lower() not in taken)
     taken.add(candidate.lower())
     return candidate

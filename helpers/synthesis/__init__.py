@@ -21,21 +21,7 @@ from helpers.synthesis.photographs import (
     vary,
 )
 
-__all__ = [
-    "ANOMALOUS_VARIATIONS",
-    "HELD_OUT_KINDS",
-    "LOCAL_KINDS",
-    "NORMAL_VARIATIONS",
-    "REPORT_KINDS",
-    "REPORT_VARIATIONS",
-    "VARIATIONS",
-    "VISIBILITY_BINS",
-    "damaged_view",
-    "rephotograph",
-    "rng_for",
-    "seed_for",
-    "synthesize",
-    "vary",
-    "visibility",
-    "visibility_bin",
-]
+__all__ = ["HELD_OUT_KINDS", "LOCAL_KINDS", "REPORT_KINDS", "VISIBILITY_BINS", "visibility", "visibility_bin"]
+__all__ += ["rng_for", "seed_for", "synthesize"]
+__all__ += ["ANOMALOUS_VARIATIONS", "NORMAL_VARIATIONS", "REPORT_VARIATIONS", "VARIATIONS"]
+__all__ += ["damaged_view", "rephotograph", "vary"]

@@ -1,13 +1,12 @@
 """The kinds of local anomaly: what each paints where, for :func:`helpers.synthesis.synthesize`.
 
 The five kinds of the source report (drawn marks), ageing (scratch, craquelure, stain, fade, tear) and tampering
-(pasted, blended, erased, moved parts). Colours come from the picture's own palette and are matched in Lab to a random
-distance from their surroundings, so that marks range from hidden to plain.
+(pasted, blended, erased, moved parts). A mark's colour comes from the picture's own palette, at a drawn distance from
+its surroundings in Lab: a palette colour farther away is mixed with them, so that marks range from hidden to plain.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import cv2
@@ -19,8 +18,8 @@ from helpers.synthesis import colours
 Rng = np.random.Generator
 Window = tuple[int, int, int, int]  # x, y, width, height
 
+GREY = np.array([0.299, 0.587, 0.114], np.float32)
 _TARGETS = (6.0, 60.0)  # distance in Lab between a mark and its surroundings, drawn log-uniformly
-_GREY = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 class Edit(NamedTuple):
@@ -31,32 +30,25 @@ class Edit(NamedTuple):
     paint: np.ndarray
 
 
-# ------------------------------------------------------------------------------------------- place, size, colour
-
-
 def crop(image: np.ndarray, window: Window) -> np.ndarray:
     """The part of a picture or mask inside a window (a view)."""
     x, y, width, height = window
     return image[y : y + height, x : x + width]
 
 
-def place(rng: Rng, image: np.ndarray, width: int, height: int) -> tuple[int, int]:
-    """Upper left corner (x, y) of a window that lies inside the picture."""
+def place(rng: Rng, image: np.ndarray, width: int, height: int) -> Window:
+    """A window of this size somewhere in the picture."""
     rows, columns = image.shape[:2]
-    return _between(rng, 0, max(0, columns - width)), _between(rng, 0, max(0, rows - height))
+    x, y = rng.integers(0, max(1, columns - width + 1)), rng.integers(0, max(1, rows - height + 1))
+    return int(x), int(y), width, height
 
 
-def around(points: np.ndarray, margin: int, image: np.ndarray) -> Window:
-    """Window that holds points (n, 2) of x, y with a margin, cut at the picture's border."""
-    rows, columns = image.shape[:2]
-    low = np.clip(np.floor(points.min(axis=0)).astype(int) - margin, 0, [columns - 1, rows - 1])
-    high = np.clip(np.ceil(points.max(axis=0)).astype(int) + margin + 1, low + 1, [columns, rows])
-    return int(low[0]), int(low[1]), int(high[0] - low[0]), int(high[1] - low[1])
-
-
-def _between(rng: Rng, low: int, high: int) -> int:
-    """Integer from ``low`` to ``high``, both included."""
-    return int(rng.integers(low, high + 1))
+def grown(window: Window, margin: int, image: np.ndarray) -> Window:
+    """A window with a margin around it, cut at the picture's border."""
+    x, y, width, height = window
+    left, top = max(0, x - margin), max(0, y - margin)
+    right, bottom = min(image.shape[1], x + width + margin), min(image.shape[0], y + height + margin)
+    return left, top, right - left, bottom - top
 
 
 def _length(rng: Rng, image: np.ndarray, low: float, high: float, at_least: int = 3) -> int:
@@ -69,7 +61,7 @@ def _length(rng: Rng, image: np.ndarray, low: float, high: float, at_least: int 
 def _window(rng: Rng, image: np.ndarray, low: float, high: float, at_least: int = 3) -> Window:
     """A window inside the picture whose sides are drawn by :func:`_length`."""
     width, height = _length(rng, image, low, high, at_least), _length(rng, image, low, high, at_least)
-    return (*place(rng, image, width, height), width, height)
+    return place(rng, image, width, height)
 
 
 def _local_lab(image: np.ndarray, window: Window) -> np.ndarray:
@@ -77,12 +69,7 @@ def _local_lab(image: np.ndarray, window: Window) -> np.ndarray:
 
 
 def _mark_colour(image: np.ndarray, window: Window, rng: Rng, *, lightness: int = 0) -> np.ndarray:
-    """A colour of the picture's own palette at a drawn distance in Lab from what the mark will lie on.
-
-    A palette colour farther away than drawn is mixed with the surroundings; the result stays between two colours of
-    the picture, which is what lets a mark hide. ``lightness`` is 1 for lighter than the surroundings, -1 for darker,
-    0 for either.
-    """
+    """uint8 RGB; ``lightness`` is 1 for lighter than the surroundings, -1 for darker, 0 for either."""
     local, palette = _local_lab(image, window), colours.palette(image)
     target = float(np.exp(rng.uniform(*np.log(_TARGETS))))
     candidates = palette[lightness * (palette[:, 0] - local[0]) > 0] if lightness else palette
@@ -116,29 +103,9 @@ def _soft(depth: np.ndarray, width: float) -> np.ndarray:
     return (np.clip(depth / width, 0, 1) * 255).astype(np.uint8)
 
 
-def _bytes(values: np.ndarray) -> np.ndarray:
+def to_bytes(values: np.ndarray) -> np.ndarray:
+    """Grey levels, rounded and limited: uint8."""
     return np.clip(np.rint(values), 0, 255).astype(np.uint8)
-
-
-# --------------------------------------------------------------------------------------- the report's drawn kinds
-
-
-def _drawn(most: int, draw: Callable[[np.ndarray, int, Rng], None]) -> Callable[[np.ndarray, Rng], list[Edit]]:
-    """A kind of one to ``most`` marks, each of one colour that suits its place.
-
-    ``draw(alpha, opacity, rng)`` draws one mark into the empty uint8 ``alpha (H, W)`` of the whole picture.
-    """
-
-    def make(image: np.ndarray, rng: Rng) -> list[Edit]:
-        edits = []
-        for _ in range(_between(rng, 1, most)):
-            alpha = np.zeros(image.shape[:2], np.uint8)
-            draw(alpha, _between(rng, 200, 255), rng)
-            window = cv2.boundingRect(alpha)
-            edits.append(Edit(window, crop(alpha, window), _mark_colour(image, window, rng)))
-        return edits
-
-    return make
 
 
 def _box(alpha: np.ndarray, opacity: int, rng: Rng) -> None:
@@ -159,7 +126,7 @@ def _line(alpha: np.ndarray, opacity: int, rng: Rng) -> None:
 
 def _letter(alpha: np.ndarray, opacity: int, rng: Rng) -> None:
     """A word of one to four capitals in the font inside Pillow, which is the same on every machine."""
-    text = "".join(chr(65 + int(code)) for code in rng.integers(0, 26, _between(rng, 1, 4)))
+    text = "".join(chr(65 + int(code)) for code in rng.integers(0, 26, rng.integers(1, 5)))
     size, boldness = _length(rng, alpha, 0.1, 0.42, 10), rng.uniform(0, 0.05)
     while True:  # smaller until the word fits
         font, stroke = ImageFont.load_default(size), round(boldness * size)
@@ -167,7 +134,7 @@ def _letter(alpha: np.ndarray, opacity: int, rng: Rng) -> None:
         if size <= 6 or (right - left <= alpha.shape[1] and bottom - top <= alpha.shape[0]):
             break
         size = int(size * 0.8)
-    x, y = place(rng, alpha, right - left, bottom - top)
+    x, y, *_ = place(rng, alpha, right - left, bottom - top)
     canvas = Image.fromarray(alpha)
     ImageDraw.Draw(canvas).text((x - left, y - top), text, fill=opacity, font=font, stroke_width=stroke)
     alpha[:] = np.asarray(canvas)
@@ -177,13 +144,13 @@ def _circle(alpha: np.ndarray, opacity: int, rng: Rng) -> None:
     radius = max(1, _length(rng, alpha, 0.015, 0.16, 2))
     thickness = -1 if rng.random() < 0.5 else min(_length(rng, alpha, 0.005, 0.025, 1), radius)
     side = 2 * (radius + max(thickness, 0) // 2 + 1) + 1
-    x, y = place(rng, alpha, side, side)
+    x, y, *_ = place(rng, alpha, side, side)
     cv2.circle(alpha, (x + side // 2, y + side // 2), radius, opacity, thickness, cv2.LINE_AA)
 
 
 def _dots(alpha: np.ndarray, opacity: int, rng: Rng) -> None:
     """A spray of small dots of one colour inside a window."""
-    n, radius = _between(rng, 5, 30), _length(rng, alpha, 0.004, 0.016, 1)
+    n, radius = int(rng.integers(5, 31)), _length(rng, alpha, 0.004, 0.016, 1)
     x, y, width, height = _window(rng, alpha, 0.2, 0.8, 12)
     radii = np.maximum(1, np.rint(radius * rng.uniform(0.6, 1.5, n))).astype(int)
     room = np.maximum(np.array([width, height]) - 1 - 2 * radii[:, None], 0)
@@ -192,16 +159,13 @@ def _dots(alpha: np.ndarray, opacity: int, rng: Rng) -> None:
         cv2.circle(alpha, centre, dot, opacity, -1, cv2.LINE_AA)
 
 
-# --------------------------------------------------------------------------------------------------------- ageing
-
-
 def _scratch(image: np.ndarray, rng: Rng) -> list[Edit]:
     """Thin, slightly bent, broken strokes, nearly parallel; mostly light, where the ground shows."""
     angle, length = rng.uniform(0, np.pi), _length(rng, image, 0.2, 0.7, 8)
     middle = rng.uniform(0.15, 0.85, 2) * image.shape[1::-1]
     thickness = max(1, round(min(image.shape[:2]) / 350 * rng.uniform(0.8, 1.6)))
     alpha, t = np.zeros(image.shape[:2], np.uint8), np.linspace(-0.5, 0.5, 48)
-    for _ in range(_between(rng, 1, 4)):
+    for _ in range(rng.integers(1, 5)):
         turn = angle + rng.normal(0, 0.06)
         along, across = np.array([np.cos(turn), np.sin(turn)]), np.array([-np.sin(turn), np.cos(turn)])
         reach = length * rng.uniform(0.5, 1)
@@ -254,7 +218,7 @@ def _stain(image: np.ndarray, rng: Rng) -> list[Edit]:
     rim = np.exp(-(((shape - 0.05) / 0.045) ** 2))
     patches = 0.75 + 0.25 * _noise(rng, height, width, max(4, width / 6))
     alpha = np.clip(shape / 0.05, 0, 1) * rng.uniform(0.3, 0.85) * (0.62 * patches + 0.38 * rim)
-    return [Edit(window, (alpha * 255).astype(np.uint8), _bytes(paint))]
+    return [Edit(window, (alpha * 255).astype(np.uint8), to_bytes(paint))]
 
 
 def _fade(image: np.ndarray, rng: Rng) -> list[Edit]:
@@ -262,7 +226,7 @@ def _fade(image: np.ndarray, rng: Rng) -> list[Edit]:
     window = _window(rng, image, 0.2, 0.6, 12)
     width, height = window[2:]
     inside = crop(image, window).astype(np.float32)
-    paint = inside + ((inside @ _GREY)[..., None] - inside) * rng.uniform(0.5, 1.0)
+    paint = inside + ((inside @ GREY)[..., None] - inside) * rng.uniform(0.5, 1.0)
     paint += (np.array([236, 229, 215]) - paint) * rng.uniform(0.15, 0.5)
     if rng.random() < 0.4:
         rows, columns = np.arange(height)[:, None], np.arange(width)[None]
@@ -270,7 +234,7 @@ def _fade(image: np.ndarray, rng: Rng) -> list[Edit]:
         alpha = _soft(to_border + 0.01, 0.06)
     else:
         alpha = _soft(_blob(rng, height, width, 0.3), 0.3)
-    return [Edit(window, alpha, _bytes(paint))]
+    return [Edit(window, alpha, to_bytes(paint))]
 
 
 def _tear(image: np.ndarray, rng: Rng) -> list[Edit]:
@@ -278,7 +242,7 @@ def _tear(image: np.ndarray, rng: Rng) -> list[Edit]:
     rows, columns = image.shape[:2]
     length, widest = _length(rng, image, 0.2, 0.55, 8), _length(rng, image, 0.012, 0.05, 2)
     from_border = rng.random() < 0.7
-    side, share = _between(rng, 0, 3), rng.uniform(0.1, 0.9, 2)
+    side, share = int(rng.integers(0, 4)), rng.uniform(0.1, 0.9, 2)
     start, angle = share * [columns, rows], rng.uniform(-np.pi, np.pi)
     if from_border:  # 0 to 3: from the left, the top, the right, the bottom
         start[side % 2] = -2 if side < 2 else image.shape[1 - side % 2] + 1
@@ -308,12 +272,9 @@ def _tear(image: np.ndarray, rng: Rng) -> list[Edit]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------------ tampering
-
-
 def _elsewhere(image: np.ndarray, window: Window, rng: Rng) -> np.ndarray:
     """A part of the same size: of four places drawn, the one that differs most in colour."""
-    windows = [(*place(rng, image, *window[2:]), *window[2:]) for _ in range(4)]
+    windows = [place(rng, image, *window[2:]) for _ in range(4)]
     here = _local_lab(image, window)
     return crop(image, max(windows, key=lambda other: float(np.abs(_local_lab(image, other) - here).sum())))
 
@@ -323,7 +284,7 @@ def _cutpaste(image: np.ndarray, rng: Rng) -> list[Edit]:
     window = _window(rng, image, 0.08, 0.32, 6)
     patch = _elsewhere(image, window, rng)
     patch = patch[:, ::-1] if rng.random() < 0.5 else patch
-    return [Edit(window, np.full(patch.shape[:2], 255, np.uint8), _bytes(patch * rng.uniform(0.85, 1.15, 3)))]
+    return [Edit(window, np.full(patch.shape[:2], 255, np.uint8), to_bytes(patch * rng.uniform(0.85, 1.15, 3)))]
 
 
 def _poisson(image: np.ndarray, rng: Rng) -> list[Edit]:
@@ -347,10 +308,9 @@ def _poisson(image: np.ndarray, rng: Rng) -> list[Edit]:
 
 
 def _part(image: np.ndarray, rng: Rng, high: float, at_least: int) -> tuple[Window, np.ndarray]:
-    """An irregular part of the picture and its uint8 alpha: of eight places, the one with most contrast, since taking
-    away what is flat leaves nothing to see."""
+    """An irregular part and its uint8 alpha: of eight places the one with most contrast, as flat ones hide nothing."""
     width, height = _window(rng, image, 0.1, high, at_least)[2:]
-    windows = [(*place(rng, image, width, height), width, height) for _ in range(8)]
+    windows = [place(rng, image, width, height) for _ in range(8)]
     window = max(windows, key=lambda other: float(crop(image, other).std(axis=(0, 1)).sum()))
     alpha = _soft(_blob(rng, height, width, 0.25), 0.12)
     if not (alpha >= 26).any():
@@ -359,12 +319,9 @@ def _part(image: np.ndarray, rng: Rng, high: float, at_least: int) -> tuple[Wind
 
 
 def _filled(image: np.ndarray, window: Window, hole: np.ndarray, rng: Rng) -> np.ndarray:
-    """The window with ``hole`` filled from its surroundings (Telea, 2004) and their grain.
-
-    Above 72 pixels the filling is computed at reduced size: it is smooth, and Telea's cost grows with the area.
-    """
+    """The window with ``hole`` filled from around (Telea, 2004), with grain; large ones reduced, as it is smooth."""
     x, y, width, height = window
-    whole = around(np.array([[x, y], [x + width - 1, y + height - 1]]), 6, image)
+    whole = grown(window, 6, image)
     known, mask = crop(image, whole), np.zeros(whole[3:1:-1], np.uint8)
     inner = (x - whole[0], y - whole[1], width, height)
     crop(mask, inner)[:] = hole
@@ -375,7 +332,7 @@ def _filled(image: np.ndarray, window: Window, hole: np.ndarray, rng: Rng) -> np
     filled = crop(cv2.resize(small, whole[2:], interpolation=cv2.INTER_CUBIC), inner)
     grey = cv2.cvtColor(np.ascontiguousarray(crop(image, window)), cv2.COLOR_RGB2GRAY).astype(np.float32)
     fine = min(float(np.median(np.abs(grey - cv2.blur(grey, (3, 3))))), 6.0)
-    return _bytes(filled + fine * rng.standard_normal(filled.shape[:2], dtype=np.float32)[..., None])
+    return to_bytes(filled + fine * rng.standard_normal(filled.shape[:2], dtype=np.float32)[..., None])
 
 
 def _erased(image: np.ndarray, rng: Rng) -> list[Edit]:
@@ -395,9 +352,23 @@ def _moved(image: np.ndarray, rng: Rng) -> list[Edit]:
     return [hole, Edit((new_x, new_y, width, height), alpha, crop(image, window).copy())]
 
 
-_DRAWN = ((_box, 3), (_line, 4), (_letter, 1), (_circle, 3), (_dots, 1))
-REPORT_KINDS = tuple(draw.__name__[1:] for draw, _ in _DRAWN)
+_DRAWN = {"box": (_box, 3), "line": (_line, 4), "letter": (_letter, 1), "circle": (_circle, 3), "dots": (_dots, 1)}
+_PAINTED = (_scratch, _craquelure, _stain, _fade, _tear, _cutpaste, _poisson, _erased, _moved)
+_MAKERS = {make.__name__[1:]: make for make in _PAINTED}
+REPORT_KINDS = tuple(_DRAWN)
 """Marks that the source report drew with OpenCV."""
-_OTHERS = (_scratch, _craquelure, _stain, _fade, _tear, _cutpaste, _poisson, _erased, _moved)
-MAKERS = {kind: _drawn(most, draw) for kind, (draw, most) in zip(REPORT_KINDS, _DRAWN)}
-MAKERS |= {make.__name__[1:]: make for make in _OTHERS}
+LOCAL_KINDS = (*_DRAWN, *_MAKERS)
+"""Every kind of local damage; all have a mask."""
+
+
+def edits_of(kind: str, image: np.ndarray, rng: Rng) -> list[Edit]:
+    """What a kind paints; of a drawn one (``draw, most``) there are one to ``most`` marks, each of its own colour."""
+    if kind in _MAKERS:
+        return _MAKERS[kind](image, rng)
+    edits, (draw, most) = [], _DRAWN[kind]
+    for _ in range(rng.integers(1, most + 1)):
+        alpha = np.zeros(image.shape[:2], np.uint8)
+        draw(alpha, int(rng.integers(200, 256)), rng)
+        window = cv2.boundingRect(alpha)
+        edits.append(Edit(window, crop(alpha, window), _mark_colour(image, window, rng)))
+    return edits

@@ -1,8 +1,7 @@
 """Synthetic anomalies: a genuine picture -> the same picture with one local change, its mask and a record.
 
-What a mask means: True on every pixel that the change covers by at least a tenth (:data:`MIN_COVERAGE`). Pixels outside
-are bit for bit those of the input; a pixel inside may by chance keep its colour. This is why datasets are stored as
-PNG: JPEG recodes blocks of 8 or 16 pixels and would change pixels outside the mask. The kinds themselves stand in
+A mask is True on every pixel that the change covers by at least a tenth (:data:`MIN_COVERAGE`). Pixels outside are bit
+for bit those of the input; a pixel inside may by chance keep its colour. What the kinds paint stands in
 :mod:`helpers.synthesis.kinds`.
 """
 
@@ -16,10 +15,8 @@ import cv2
 import numpy as np
 
 from helpers.synthesis import colours, kinds
-from helpers.synthesis.kinds import Edit
+from helpers.synthesis.kinds import LOCAL_KINDS, Edit
 
-LOCAL_KINDS = tuple(kinds.MAKERS)
-"""Every kind that :func:`synthesize` makes; all have a mask."""
 HELD_OUT_KINDS = ("letter", "circle", "scratch", "tear", "moved")
 """A third of the local kinds, some of each family: by default tested on and never trained on, so that the comparison
 shows what a detector makes of damage it has not seen. The shipped CLIP of ``mini`` never saw four of them."""
@@ -48,49 +45,40 @@ def synthesize(image: np.ndarray, kind: str, rng: np.random.Generator) -> tuple[
         rng: source of all randomness; the same state gives the same picture (see :func:`rng_for`).
     Returns:
         the anomalous picture, uint8 ``(H, W, 3)``; its mask, bool ``(H, W)``, never empty; a record of JSON values:
-        ``kind``, ``delta_e`` (mean CIEDE2000 inside the mask), ``visibility``, ``visibility_bin``, and ``tinted``,
+        ``kind``, ``delta_e`` (mean CIEDE2000 inside the mask), ``visibility``, ``visibility_bin``, and ``tinted``:
         True where a picture of one colour hid the change, so that the place was made lighter or darker instead.
     Raises:
         ValueError: unknown kind, or not such a picture.
     """
-    if kind not in kinds.MAKERS:
+    if kind not in LOCAL_KINDS:
         raise ValueError(f"Unknown kind of anomaly {kind!r}; allowed are {', '.join(LOCAL_KINDS)}.")
+    image, tinted = checked(image, MIN_SIDE), False
+    for _ in range(_ATTEMPTS):
+        result, mask = _composed(image, kinds.edits_of(kind, image, rng), rng)
+        if mask.any() and _delta_e(image, result, mask) >= MIN_DELTA_E:
+            break
+    else:
+        (result, mask), tinted = _tinted(image, mask), True
+    seen, delta_e = visibility(image, result, mask), _delta_e(image, result, mask)
+    record = {"kind": kind, "delta_e": round(delta_e, 4), "visibility": round(seen, 4)}
+    return result, mask, {**record, "visibility_bin": visibility_bin(seen), "tinted": tinted}
+
+
+def checked(image: np.ndarray, min_side: int) -> np.ndarray:
+    """The picture, contiguous; ``ValueError`` if it is not uint8 RGB ``(H, W, 3)`` of such sides."""
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"A picture is uint8 RGB (H, W, 3); this is {image.dtype} {image.shape}.")
-    if min(image.shape[:2]) < MIN_SIDE:
-        raise ValueError(f"The picture is {image.shape[:2]}; both sides must have at least {MIN_SIDE} pixels.")
-    image = np.ascontiguousarray(image)
-    is_seen = False
-    for _ in range(_ATTEMPTS):
-        result, mask = _composed(image, kinds.MAKERS[kind](image, rng), rng)
-        is_seen = mask.any() and _delta_e(image, result, mask) >= MIN_DELTA_E
-        if is_seen:
-            break
-    if not is_seen:
-        result, mask = _tinted(image, mask)
-    seen = visibility(image, result, mask)
-    record = {
-        "kind": kind,
-        "delta_e": round(_delta_e(image, result, mask), 4),
-        "visibility": round(seen, 4),
-        "visibility_bin": visibility_bin(seen),
-        "tinted": not is_seen,
-    }
-    return result, mask, record
+    if min(image.shape[:2]) < min_side:
+        raise ValueError(f"The picture is {image.shape[:2]}; both sides must have at least {min_side} pixels.")
+    return np.ascontiguousarray(image)
 
 
 def visibility(original: np.ndarray, anomalous: np.ndarray, mask: np.ndarray) -> float:
     """How visible a change is: mean CIEDE2000 difference inside the mask times the root of its area in per cent.
 
-    Args:
-        original, anomalous: uint8 RGB ``(H, W, 3)``.
-        mask: bool ``(H, W)`` with at least one True pixel.
-    Raises:
-        ValueError: shapes differ, or the mask is empty.
+    Pictures are uint8 RGB ``(H, W, 3)``, the mask is bool ``(H, W)``; ``ValueError`` when it is empty.
     """
-    if original.shape != anomalous.shape or mask.shape != original.shape[:2]:
-        raise ValueError(f"Shapes differ: original {original.shape}, anomalous {anomalous.shape}, mask {mask.shape}.")
     if not mask.any():
         raise ValueError("The mask is empty: a change without pixels has no visibility.")
     return _delta_e(original, anomalous, mask) * float(100 * mask.mean()) ** 0.5
@@ -106,11 +94,7 @@ def visibility_bin(value: float) -> str:
 
 
 def seed_for(seed: int, name: str) -> int:
-    """Seed of one picture, from the run's seed and the picture's name; the same in every process and on every machine.
-
-    >>> seed_for(2024, "mona_lisa/box_001.png") == seed_for(2024, "mona_lisa/box_001.png")
-    True
-    """
+    """Seed of one picture from the run's seed and the picture's name, the same in every process and machine."""
     digest = hashlib.sha256(f"{seed}\n{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1  # 63 bits: fits a signed integer column
 
@@ -132,32 +116,25 @@ def _composed(image: np.ndarray, edits: Sequence[Edit], rng: np.random.Generator
             paint = edit.paint[inside].astype(np.float32)
         here = kinds.crop(result, edit.window)
         old = here[inside].astype(np.float32)
-        here[inside] = np.clip(np.rint(old + (paint - old) * share), 0, 255).astype(np.uint8)
+        here[inside] = kinds.to_bytes(old + (paint - old) * share)
         kinds.crop(mask, edit.window)[inside] = True
     return result, mask
 
 
 def _grain(image: np.ndarray, window: kinds.Window, inside: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """What brush, canvas, camera and compression leave on a plain surface, for a mark of one colour.
-
-    It is the finest detail (picture minus its blur) of another place of the same size: of four drawn, the one as rough
-    as the mark's surroundings. Strokes are cut down to twice the mean, so that no contour of the motif shows.
-
-    Returns:
-        float32 ``(h, w, 3)``, grey levels to add.
-    """
+    """Fine detail of another place, float32 ``(h, w, 3)``: of four drawn, the one as rough as around the mark."""
     x, y, width, height = window
     margin = max(4, min(image.shape[:2]) // 24)
-    around = kinds.around(np.array([[x, y], [x + width - 1, y + height - 1]]), margin, image)
+    around = kinds.grown(window, margin, image)
     outside = np.ones(around[3:1:-1], bool)
     outside[y - around[1] :, x - around[0] :][:height, :width] = ~inside
     wanted = float(np.abs(_fine(kinds.crop(image, around))[outside]).mean()) if outside.any() else 0.0
-    places = [kinds.place(rng, image, width, height) for _ in range(4)]
-    drawn = [_fine(kinds.crop(image, (*place, width, height))) for place in places]
+    drawn = [_fine(kinds.crop(image, kinds.place(rng, image, width, height))) for _ in range(4)]
     levels = np.array([np.abs(detail).mean() for detail in drawn])
     best = int(np.abs(levels - wanted).argmin())
     if levels[best] < 0.05:  # flat everywhere, as in a rendered picture
         return np.zeros_like(drawn[best])
+    # Strokes are cut down to twice the mean, so that no contour of the motif shows.
     detail = np.clip(drawn[best], -2 * levels[best], 2 * levels[best])
     return detail * min(wanted / float(np.abs(detail).mean()), 3.0)
 
@@ -176,7 +153,6 @@ def _tinted(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray
     """Lighten (dark) or darken (light) the masked place, or a square in the middle when the mask is empty."""
     height, width = mask.shape
     if not mask.any():
-        mask = np.zeros((height, width), bool)
         mask[height // 2 - 3 : height // 2 + 3, width // 2 - 3 : width // 2 + 3] = True
     lab = colours.rgb_to_lab(image[mask])
     lab[:, 0] += np.where(lab[:, 0].mean() > 50, -12, 12)

@@ -7,15 +7,14 @@ another. Here :data:`VARIATIONS` decides once, with a reason for each; notebook 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 
 from helpers.synthesis import marks
-
-Rng = np.random.Generator
-_GREY = np.array([0.299, 0.587, 0.114], np.float32)
+from helpers.synthesis.kinds import GREY, Rng, to_bytes
 
 
 class Variation(NamedTuple):
@@ -27,39 +26,19 @@ class Variation(NamedTuple):
 
 
 def vary(image: np.ndarray, variation: str, rng: Rng) -> np.ndarray:
-    """Change a whole picture.
-
-    Args:
-        image: uint8 RGB ``(H, W, 3)``; it is not changed.
-        variation: a name of :data:`VARIATIONS`.
-        rng: source of all randomness.
-    Returns:
-        uint8 RGB; ``crop``, ``perspective`` and ``tilt`` cut off up to a tenth of each side.
-    Raises:
-        ValueError: unknown name, or not such a picture.
-    """
+    """A picture (uint8 RGB ``(H, W, 3)``, left as it is) after one of :data:`VARIATIONS`: uint8 RGB, of another size
+    after ``crop``. All randomness comes from ``rng``. ``ValueError``: unknown name, or not such a picture."""
     if variation not in VARIATIONS:
         raise ValueError(f"Unknown variation {variation!r}; allowed are {', '.join(VARIATIONS)}.")
-    image = np.asarray(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-        raise ValueError(f"A picture is uint8 RGB (H, W, 3); this is {image.dtype} {image.shape}.")
-    changed = np.clip(np.rint(VARIATIONS[variation].apply(image, rng)), 0, 255)
-    return np.ascontiguousarray(changed, np.uint8)
+    return np.ascontiguousarray(to_bytes(VARIATIONS[variation].apply(marks.checked(image, 1), rng)))
 
 
 def rephotograph(image: np.ndarray, rng: Rng, *, changes: Sequence[str] | None = None) -> tuple[np.ndarray, list[str]]:
-    """Another photograph of the same artwork: two to four normal variations, one after the other.
-
-    Args:
-        image: uint8 RGB ``(H, W, 3)``.
-        rng: source of all randomness.
-        changes: the variations, instead of drawn ones.
-    Returns:
-        uint8 RGB and the names of the variations, in order.
-    """
+    """Another photograph of the same artwork, uint8 RGB, and the names of what was done to it, in order: ``changes``,
+    or two to four normal variations that ``rng`` draws."""
     if changes is None:
         n = int(rng.integers(2, 5))
-        chosen = sorted(rng.choice(len(NORMAL_VARIATIONS), n, replace=False).tolist())  # the table's order: JPEG last
+        chosen = np.sort(rng.choice(len(NORMAL_VARIATIONS), n, replace=False))  # the table's order: JPEG last
         changes = [NORMAL_VARIATIONS[index] for index in chosen]
     for name in changes:
         image = vary(image, name, rng)
@@ -96,9 +75,6 @@ def damaged_view(
     return damaged, mask, {"variations": names, **record}
 
 
-# -------------------------------------------------------------------------------------------------------- geometry
-
-
 def _crop(image: np.ndarray, rng: Rng) -> np.ndarray:
     height, width = image.shape[:2]
     top, bottom = (rng.uniform(0, 0.05, 2) * height).astype(int)
@@ -112,25 +88,27 @@ def _perspective(image: np.ndarray, rng: Rng) -> np.ndarray:
     inwards = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]], np.float32)
     seen = corners + inwards * (rng.uniform(0, 0.04, (4, 2)) * [width, height]).astype(np.float32)
     matrix = cv2.getPerspectiveTransform(seen, corners)
-    return cv2.warpPerspective(image, matrix, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return cv2.warpPerspective(image, matrix, (width, height), borderMode=cv2.BORDER_REPLICATE)
 
 
-def _turned(image: np.ndarray, rng: Rng, low: float, high: float) -> np.ndarray:
+def _flip(image: np.ndarray, rng: Rng) -> np.ndarray:
+    return image[:, ::-1] if rng.random() < 0.7 else image[::-1]
+
+
+def _turned(image: np.ndarray, rng: Rng, limits: tuple[float, float]) -> np.ndarray:
     """Turn around the centre; up to 5 degrees enlarged so that no border shows, else with a mirrored border."""
     height, width = image.shape[:2]
-    degrees = rng.uniform(low, high) * rng.choice([-1, 1])
+    degrees = rng.uniform(*limits) * rng.choice([-1, 1])
     ratio = min(max(height / width, width / height), 4.0)
-    zoom = np.cos(np.radians(degrees)) + ratio * np.sin(np.radians(abs(degrees))) if high <= 5 else 1.0
+    zoom = np.cos(np.radians(degrees)) + ratio * np.sin(np.radians(abs(degrees))) if limits[1] <= 5 else 1.0
     matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), degrees, zoom)
-    return cv2.warpAffine(image, matrix, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+    return cv2.warpAffine(image, matrix, (width, height), borderMode=cv2.BORDER_REFLECT_101)
 
 
-# --------------------------------------------------------------------------------------- light, colour, sharpness
-
-
-def _saturated(image: np.ndarray, factor: float) -> np.ndarray:
-    grey = (image @ _GREY)[..., None]
-    return grey + (image - grey) * np.float32(factor)
+def _saturated(image: np.ndarray, rng: Rng, limits: Sequence[tuple[float, float]]) -> np.ndarray:
+    low, high = limits[0] if len(limits) == 1 or rng.random() < 0.5 else limits[1]
+    grey = (image @ GREY)[..., None]
+    return grey + (image - grey) * np.float32(rng.uniform(low, high))
 
 
 def _colour_jitter(image: np.ndarray, rng: Rng) -> np.ndarray:
@@ -157,8 +135,8 @@ def _lighting(image: np.ndarray, rng: Rng) -> np.ndarray:
     return image * (1 + np.float32(rng.uniform(0.05, 0.2)) * slope)[..., None]
 
 
-def _blurred(image: np.ndarray, share: float) -> np.ndarray:
-    return cv2.GaussianBlur(image, (0, 0), max(0.3, share * min(image.shape[:2])))
+def _blurred(image: np.ndarray, rng: Rng, limits: tuple[float, float]) -> np.ndarray:
+    return cv2.GaussianBlur(image, (0, 0), max(0.3, rng.uniform(*limits) * min(image.shape[:2])))
 
 
 def _jpeg(image: np.ndarray, rng: Rng) -> np.ndarray:
@@ -168,44 +146,33 @@ def _jpeg(image: np.ndarray, rng: Rng) -> np.ndarray:
 
 
 _GENUINE = {
-    "crop": Variation(_crop, "up to 5 % of each side cut off: photographs rarely show the exact edge"),
-    "perspective": Variation(_perspective, "corners shifted by up to 4 %: the camera did not stand straight in front"),
-    "tilt": Variation(
-        lambda image, rng: _turned(image, rng, 0.5, 2.5), "turned by 0.5 to 2.5 degrees: the camera was held askew"
-    ),
-    "lighting": Variation(_lighting, "5 to 20 % darker towards one side: gallery light comes from one side"),
-    "colour_jitter": Variation(_colour_jitter, "brightness, contrast +-10 %, white balance +-6 %: cameras differ"),
-    "saturation": Variation(
-        lambda image, rng: _saturated(image, rng.uniform(0.8, 1.2)), "colour strength x 0.8 to 1.2: screens differ"
-    ),
-    "blur": Variation(
-        lambda image, rng: _blurred(image, rng.uniform(0.001, 0.003)),
+    "crop": (_crop, "up to 5 % of each side cut off: photographs rarely show the exact edge"),
+    "perspective": (_perspective, "corners shifted by up to 4 %: the camera did not stand straight in front"),
+    "tilt": (partial(_turned, limits=(0.5, 2.5)), "turned by 0.5 to 2.5 degrees: the camera was held askew"),
+    "lighting": (_lighting, "5 to 20 % darker towards one side: gallery light comes from one side"),
+    "colour_jitter": (_colour_jitter, "brightness, contrast +-10 %, white balance +-6 %: cameras differ"),
+    "saturation": (partial(_saturated, limits=[(0.8, 1.2)]), "colour strength x 0.8 to 1.2: screens differ"),
+    "blur": (
+        partial(_blurred, limits=(0.001, 0.003)),
         "blurred by 0.1 to 0.3 % of the shorter side: focus and rescaling differ",
     ),
-    "jpeg": Variation(_jpeg, "JPEG at quality 45 to 89: pictures on the web are compressed"),
+    "jpeg": (_jpeg, "JPEG at quality 45 to 89: pictures on the web are compressed"),
 }
 _ANOMALOUS = {
-    "different_colour": Variation(
-        _different_colour, "hues turned by 80 to 280 degrees: the report names it an anomaly"
-    ),
-    "fuzziness": Variation(
-        lambda image, rng: _blurred(image, rng.uniform(0.015, 0.04)),
+    "different_colour": (_different_colour, "hues turned by 80 to 280 degrees: the report names it an anomaly"),
+    "fuzziness": (
+        partial(_blurred, limits=(0.015, 0.04)),
         "blurred by 1.5 to 4 % of the shorter side: the report names it an anomaly",
     ),
-    "invert": Variation(lambda image, rng: 255 - image, "negative: no photograph of the genuine artwork looks so"),
-    "flip": Variation(
-        lambda image, rng: image[:, ::-1] if rng.random() < 0.7 else image[::-1],
-        "mirrored or upside down: the genuine artwork has one handedness",
-    ),
-    "strong_tilt": Variation(
-        lambda image, rng: _turned(image, rng, 12, 35), "turned by 12 to 35 degrees: no longer upright"
-    ),
-    "strong_saturation": Variation(
-        lambda image, rng: _saturated(image, rng.uniform(*((0.0, 0.2) if rng.random() < 0.5 else (2.2, 3.5)))),
+    "invert": (lambda image, rng: 255 - image, "negative: no photograph of the genuine artwork looks so"),
+    "flip": (_flip, "mirrored or upside down: the genuine artwork has one handedness"),
+    "strong_tilt": (partial(_turned, limits=(12, 35)), "turned by 12 to 35 degrees: no longer upright"),
+    "strong_saturation": (
+        partial(_saturated, limits=[(0.0, 0.2), (2.2, 3.5)]),
         "colour strength below 0.2 or above 2.2: the artist did not paint so",
     ),
 }
-VARIATIONS = {**_GENUINE, **_ANOMALOUS}
+VARIATIONS = {name: Variation(*row) for name, row in (_GENUINE | _ANOMALOUS).items()}
 """Every change of a whole picture by name; the one place that says which counts as what."""
 NORMAL_VARIATIONS, ANOMALOUS_VARIATIONS = tuple(_GENUINE), tuple(_ANOMALOUS)
 REPORT_VARIATIONS = ("different_colour", "fuzziness")
