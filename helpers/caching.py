@@ -49,11 +49,11 @@ def cached_arrays(
                 files.write_json(place / "table.json", {"settings": settings, "forms": forms, "ids": names})
                 bar.update(len(indices))
     place_of = {name: row for row, name in enumerate(names)}
-    rows = [place_of[name] for name in ids]
-    is_run = bool(rows) and rows == list(range(rows[0], rows[0] + len(rows)))
-    chosen = slice(rows[0], rows[0] + len(rows)) if is_run else rows
+    rows: Any = [place_of[name] for name in ids]
+    if rows and rows == list(range(rows[0], rows[0] + len(rows))):
+        rows = slice(rows[0], rows[0] + len(rows))  # a view of the file; anything else is a copy
     return {
-        name: np.memmap(place / f"{name}.bin", dtype, mode="r", shape=(len(names), *shape))[chosen]
+        name: np.memmap(place / f"{name}.bin", dtype, mode="r", shape=(len(names), *shape))[rows]
         for name, (dtype, shape) in forms.items()
     }
 

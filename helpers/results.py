@@ -235,15 +235,13 @@ def read(folder: Path, samples: Sequence[Sample], dataset_dir: Path, dataset_has
     table = pd.read_csv(folder / PREDICTIONS, dtype=str, keep_default_na=False).to_dict("records")
     unknown = sorted({row["image_path"] for row in table} - by_path.keys())
     if unknown:
-        words = f"{len(unknown)} pictures not in the dataset, first {unknown[0]}"
-        raise ValueError(f"{folder / PREDICTIONS} names {words}.")
-    numbers = ("anomaly_score", "threshold", "p_value", "seconds")
-    predictions = [
-        Prediction(
-            by_path[row["image_path"]], answer=row["answer"], **{name: float(row[name] or "nan") for name in numbers}
+        raise ValueError(
+            f"{folder / PREDICTIONS} names {len(unknown)} pictures not in the dataset, first {unknown[0]}."
         )
-        for row in table
-    ]
+    predictions = []
+    for row in table:
+        numbers = {name: float(row[name] or "nan") for name in ("anomaly_score", "threshold", "p_value", "seconds")}
+        predictions.append(Prediction(by_path[row["image_path"]], answer=row["answer"], **numbers))
     return MethodResult(manifest["method"], folder, manifest, predictions)
 
 
@@ -255,8 +253,7 @@ def confirm(facts: Mapping[str, bool]) -> None:
     """
     for words, holds in facts.items():
         print("✓" if holds else "✗", words)
-    failed = [words for words, holds in facts.items() if not holds]
-    if failed:
+    if failed := [words for words, holds in facts.items() if not holds]:
         raise AssertionError(f"{len(failed)} of {len(facts)} checks failed: {'; '.join(failed)}.")
 
 

@@ -177,9 +177,10 @@ class _Run(SimpleNamespace):
         return max((row for row in self.history if "score" in row), key=lambda row: row["score"], default=None)
 
     def _is_stale(self) -> bool:
-        best = self._best()
-        n_since = sum("score" in row and row["step"] > best["step"] for row in self.history) if best else 0
-        return self.patience is not None and best is not None and n_since >= self.patience
+        """Whether ``patience`` scores came since the best one."""
+        scores = [row["score"] for row in self.history if "score" in row]
+        n_since = len(scores) - 1 - scores.index(max(scores)) if scores else -1
+        return self.patience is not None and n_since >= self.patience
 
     def _steps(self, epoch: int) -> Iterator[list[tuple[float, Any]]]:
         """For each step left in the epoch this process's batches, with the share of the step's samples in each.

@@ -56,17 +56,10 @@ def test_profile_follows_the_user_then_the_gpu_and_says_why(
 @pytest.mark.parametrize(
     "form",
     [
-        "{path}",
-        "'{path}'",
-        '"{path}"',
-        "“{path}”",
-        "file://{quoted}",
-        "$PLACE/my pictures",
-        "{escaped}",
-        "{back}",
+        "{path}", "'{path}'", '"{path}"', "“{path}”", "file://{quoted}", "$PLACE/my pictures", "{escaped}", "{back}",
         "my pictures",
     ],
-)
+)  # fmt: skip
 def test_own_pictures_are_found_however_the_path_was_copied(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, form: str
 ) -> None:
