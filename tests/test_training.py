@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from helpers import files
-from helpers.training import TrainingStopped, checkpoints, train
+from helpers.training import TrainingStopped, checkpoints, curves, train
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FROZEN = nn.Linear(6, 6).requires_grad_(False)
@@ -213,6 +213,15 @@ def test_accumulation_equals_a_larger_batch_and_epochs_see_all_samples(tmp_path:
     (big, a), (parts, b) = found
     torch.testing.assert_close(big.trained.weight, parts.trained.weight, atol=1e-6, rtol=0)
     np.testing.assert_allclose([r["loss"] for r in a.history], [r["loss"] for r in b.history], rtol=1e-5)
+
+
+def test_the_curves_of_a_history_counted_by_hand() -> None:
+    step = {"learning_rate": 0.1, "seconds": 1.0}
+    history = [{"epoch": 1, "step": n, "loss": loss, "map_loss": 1.0} | step for n, loss in ((1, 4.0), (2, 2.0))]
+    found = curves([*history, {"epoch": 1, "step": 2, "score": 0.5}])
+    rows = found[["panel", "series", "x", "value"]].values.tolist()
+    assert rows[0] == ["held-out score (higher is better)", "tuning score", 1, 0.5]
+    assert rows[1:] == [["training losses", "loss", 1, 3.0], ["training losses", "map loss", 1, 1.0]]
 
 
 def two_process_run(folder: str, n_processes: int) -> None:

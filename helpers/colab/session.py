@@ -64,10 +64,8 @@ def start(*, log: Callable[[str], None] = print) -> profiles.Profile:
 def lasting_folder(device: str, *, log: Callable[[str], None] = print) -> Path | None:
     """Where finished work is kept: ``ART_DRIVE`` (``off``: nowhere), or Google Drive on a machine with a GPU."""
     asked = os.environ.get("ART_DRIVE", "").strip()
-    if asked.lower() == "off":
-        return None
     if asked:
-        return Path(asked).expanduser().absolute()
+        return None if asked.lower() == "off" else Path(asked).expanduser().absolute()
     root = mount_drive(log=log) if device.startswith("cuda") else None
     return None if root is None else root / FOLDER
 
