@@ -90,9 +90,9 @@ def test_kinds_that_are_held_out_are_not_learnt_from(tmp_path, model, monkeypatc
     held_out = tuple(LOCAL_KINDS[1:])
     seen = []
 
-    def spy(picture, *, seed, kind=None, max_side=None):
+    def spy(picture, *, seed, kind=None):
         seen.append(kind)
-        return damaged_view(picture, seed=seed, kind=kind, max_side=max_side)
+        return damaged_view(picture, seed=seed, kind=kind)
 
     damaged_view = p.damaged_view
     monkeypatch.setattr(p, "damaged_view", spy)

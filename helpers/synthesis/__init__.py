@@ -1,16 +1,7 @@
 """Genuine picture -> photographed again, or damaged, with a mask that is true to the pixel."""
 
-from helpers.synthesis.kinds import REPORT_KINDS
-from helpers.synthesis.marks import (
-    HELD_OUT_KINDS,
-    LOCAL_KINDS,
-    VISIBILITY_BINS,
-    rng_for,
-    seed_for,
-    synthesize,
-    visibility,
-    visibility_bin,
-)
+from helpers.synthesis.kinds import LOCAL_KINDS, REPORT_KINDS
+from helpers.synthesis.marks import HELD_OUT_KINDS, VISIBILITY_BINS, rng_for, seed_for, synthesize, visibility_bin
 from helpers.synthesis.photographs import (
     ANOMALOUS_VARIATIONS,
     NORMAL_VARIATIONS,
@@ -21,7 +12,6 @@ from helpers.synthesis.photographs import (
     vary,
 )
 
-__all__ = ["HELD_OUT_KINDS", "LOCAL_KINDS", "REPORT_KINDS", "VISIBILITY_BINS", "visibility", "visibility_bin"]
-__all__ += ["rng_for", "seed_for", "synthesize"]
+__all__ = ["HELD_OUT_KINDS", "LOCAL_KINDS", "REPORT_KINDS", "VISIBILITY_BINS", "rng_for", "seed_for", "synthesize"]
 __all__ += ["ANOMALOUS_VARIATIONS", "NORMAL_VARIATIONS", "REPORT_VARIATIONS", "VARIATIONS"]
-__all__ += ["damaged_view", "rephotograph", "vary"]
+__all__ += ["damaged_view", "rephotograph", "vary", "visibility_bin"]

@@ -91,8 +91,7 @@ def _noise(rng: Rng, height: int, width: int, cell: float) -> np.ndarray:
 
 def _blob(rng: Rng, height: int, width: int, roughness: float) -> np.ndarray:
     """Irregular patch: float32 ``(h, w)``, positive inside, up to 1 in the middle, zero at its outline."""
-    y = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
-    x = np.linspace(-1, 1, width, dtype=np.float32)[None]
+    y, x = np.linspace(-1, 1, height, dtype=np.float32)[:, None], np.linspace(-1, 1, width, dtype=np.float32)[None]
     size = max(height, width)
     rough = 0.7 * _noise(rng, height, width, size / 4) + 0.3 * _noise(rng, height, width, size / 12)
     return 1 - np.sqrt(x * x + y * y) - roughness * rough

@@ -26,13 +26,9 @@ VISIBILITY_BINS = {"faint": 5.0, "moderate": 15.0, "plain": float("inf")}
 its mean CIEDE2000 difference as value: below 5 it is found only by comparing with the original side by side, above 15
 it is seen at a glance. The square root makes four times the area count as twice the difference."""
 
-MIN_SIDE = 16
-"""Shortest side in pixels that a mark can be drawn into."""
-MIN_COVERAGE = 0.1
-"""Share of a pixel that a change must cover to belong to the mask; weaker fringes are not painted at all."""
-MIN_DELTA_E = 2.0
-"""Least mean CIEDE2000 difference inside a mask: what nobody can see must not be labelled anomalous."""
-
+MIN_SIDE = 16  # shortest side in pixels that a mark can be drawn into
+MIN_COVERAGE = 0.1  # share of a pixel that a change must cover to belong to the mask; weaker fringes are not painted
+MIN_DELTA_E = 2.0  # least mean CIEDE2000 difference in a mask: what nobody can see must not be labelled anomalous
 _ATTEMPTS = 6
 
 
@@ -41,14 +37,12 @@ def synthesize(image: np.ndarray, kind: str, rng: np.random.Generator) -> tuple[
 
     Args:
         image: uint8 RGB ``(H, W, 3)``, both sides at least :data:`MIN_SIDE`; it is not changed.
-        kind: one of :data:`LOCAL_KINDS`.
+        kind: one of :data:`LOCAL_KINDS`; ``ValueError`` for another, and for no such picture.
         rng: source of all randomness; the same state gives the same picture (see :func:`rng_for`).
     Returns:
         the anomalous picture, uint8 ``(H, W, 3)``; its mask, bool ``(H, W)``, never empty; a record of JSON values:
         ``kind``, ``delta_e`` (mean CIEDE2000 inside the mask), ``visibility``, ``visibility_bin``, and ``tinted``:
         True where a picture of one colour hid the change, so that the place was made lighter or darker instead.
-    Raises:
-        ValueError: unknown kind, or not such a picture.
     """
     if kind not in LOCAL_KINDS:
         raise ValueError(f"Unknown kind of anomaly {kind!r}; allowed are {', '.join(LOCAL_KINDS)}.")
@@ -85,11 +79,7 @@ def visibility(original: np.ndarray, anomalous: np.ndarray, mask: np.ndarray) ->
 
 
 def visibility_bin(value: float) -> str:
-    """Name of the bin of :data:`VISIBILITY_BINS` that a visibility falls into.
-
-    >>> visibility_bin(4.9), visibility_bin(5.0), visibility_bin(80.0)
-    ('faint', 'moderate', 'plain')
-    """
+    """Name of the bin of :data:`VISIBILITY_BINS` that a visibility falls into: 4.9 is faint, 5.0 moderate."""
     return next(name for name, limit in VISIBILITY_BINS.items() if value < limit)
 
 

@@ -20,9 +20,7 @@ VISIBLE_LABEL = 0.3
 """A pixel is anomalous where the label exceeds this."""
 
 _MAX_PATCHES = 2  # the first is always tried, the other with probability 1/2
-_MAX_TRIES = 200
-_MIN_PATCH_PIXELS = 50
-_MIN_OVERLAP = 0.25
+_MAX_TRIES, _MIN_PATCH_PIXELS, _MIN_OVERLAP = 200, 50, 0.25
 _HALF_WIDTHS = (0.03, 0.40)  # smallest and largest half-width of a patch as shares of the side
 _GAMMA = (2.0, 0.05)  # shape, scale of their distribution above the smallest
 _SCALES = (0.5, 2.0)  # smallest and largest scale of a patch
@@ -32,17 +30,11 @@ _INTENSITY = (1 / 12, 24.0)  # k, x0 of the logistic function from the mean chan
 
 @dataclass(frozen=True)
 class Simulation:
-    """A picture with simulated anomalies.
+    """A picture with simulated anomalies."""
 
-    Attributes:
-        image: uint8 RGB ``(H, W, 3)``; the destination itself when no patch could be placed.
-        label: float32 ``(H, W)`` in [0, 1], strength of the change.
-        patches: each pasted patch as (top, bottom, left, right) in pixels, ends exclusive.
-    """
-
-    image: np.ndarray
-    label: np.ndarray
-    patches: tuple[tuple[int, int, int, int], ...]
+    image: np.ndarray  # uint8 RGB (H, W, 3); the destination itself when no patch could be placed
+    label: np.ndarray  # float32 (H, W) in [0, 1], strength of the change
+    patches: tuple[tuple[int, int, int, int], ...]  # top, bottom, left, right in pixels, ends exclusive
 
     @property
     def mask(self) -> np.ndarray:
@@ -66,10 +58,8 @@ def simulate(destination: np.ndarray, source: np.ndarray, random: np.random.Rand
     ``random`` is numpy's legacy generator, whose stream the published code used.
     """
     if destination.shape != source.shape or destination.dtype != np.uint8 or source.dtype != np.uint8:
-        raise ValueError(
-            f"Source {source.dtype} {source.shape} and destination {destination.dtype} {destination.shape} must both "
-            "be uint8 RGB of one size. Resize them first."
-        )
+        found = f"{source.dtype} {source.shape} and {destination.dtype} {destination.shape}"
+        raise ValueError(f"Source and destination are {found}; both must be uint8 RGB of one size. Resize them first.")
     objects = _object(source), _object(destination)
     image, patches = destination.copy(), []
     pasted = np.zeros(destination.shape[:2], np.uint8)
@@ -113,7 +103,11 @@ def _patch(
             break
     else:
         return None
-    size = _scaled(objects[0][cut].shape, float(np.clip(random.normal(1, 0.5), *_SCALES)), bounds)
+    height, width = objects[0][cut].shape
+    scale = np.clip(random.normal(1, 0.5), *_SCALES)
+    new_height = np.clip(scale * height, *bounds[0])  # the aspect ratio is kept within the bounds
+    new_width = np.clip(int(new_height / height * width), *bounds[1])
+    size = int(np.clip(int(new_width / width * height), *bounds[0])), int(new_width)
     patch, covered = (cv2.resize(part[cut], size[::-1]) for part in (source, objects[0]))
     for _ in range(_MAX_TRIES):
         centers = [random.randint(n // 2 + 1, side - n // 2 - 1) for n, side in zip(size, sides)]
@@ -121,12 +115,3 @@ def _patch(
         if (covered & objects[1][place]).sum() > _MIN_OVERLAP * covered.sum():
             return (patch, covered, place) if (size[0] - 2) * (size[1] - 2) >= _MIN_PATCH_PIXELS else None
     return None
-
-
-def _scaled(size: tuple[int, int], scale: float, bounds: Sequence[np.ndarray]) -> tuple[int, int]:
-    """Height and width of a patch after scaling; the aspect ratio is kept within the bounds."""
-    height, width = size
-    new_height = np.clip(scale * height, *bounds[0])
-    new_width = np.clip(int(new_height / height * width), *bounds[1])
-    new_height = np.clip(int(new_width / width * height), *bounds[0])  # the width may have been clipped
-    return int(new_height), int(new_width)

@@ -46,7 +46,7 @@ def rephotograph(image: np.ndarray, rng: Rng, *, changes: Sequence[str] | None =
 
 
 def damaged_view(
-    image: np.ndarray, *, seed: int, kind: str | None = None, max_side: int | None = None
+    image: np.ndarray, *, seed: int, kind: str | None = None
 ) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
     """Another photograph of a genuine picture, damaged when a kind is given: what detectors are trained and tuned on.
 
@@ -54,7 +54,6 @@ def damaged_view(
         image: uint8 RGB ``(H, W, 3)`` of the genuine artwork.
         seed: of everything drawn, see :func:`helpers.synthesis.seed_for`; the same seed gives the same picture.
         kind: None, a local kind of :data:`helpers.synthesis.LOCAL_KINDS`, or an anomalous change of the whole picture.
-        max_side: longer side of the photograph in pixels; larger ones are shrunk before they are damaged.
     Returns:
         uint8 RGB; the mask, bool ``(H, W)``, None unless a local kind was given; a record of JSON values with
         ``variations`` and, when damaged, ``kind`` and what :func:`helpers.synthesis.synthesize` tells.
@@ -63,10 +62,6 @@ def damaged_view(
     """
     rng = np.random.default_rng(seed)
     view, names = rephotograph(image, rng)
-    longer = max(view.shape[:2])
-    if max_side is not None and longer > max_side:
-        size = [max(1, round(side * max_side / longer)) for side in view.shape[1::-1]]
-        view = cv2.resize(view, size, interpolation=cv2.INTER_AREA)
     if kind is None:
         return view, None, {"variations": names}
     if kind in ANOMALOUS_VARIATIONS:
