@@ -234,7 +234,7 @@ class Walk:
         models, n = features.Models(clip, None, self.folder / "features", 16), len(pictures)
         ids = [f"noise {i}" for i in range(n)]
         self.step("CLIP features", lambda: features.embed(ids, lambda i: pictures[i], models), n, "pictures")
-        larger = dataclasses.replace(clip, preprocess=clip.preprocess_at(large))
+        larger = dataclasses.replace(clip, preprocess=backbones.square_preprocess(large))
         ready = detector.build_detector(larger, model.load_prompts(self.write_prompts(clip), larger))
         scored = self.step("AnomalyCLIP maps", lambda: ready.score(pictures[:8]), min(n, 8), "pictures")
         assert scored is None or all(np.isfinite(one.anomaly_map).all() for one in scored)

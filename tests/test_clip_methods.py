@@ -6,6 +6,7 @@ import collections
 import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -42,37 +43,28 @@ def learn_from(dataset, embedded, models) -> dict[str, one_class.Rows]:
 
 
 def profile_of(home: Path, seed: int = 1) -> SimpleNamespace:
+    folders = {name: lambda method, name=name: home / name / method for name in ("checkpoints", "results")}
     return SimpleNamespace(
-        name="mini",
-        device="cpu",
-        seed=seed,
-        clip=SimpleNamespace(max_epochs=15, max_bank_rows=200),
-        checkpoint_dir=lambda method: home / "checkpoints" / method,
-        results_dir=lambda method: home / "results" / method,
-    )
+        name="mini", device="cpu", seed=seed, clip=SimpleNamespace(max_epochs=15, max_bank_rows=200),
+        checkpoint_dir=folders["checkpoints"], results_dir=folders["results"],
+    )  # fmt: skip
 
 
-def test_many(names, dataset, learn_from, embedded, home, **changes):
+def run_all(names, dataset, learn_from, embedded, home, **changes):
     options = {"n_trials": 2, "alpha": 0.1} | changes
     return methods.fit_and_test(names, dataset, learn_from, embedded, profile=profile_of(home), **options)
-
-
-test_many.__test__ = False
 
 
 @pytest.fixture(scope="module")
 def home(dataset, learn_from, embedded, tmp_path_factory) -> Path:
     """What notebook 03 leaves behind."""
     home = tmp_path_factory.mktemp("home")
-    test_many(ALL, dataset, learn_from, embedded, home)
+    run_all(ALL, dataset, learn_from, embedded, home)
     return home
 
 
 def result_of(method: str, home: Path, dataset: data.Dataset) -> results.MethodResult:
     return results.read(home / "results" / method, dataset.samples, dataset.folder, dataset.hash)
-
-
-# ------------------------------------------------------------------------------------------------- what is learnt from
 
 
 def test_kinds_come_equally_often_and_held_out_ones_never(dataset):
@@ -112,14 +104,14 @@ def test_a_painting_without_genuine_pictures_is_named_and_stops_no_other(dataset
     assert "harbour is left out" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("n_pictures", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize("n_pictures", [1, 3, 9])
 def test_few_genuine_pictures_beside_a_rich_painting(n_pictures, dataset, embedded, models, tmp_path, capsys):
     few = [s for s in dataset.select(category="harbour", is_anomalous=False) if s.split != "test"][:n_pictures]
     kept = [s for s in dataset.samples if s.category == "portrait" or s.split == "test"]
     poor = dataclasses.replace(dataset, samples=(*few, *kept))
     rows = methods.learning_rows(poor, embedded, models, n_anomalies=30, seed=0)
     assert rows["harbour"].has("kind", "good").sum() == 12
-    found = test_many(ALL, poor, rows, embedded, tmp_path, n_trials=2)
+    found = run_all(ALL, poor, rows, embedded, tmp_path, n_trials=2)
     said = capsys.readouterr().out
     assert f"harbour: {n_pictures} genuine pictures only; {12 - n_pictures} re-photographs" in said
     assert "leaves out" not in said
@@ -128,13 +120,9 @@ def test_few_genuine_pictures_beside_a_rich_painting(n_pictures, dataset, embedd
         facts = result.manifest["calibration"]["harbour"]
         assert (facts["n"], facts["n_sources"]) == (12, n_pictures)
         kept = files.read_json(tmp_path / "checkpoints" / method / "fitted.json")
-        search = kept["harbour"]
-        assert bool(search["trials"]) == (n_pictures >= tuning.MIN_SOURCES)
-        assert search["trials"] or search["note"].startswith("harbour: ")
+        assert bool(kept["harbour"]["trials"]) == (n_pictures >= tuning.MIN_SOURCES)
+        assert kept["harbour"]["trials"] or kept["harbour"]["note"].startswith("harbour: ")
         assert kept["portrait"]["trials"]
-
-
-# ------------------------------------------------------------------------------------------------- fit, test, load
 
 
 @pytest.mark.parametrize("method", ALL)
@@ -158,16 +146,14 @@ def test_what_a_row_was_trained_on_stands_beside_it(home, dataset, learn_from):
     assert found["calibration"]["harbour"]["n_sources"] == 12
 
 
-def test_searches_and_results_are_kept_until_something_changes(
-    home, dataset, learn_from, embedded, tmp_path, monkeypatch
-):
-    test_many(["clip_lof"], dataset, learn_from, embedded, tmp_path)
+def test_searches_and_results_are_kept_until_something_changes(dataset, learn_from, embedded, tmp_path, monkeypatch):
+    run_all(["clip_lof"], dataset, learn_from, embedded, tmp_path)
     monkeypatch.setattr(tuning, "tune", None)  # a search would now fail
     monkeypatch.setattr(methods.Fitted, "score", None)  # and so would scoring
-    again = test_many(["clip_lof"], dataset, learn_from, embedded, tmp_path)
+    again = run_all(["clip_lof"], dataset, learn_from, embedded, tmp_path)
     assert len(again["clip_lof"].predictions) == 10
     with pytest.raises(TypeError):
-        test_many(["clip_lof"], dataset, learn_from, embedded, tmp_path, n_trials=3)
+        run_all(["clip_lof"], dataset, learn_from, embedded, tmp_path, n_trials=3)
 
 
 def test_one_painting_that_cannot_be_fitted_stops_no_other(dataset, learn_from, embedded, tmp_path, capsys):
@@ -175,7 +161,7 @@ def test_one_painting_that_cannot_be_fitted_stops_no_other(dataset, learn_from, 
     flat = rows["harbour"].features
     flat = dataclasses.replace(flat, clip=np.ones_like(flat.clip), cnn=np.ones_like(flat.cnn))
     rows["harbour"] = dataclasses.replace(rows["harbour"], features=flat)
-    found = test_many(["clip_lof"], dataset, rows, embedded, tmp_path)["clip_lof"]
+    found = run_all(["clip_lof"], dataset, rows, embedded, tmp_path)["clip_lof"]
     assert {p.sample.category for p in found.predictions} == {"portrait"}
     assert "CLIP LOF leaves out Harbour: harbour: Lof needs at least 3 different" in capsys.readouterr().out
 
@@ -184,9 +170,6 @@ def test_paths_hold_no_name_of_a_painting(home):
     for method in ALL:
         names = {path.name for path in (home / "checkpoints" / method).iterdir()}
         assert names == {"fitted.json"} | ({"heads.safetensors"} if method == "clip_cross_entropy" else set())
-
-
-# ------------------------------------------------------------------------------------------------- tables and folders
 
 
 def test_table_counts_what_was_predicted(home, dataset):
@@ -201,16 +184,11 @@ def test_table_counts_what_was_predicted(home, dataset):
 @pytest.mark.parametrize("links", [True, False])
 def test_sorted_folders_hold_every_picture_once_and_stay_inside(home, dataset, tmp_path, monkeypatch, links):
     found = result_of("clip_resnet50", home, dataset)
-    evil = [
-        dataclasses.replace(p, sample=dataclasses.replace(p.sample, category="../../evil")) for p in found.predictions
-    ]
-    found = dataclasses.replace(found, predictions=evil)
+    evil = [dataclasses.replace(p.sample, category="../../evil") for p in found.predictions]
+    renamed = [dataclasses.replace(p, sample=s) for p, s in zip(found.predictions, evil, strict=True)]
+    found = dataclasses.replace(found, predictions=renamed)
     if not links:  # as on Google Drive
-
-        def refuse(self, target, target_is_directory=False):
-            raise OSError("links are not supported")
-
-        monkeypatch.setattr(Path, "symlink_to", refuse)
+        monkeypatch.setattr(Path, "symlink_to", Mock(side_effect=OSError("links are not supported")))
     for _ in range(2):  # the second sorting replaces the first
         folder = methods.sort_pictures(found, tmp_path / "sorted")
         sorted_ = {name: sorted((folder / name).iterdir()) for name in ("anomaly", "non_anomaly")}
@@ -219,9 +197,6 @@ def test_sorted_folders_hold_every_picture_once_and_stay_inside(home, dataset, t
     contents = sorted(path.read_bytes() for paths in sorted_.values() for path in paths)
     assert contents == sorted(p.sample.image_path.read_bytes() for p in found.predictions)
     assert all(path.is_symlink() == links and "__replica__" in path.name for path in sorted_["anomaly"][-1:])
-
-
-# ------------------------------------------------------------------------------------------------- the report of 2024
 
 
 def test_similarity_of_one_accepts_copies_only():

@@ -18,19 +18,19 @@ from helpers.records import Sample
 
 
 @pytest.fixture(scope="module")
-def clip() -> backbones.Clip:
+def clip() -> backbones.Network:
     return backbones.load_clip("art-vit-mini", pretrained=None, image_size=224, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def cnn() -> backbones.Cnn:
+def cnn() -> backbones.Network:
     """A real small CNN; the trained one is tested in test_backbones and is too slow for every test here."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         net = torch.nn.Sequential(
             torch.nn.Conv2d(3, 8, 3, stride=4), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
         )
-    return backbones.Cnn(net.eval().requires_grad_(False), backbones.square_preprocess(32), "small/seed 3/32")
+    return backbones.Network(net.eval().requires_grad_(False), backbones.square_preprocess(32), "small/seed 3/32")
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_features_are_the_towers_own_outputs(models, samples, pictures):
     np.testing.assert_allclose(found.cnn, pooled, atol=1e-5)
     assert (found.patches.dtype, found.clip.dtype, found.cnn.dtype) == (np.float16, np.float32, np.float32)
     assert found.patches.shape == (7, 14, 14, 2 * 256)
-    assert found.seconds.shape == (7, 4) and (found.seconds > 0).all()
+    assert found.seconds.shape == (7, 3) and (found.seconds > 0).all()
 
 
 def test_the_time_to_read_is_counted_for_the_picture_that_took_it(models, pictures):
@@ -131,7 +131,7 @@ def test_features_that_are_not_finite_are_refused_by_name(models, pictures, with
             other.model.visual.proj.mul_(float("nan"))
         models, name = dataclasses.replace(models, clip=other, cnn=None), "art-vit-mini"
     else:
-        cnn = backbones.Cnn(Broken(), backbones.square_preprocess(32), "broken")
+        cnn = backbones.Network(Broken(), backbones.square_preprocess(32), "broken")
         models, name = dataclasses.replace(models, cnn=cnn), "broken"
     with pytest.raises(ValueError, match=f"2 pictures are not finite, first a. Check the weights of {name}"):
         features.embed(["a", "b"], lambda row: pictures[row], models)

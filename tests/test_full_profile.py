@@ -103,14 +103,14 @@ def test_disk_of_the_route_is_what_card_and_preflight_say(full: profiles.Profile
 
 
 @pytest.fixture(scope="module")
-def clip_large() -> backbones.Clip:
+def clip_large() -> backbones.Network:
     """CLIP ViT-L/14@336 as the profile loads it, but for the download: 428 million random numbers, 1.7 GB."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return backbones.load_clip("ViT-L-14-336-quickgelu", pretrained=None, image_size=336, device="cpu")
 
 
-def test_clip_large_embeds_a_picture(clip_large: backbones.Clip, full: profiles.Profile, tmp_path: Path) -> None:
+def test_clip_large_embeds_a_picture(clip_large: backbones.Network, full: profiles.Profile, tmp_path: Path) -> None:
     assert clip_large.model_id == f"{full.clip.model}/random/{full.clip.image_size}"
     assert sum(p.numel() for p in clip_large.model.parameters()) == 427_944_193
     picture = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
@@ -121,7 +121,7 @@ def test_clip_large_embeds_a_picture(clip_large: backbones.Clip, full: profiles.
     np.testing.assert_allclose(norms, 1, atol=2e-3)
 
 
-def test_prompts_of_clip_large_train(clip_large: backbones.Clip, full: profiles.Profile) -> None:
+def test_prompts_of_clip_large_train(clip_large: backbones.Network, full: profiles.Profile) -> None:
     """A step of notebook 04's training on features of the true shapes: 37 x 37 patches at 518 px."""
     learner = anomalyclip.PromptLearner(clip_large.model, clip_large.tokenizer)
     loss_of = anomalyclip_training.prompts_loss(clip_large)

@@ -42,18 +42,14 @@ def facts_of(rows: Rows) -> dict[str, tuple[str, str]]:
     return dict(zip(rows.features.ids, zip(rows.table["group"], rows.table["kind"], strict=True), strict=True))
 
 
-# ------------------------------------------------------------------------------------------------- the choice
-
-
 @pytest.mark.parametrize("method", one_class.METHODS)
 def test_the_best_trial_is_chosen_and_the_same_seed_chooses_it_again(rows, method):
     space = one_class.SPACES[method]
     found = tuning.tune(QUICK[method], space, rows, n_trials=3, seed=3)
     values = [trial["auroc"] for trial in found["trials"]]
     assert len(values) == 3 and found["auroc"] == max(values) and found["default_auroc"] == values[0]
-    assert {n: v for n, v in found["trials"][0].items() if n != "auroc"} == {
-        n: getattr(QUICK[method], n) for n in space
-    }
+    default = {n: getattr(QUICK[method], n) for n in space}
+    assert found["trials"][0] == default | {"auroc": values[0]}
     assert found["parameters"] == {n: v for n, v in found["trials"][int(np.argmax(values))].items() if n != "auroc"}
     assert 0 <= found["nested_auroc"] <= 1 and not found["note"]
     assert tuning.tune(QUICK[method], space, rows, n_trials=3, seed=3) == found
@@ -78,9 +74,6 @@ def test_the_part_that_carries_the_signal_is_found():
     assert found["nested_auroc"] > found["default_auroc"]
 
 
-# ------------------------------------------------------------------------------------------------- what it may see
-
-
 def test_a_fit_knows_neither_sources_nor_kinds_of_what_it_is_measured_on(rows):
     known = facts_of(rows)
     Coin.seen.clear()
@@ -99,9 +92,6 @@ def test_the_nested_estimate_of_a_coin_is_a_coin(rows):
     found = [tuning.tune(Coin(), {"face": list(range(60))}, rows, n_trials=60, seed=seed) for seed in range(4)]
     assert min(one["auroc"] for one in found) > 0.55
     assert abs(np.mean([one["nested_auroc"] for one in found]) - 0.5) < 0.06
-
-
-# ------------------------------------------------------------------------------------------------- calibration
 
 
 def test_a_picture_is_never_scored_by_a_detector_of_its_source():
@@ -127,11 +117,8 @@ def test_normals_and_confirmed_anomalies_are_scored_out_of_fold_and_nothing_else
         assert set(table["group"][learn]).isdisjoint(table["group"][held])
 
 
-# ------------------------------------------------------------------------------------------------- few sources
-
-
 @pytest.mark.parametrize("method", one_class.METHODS)
-@pytest.mark.parametrize("n_sources", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize("n_sources", [1, 2, 5, 9])
 def test_few_sources_search_or_say_why_not_and_always_get_a_threshold(method, n_sources):
     rows = rows_of(n_train=20, n_calibration=0, n_sources=n_sources)
     found = tuning.tune(QUICK[method], one_class.SPACES[method], rows, n_trials=2)

@@ -52,8 +52,8 @@ def models(cache_dir: Path) -> Models:
         torch.manual_seed(3)
         net = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 5, stride=4), torch.nn.ReLU(), torch.nn.Flatten())
         clip = open_clip.CLIP(16, vision, text)
-    clip = backbones.Clip(clip.eval().requires_grad_(False), None, backbones.square_preprocess(32), "tiny")
-    cnn = backbones.Cnn(net.eval().requires_grad_(False), backbones.square_preprocess(20), "small")
+    clip = backbones.Network(clip.eval().requires_grad_(False), backbones.square_preprocess(32), "tiny")
+    cnn = backbones.Network(net.eval().requires_grad_(False), backbones.square_preprocess(20), "small")
     return Models(clip, cnn, cache_dir, 64)
 
 
@@ -76,7 +76,7 @@ def features_of(rows: np.ndarray, tag: str, seed: int = 0) -> Features:
     cnn = 20.0 + rows @ rng.normal(size=(6, 40))
     patches = 3.0 + noise.normal(size=(len(rows), 4, 4, 12)) + 0.5 * (rows @ rng.normal(size=(6, 12)))[:, None, None]
     parts = clip.astype(np.float32), cnn.astype(np.float32), patches.astype(np.float16)
-    return Features(tuple(f"{tag}{i}" for i in range(len(rows))), *parts, np.full((len(rows), 4), 0.01, np.float32))
+    return Features(tuple(f"{tag}{i}" for i in range(len(rows))), *parts, np.full((len(rows), 3), 0.01, np.float32))
 
 
 def draw(n: int, shift: float, tag: str, seed: int) -> Features:

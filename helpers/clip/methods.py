@@ -1,7 +1,6 @@
 """The CLIP methods on a dataset: what they learn from, one detector per painting, results on disk, sorted folders.
 
-The order is the argument: detectors and thresholds are made of :class:`~helpers.clip.one_class.Rows`, which refuse test
-pictures; the test pictures are scored afterwards and can change nothing any more.
+Detectors and thresholds are made of rows that refuse test pictures; these are scored afterwards and change nothing.
 """
 
 from __future__ import annotations
@@ -18,32 +17,29 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from safetensors.torch import load_file, save_file
 from sklearn.base import clone
 
 from helpers import files, results, synthesis
-from helpers.clip import features, one_class, tuning
+from helpers.clip import features, tuning
 from helpers.clip.features import Features, Models
-from helpers.clip.one_class import VIEW, Detector, Rows
+from helpers.clip.one_class import DETECTORS, METHODS, SPACES, VIEW, Detector, Head, Rows
 from helpers.data import Dataset, images
 from helpers.judge import metrics, statistics
 from helpers.records import NORMAL_KIND, Sample, Scored
 from helpers.results import MethodResult
 
-FORMAT = 3
-"""Part of the key of every kept search; raised when the same options search otherwise."""
-MIN_PICTURES = 12
-"""Genuine pictures of a painting; where there are fewer, re-photographs of them fill up to this number."""
+FORMAT = 3  # part of the key of every kept search; raised when the same options search otherwise
+_read = lru_cache(maxsize=2)(images.load_image)
+MIN_PICTURES = 12  # genuine ones of a painting; where there are fewer, re-photographs of them fill up
 
 
 def learning_rows(
     dataset: Dataset, embedded: Features, models: Models, *, n_anomalies: int, seed: int
 ) -> dict[str, Rows]:
-    """What each painting's detectors may learn from: its genuine pictures outside the test split, one more photograph
-    (view) of each training picture, and ``n_anomalies`` made from them, every picture and kind as often as the others.
-
-    A painting without a genuine picture is named and left out; one with fewer than :data:`MIN_PICTURES` gets
-    re-photographs of them as further genuine pictures. ``embedded`` holds at least the genuine pictures.
-    """
+    """What each painting's detectors may learn from: its genuine pictures outside the test split (``embedded`` holds at
+    least these), a view of each training picture, and ``n_anomalies`` made from them, every picture and kind as often
+    as the others. A painting without a genuine picture is named and left out."""
     found = {}
     for category in dataset.categories:
         normals = [s for s in dataset.select(category=category, is_anomalous=False) if s.split != "test"]
@@ -63,18 +59,12 @@ def learning_rows(
 
 def deal_kinds(dataset: Dataset, n: int, seed: int) -> list[str]:
     """``n`` kinds of anomaly to train on, like cards from shuffled decks; none that the dataset holds out for the test.
-
-    Counted through in order, the pictures of one source would get the same kinds again and again. Changes of the whole
-    picture share one card, so that together they weigh no more than a kind of mark.
-    """
+    Changes of the whole picture share one card, so that together they weigh no more than a kind of mark."""
     rng = np.random.default_rng(seed)
     whole = sorted(set(synthesis.ANOMALOUS_VARIATIONS) - set(dataset.kinds_held_out))
     deck = [kind for kind in synthesis.LOCAL_KINDS if kind not in dataset.kinds_held_out] + [""] * bool(whole)
     cards = [card for _ in range(0, n, len(deck)) for card in rng.permutation(deck).tolist()][:n]
     return [card or str(rng.choice(whole)) for card in cards]
-
-
-_read = lru_cache(maxsize=2)(images.load_image)
 
 
 def make_picture(sample: Sample, kind: str, seed: int, number: int = 0) -> np.ndarray:
@@ -103,45 +93,35 @@ class Fitted:
 
     def score(self, embedded: Features) -> list[Scored]:
         """Scores (and maps of the patch memory), with the seconds of reading and of the networks that were used."""
-        start, maps = time.perf_counter(), [None] * len(embedded)
-        if isinstance(self.detector, one_class.PatchKnn):
-            maps = self.detector.maps(embedded)
-            scores = self.detector.score_maps(maps)
-        else:
-            scores = self.detector.score(embedded)
-        seconds = (time.perf_counter() - start) / len(embedded) + embedded.seconds_of(self.detector.steps())
+        start = time.perf_counter()
+        scores, maps = self.detector.look(embedded)
+        seconds = (time.perf_counter() - start) / len(embedded) + self.detector.seconds(embedded)
         return [Scored(float(s), m, float(spent)) for s, m, spent in zip(scores, maps, seconds, strict=True)]
 
 
-def fit(detector: Detector, space: Mapping[str, list], rows: Rows, *, kept: Mapping[str, Any], **options) -> Fitted:
-    """Search settings, fit and calibrate a detector of one painting; ``options`` as for
-    :func:`helpers.clip.tuning.tune`, ``kept`` an earlier search, taken up again when everything is the same."""
-    facts = [list(rows.features.ids), rows.table.to_csv(), [rows.features.clip.shape[1], rows.features.cnn.shape[1]]]
-    key = files.sha256_json([FORMAT, facts, detector.get_params(), dict(space), options])
-    search = kept if kept.get("key") == key else {**tuning.tune(detector, space, rows, **options), "key": key}
-    chosen = clone(detector).set_params(**search["parameters"])
-    chosen, scores = tuning.calibrate(chosen, rows, seed=options["seed"])
-    return Fitted(chosen, scores[rows.has("kind", NORMAL_KIND)], search)
-
-
 def _fit_all(method: str, learn_from: Mapping[str, Rows], profile: Any, **options: Any) -> dict[str, Fitted]:
-    """:func:`fit` for every painting; one that cannot be fitted is named and stops no other. Keeps what it found."""
-    from safetensors.torch import save_file
-
-    path, detector = profile.checkpoint_dir(method) / "fitted.json", clone(one_class.DETECTORS[method])
+    """A searched, fitted, calibrated detector for every painting; a search is kept and taken up when all is equal."""
+    path, detector = profile.checkpoint_dir(method) / "fitted.json", clone(DETECTORS[method])
     own = {"seed": profile.seed, "max_epochs": profile.clip.max_epochs, "max_bank_rows": profile.clip.max_bank_rows}
-    own |= {"device": profile.device}
+    own["device"] = profile.device
     detector.set_params(**{name: value for name, value in own.items() if hasattr(detector, name)})
     kept, fitted = files.read_json(path) if path.exists() else {}, {}
     for category, rows in sorted(learn_from.items()):
+        known, (clip, cnn) = rows.features, (rows.features.clip, rows.features.cnn)
+        facts = [list(known.ids), rows.table.to_csv(), [clip.shape[1], cnn.shape[1]]]
+        key = files.sha256_json([FORMAT, facts, detector.get_params(), SPACES[method], options])
         try:
-            earlier = kept.get(category, {})
-            fitted[category] = fit(detector, one_class.SPACES[method], rows, kept=earlier, **options)
+            search = kept.get(category, {})
+            if search.get("key") != key:
+                search = {**tuning.tune(detector, SPACES[method], rows, **options), "key": key}
+            chosen = clone(detector).set_params(**search["parameters"])
+            chosen, scores = tuning.calibrate(chosen, rows, seed=profile.seed)
+            fitted[category] = Fitted(chosen, scores[rows.has("kind", NORMAL_KIND)], search)
         except ValueError as error:
             print(f"{results.method_label(method)} leaves out {results.category_label(category)}: {error}")
     if not fitted:
         raise ValueError(f"{results.method_label(method)}: no painting could be learnt; the reasons stand above.")
-    nets = [one.detector.net for one in fitted.values() if isinstance(one.detector, one_class.Head)]
+    nets = [one.detector.net for one in fitted.values() if isinstance(one.detector, Head)]
     if nets:
         with files.atomic_path(path.with_name("heads.safetensors")) as temporary:
             save_file({f"{n}/{k}": t for n, net in enumerate(nets) for k, t in net.state_dict().items()}, temporary)
@@ -153,39 +133,31 @@ def fit_and_test(
     methods: Sequence[str], dataset: Dataset, learn_from: Mapping[str, Rows], embedded: Features, *, profile: Any,
     n_trials: int, strategy: str = "random", alpha: float = 0.05,
 ) -> dict[str, MethodResult]:  # fmt: skip
-    """Fit some methods for every painting, then score the test pictures and write ``results/<method>/``.
-
-    What was found is kept in ``checkpoints/<method>/fitted.json``, trained heads in ``heads.safetensors``, for
-    :func:`load`. A painting that cannot be fitted is named and stops no other.
+    """Fit methods (of :data:`~helpers.clip.one_class.METHODS`) for every painting, then score the test pictures and
+    write ``results/<method>/``; what was found is kept in ``checkpoints/<method>/`` for :func:`load`. A painting that
+    cannot be fitted is named and stops no other; it is a ValueError when none can.
 
     Args:
-        methods: of :data:`helpers.clip.one_class.METHODS`.
         dataset, learn_from, embedded: the dataset, its :func:`learning_rows` and its features.
         profile: gives folders, device, seed and sizes.
-        n_trials, strategy: as for :func:`helpers.clip.tuning.tune`.
-        alpha: false-alarm rate that the conformal thresholds aim at.
+        n_trials, strategy, alpha: as for :func:`helpers.clip.tuning.tune`; aim of the thresholds, a false-alarm rate.
     """
-    found = {}
-    kinds = sorted({kind for rows in learn_from.values() for kind in rows.table["kind"][rows.is_anomaly]})
+    found, kinds = {}, sorted({kind for rows in learn_from.values() for kind in rows.table["kind"][rows.is_anomaly]})
     groups = {c: rows.table["group"][rows.has("kind", NORMAL_KIND)].tolist() for c, rows in learn_from.items()}
     for method in methods:
         fitted = _fit_all(method, learn_from, profile, n_trials=n_trials, strategy=strategy, seed=profile.seed)
         learns, searched = method == "clip_cross_entropy", any(one.search["trials"] for one in fitted.values())
         words = "genuine pictures" + " and synthetic anomalies" * learns
+        words += "; settings searched with synthetic anomalies" * searched
         found[method] = results.predict(
-            profile.results_dir(method),
-            method=method,
+            profile.results_dir(method), method=method, profile=profile.name, alpha=alpha, batch_size=64,
             dataset=replace(dataset, samples=tuple(s for s in dataset.samples if s.category in fitted)),
             score=lambda category, samples, fitted=fitted: fitted[category].score(embedded.of(samples)),
             calibration={category: one.normal_scores for category, one in fitted.items()},
             calibration_groups=groups,
-            alpha=alpha,
-            profile=profile.name,
             settings={c: {**one.detector.get_params(), "key": one.search["key"]} for c, one in fitted.items()},
-            trained_on=words + "; settings searched with synthetic anomalies" * searched,
-            trained_on_kinds=kinds if searched or learns else (),
-            batch_size=64,
-        )
+            trained_on=words, trained_on_kinds=kinds if searched or learns else (),
+        )  # fmt: skip
     return found
 
 
@@ -204,20 +176,15 @@ class Loaded:
 
 def load(dataset: Dataset, models: Models, *, checkpoint_dir: Callable[[str], Path], seed: int) -> dict[str, Loaded]:
     """The detectors of notebook 03: stored heads, the others fitted again with the kept settings on the same pictures.
-
-    ``checkpoint_dir`` is ``profile.checkpoint_dir``; a method with nothing saved is left out. Features come from the
-    cache of notebook 03.
-    """
-    from safetensors.torch import load_file
-
+    ``checkpoint_dir`` is ``profile.checkpoint_dir``; a method with nothing saved is left out."""
     normals = [s for s in dataset.samples if not s.is_anomalous and s.split != "test"]
     learn_from = learning_rows(dataset, features.embed_samples(normals, models), models, n_anomalies=0, seed=seed)
     found = {}
-    for method in one_class.METHODS:
+    for method in METHODS:
         path, detectors = Path(checkpoint_dir(method)) / "fitted.json", {}
         for number, (category, kept) in enumerate(files.read_json(path).items() if path.exists() else ()):
-            detector = clone(one_class.DETECTORS[method]).set_params(**kept["settings"])
-            if isinstance(detector, one_class.Head):
+            detector = clone(DETECTORS[method]).set_params(**kept["settings"])
+            if isinstance(detector, Head):
                 tensors = load_file(path.with_name("heads.safetensors")).items()
                 detector.with_state({k.split("/")[1]: t for k, t in tensors if k.startswith(f"{number}/")})
             else:
@@ -245,11 +212,8 @@ def table(predictions: pd.DataFrame) -> pd.DataFrame:
 
 
 def sort_pictures(result: MethodResult, target: Path) -> Path:
-    """Put every test picture into ``target/anomaly`` or ``target/non_anomaly``, by verdict, as the report did.
-
-    Links where the disk allows them, else copies (Google Drive and Windows have no links). The name says painting and
-    true kind, so that errors can be read off a folder listing. An older sorting is replaced.
-    """
+    """Put every test picture into ``target/anomaly`` or ``target/non_anomaly``, by verdict, as the report did: links
+    where the disk allows them, else copies, whose names say painting and true kind. An older sorting is replaced."""
     folders = {True: target / "anomaly", False: target / "non_anomaly"}
     for folder in folders.values():
         shutil.rmtree(folder, ignore_errors=True)

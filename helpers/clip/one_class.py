@@ -9,33 +9,27 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
+import torch
 from sklearn.base import BaseEstimator
+from sklearn.ensemble import IsolationForest
 from sklearn.model_selection import GroupKFold
+from sklearn.neighbors import LocalOutlierFactor
 from sklearn.preprocessing import normalize
 
 from helpers.clip.features import Features
 from helpers.records import NORMAL_KIND, Sample
 
-if TYPE_CHECKING:
-    import torch
-
-VIEW = "view"
-"""Kind of another photograph of a genuine picture; learnt from with ``augment``, never scored for a threshold."""
-CONFIRMED = "confirmed"
-"""Kind of the anomalies that a person confirmed, beside the synthetic kinds."""
+VIEW = "view"  # kind of another photograph of a genuine picture, never scored for a threshold
+CONFIRMED = "confirmed"  # kind of an anomaly that a person confirmed, beside the synthetic kinds
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What the detectors of one painting may learn from, one row a picture.
-
-    ``table`` has the columns ``category``; ``kind``: ``"good"``, :data:`VIEW`, or that of an anomaly; ``group``: the
-    source picture, whose rows no fold separates; ``split`` of the source picture.
-    """
+    """What the detectors of one painting may learn from, one row a picture. ``table`` has the columns ``category``;
+    ``kind``: ``"good"``, :data:`VIEW`, or that of an anomaly; ``group``, the source picture, and its ``split``."""
 
     features: Features
     table: pd.DataFrame
@@ -64,7 +58,6 @@ class Rows:
 
     def take(self, rows: np.ndarray) -> Rows:
         """The rows at these positions (integers, or a bool mask)."""
-        rows = np.flatnonzero(rows) if rows.dtype == bool else rows
         return Rows(self.features.take(rows), self.table.iloc[rows].reset_index(drop=True))
 
     def has(self, column: str, *values: str) -> np.ndarray:
@@ -77,10 +70,8 @@ class Rows:
 
 
 def folds(rows: Rows, n_folds: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Row numbers (to learn from, held out) of each fold; sources are never separated.
-
-    With a single source picture nothing else can be held out than some of its photographs: folds then go by row.
-    """
+    """Row numbers (to learn from, held out) of each fold; a source is never separated, but for a single one, whose
+    photographs are all that can be held out."""
     groups = rows.table["group"] if rows.n_sources > 1 else rows.table.index.to_series()
     splitter = GroupKFold(min(n_folds, groups.nunique()), shuffle=True, random_state=seed)
     return list(splitter.split(groups, groups=groups))
@@ -94,35 +85,32 @@ def fuse(features: Features, cnn_weight: float) -> np.ndarray:
 
 
 class Detector(BaseEstimator):
-    """What the five have in common. ``augment``: learn from views, too; ``cnn_weight``: see :func:`fuse`; ``quick``:
-    parameters of fits during a search, where only ranks count."""
-
-    quick: ClassVar[Mapping[str, Any]] = {}
+    """What the five share. ``augment``: learn from views, too; ``cnn_weight``: see :func:`fuse`."""
 
     def fit(self, rows: Rows) -> Detector:
-        self._fit(self._distinct(rows))
+        normals = np.unique(fuse(self._learnt(rows), self.cnn_weight), axis=0)  # copies: an infinite density for LOF
+        if len(normals) < 3:
+            needs = f"{type(self).__name__} needs at least 3 different genuine pictures, got {len(normals)}"
+            raise ValueError(f"{rows.category}: {needs}. Add photographs of the artwork to train/good.")
+        self._fit(normals)
         return self
 
     def score(self, features: Features) -> np.ndarray:
-        return self._score(fuse(features, self.cnn_weight)).astype(np.float64)
+        return self.look(features)[0]
+
+    def look(self, features: Features) -> tuple[np.ndarray, Sequence]:
+        """Scores, and for each picture an anomaly map (float32 ``(g, g)``, raw) or None."""
+        return self._score(fuse(features, self.cnn_weight)).astype(np.float64), [None] * len(features)
 
     def _score(self, features: np.ndarray) -> np.ndarray:
         return -self._model.score_samples(features)
 
-    def steps(self) -> list[str]:
-        """The :data:`~helpers.clip.features.STEPS` that a picture goes through for this detector."""
-        return ["read"] + ["clip"] * (self.cnn_weight < 1) + ["cnn"] * (self.cnn_weight > 0)
+    def seconds(self, features: Features) -> np.ndarray:
+        """Seconds to read each picture and of the networks whose features are used, float64 ``(n,)``."""
+        return features.seconds @ np.array([1.0, self.cnn_weight < 1, self.cnn_weight > 0])
 
     def _learnt(self, rows: Rows) -> Features:
         return rows.features.take(rows.has("kind", NORMAL_KIND, *([VIEW] if self.augment else [])))
-
-    def _distinct(self, rows: Rows) -> np.ndarray:
-        """Fused features of the pictures to learn, each once: copies would make the density of LOF infinite."""
-        normals = np.unique(fuse(self._learnt(rows), self.cnn_weight), axis=0)
-        if len(normals) < 3:
-            needs = f"{type(self).__name__} needs at least 3 different genuine pictures, got {len(normals)}"
-            raise ValueError(f"{rows.category}: {needs}. Add photographs of the artwork to train/good.")
-        return normals
 
 
 @dataclass(eq=False, repr=False)
@@ -150,11 +138,8 @@ class Forest(Detector):
     max_features: float = 1.0
     augment: bool = False
     seed: int = 0
-    quick: ClassVar = {"n_trees": 25}
 
     def _fit(self, normals: np.ndarray) -> None:
-        from sklearn.ensemble import IsolationForest
-
         n = self.max_samples if self.max_samples == "auto" else min(self.max_samples, len(normals))
         options = {"n_estimators": self.n_trees, "max_features": self.max_features, "random_state": self.seed}
         self._model = IsolationForest(max_samples=n, **options).fit(normals)
@@ -162,26 +147,14 @@ class Forest(Detector):
 
 @dataclass(eq=False, repr=False)
 class Lof(Detector):
-    """Local outlier factor in novelty mode (Breunig et al., SIGMOD 2000); refuses pictures it was fitted on: each would
-    find itself as its nearest neighbour."""
+    """Local outlier factor in novelty mode (Breunig et al., SIGMOD 2000)."""
 
     cnn_weight: float = 0.5
     n_neighbors: int = 5
     metric: str = "euclidean"
     augment: bool = False
 
-    def fit(self, rows: Rows) -> Lof:
-        self._own = frozenset(self._learnt(rows).ids)
-        return super().fit(rows)
-
-    def score(self, features: Features) -> np.ndarray:
-        if own := self._own.intersection(features.ids):
-            raise ValueError(f"{len(own)} of {len(features)} pictures are training pictures of this LOF; score others.")
-        return super().score(features)
-
     def _fit(self, normals: np.ndarray) -> None:
-        from sklearn.neighbors import LocalOutlierFactor
-
         n_neighbors = min(self.n_neighbors, len(normals) - 1)
         self._model = LocalOutlierFactor(n_neighbors=n_neighbors, metric=self.metric, novelty=True).fit(normals)
 
@@ -198,37 +171,25 @@ class PatchKnn(Detector):
     max_bank_rows: int = 40_000
     seed: int = 0
     device: str = "cpu"
-    quick: ClassVar = {"max_bank_rows": 500}
+    cnn_weight = 0.0  # no choice: patches are CLIP's
 
     def fit(self, rows: Rows) -> PatchKnn:
-        bank = self._learnt(rows).patches
-        bank = bank.reshape(-1, bank.shape[-1])
+        learnt = self._learnt(rows).patches
+        bank = learnt.reshape(-1, learnt.shape[-1])
         if len(bank) > self.max_bank_rows:
             keep = np.random.default_rng(self.seed).choice(len(bank), self.max_bank_rows, replace=False)
             bank = bank[np.sort(keep)]
         self._bank = self._unit(bank)
         return self
 
-    def maps(self, features: Features) -> np.ndarray:
-        """Anomaly maps, float32 ``(n, g, g)``, raw; one matrix product a picture."""
-        height, width = features.patches.shape[1:3]
+    def look(self, features: Features) -> tuple[np.ndarray, np.ndarray]:
+        n, height, width, _ = features.patches.shape
         nearest = [(self._unit(one.reshape(height * width, -1)) @ self._bank.T).amax(1) for one in features.patches]
-        return np.stack([1 - one.reshape(height, width).cpu().numpy() for one in nearest])
-
-    def score(self, features: Features) -> np.ndarray:
-        return self.score_maps(self.maps(features))
-
-    def score_maps(self, maps: np.ndarray) -> np.ndarray:
-        """Image scores of maps ``(n, g, g)``: the mean of the highest patches (at least one), float64 ``(n,)``."""
-        flat = np.sort(maps.reshape(len(maps), -1).astype(np.float64), axis=1)
-        return flat[:, -max(1, round(self.top_fraction * flat.shape[1])) :].mean(axis=1)
-
-    def steps(self) -> list[str]:
-        return ["read", "clip", "patches"]
+        maps = np.stack([1 - one.reshape(height, width).cpu().numpy() for one in nearest])
+        flat = np.sort(maps.reshape(n, -1).astype(np.float64), axis=1)
+        return flat[:, -max(1, round(self.top_fraction * flat.shape[1])) :].mean(axis=1), maps
 
     def _unit(self, patches: np.ndarray) -> torch.Tensor:
-        import torch
-
         return torch.nn.functional.normalize(torch.from_numpy(np.array(patches)).to(self.device).float(), dim=1)
 
 
@@ -236,10 +197,9 @@ class PatchKnn(Detector):
 class Head(Detector):
     """Two layers with ReLU and dropout, trained with cross-entropy on genuine pictures against synthetic anomalies.
 
-    The score is the log odds of "anomalous": argmax is score > 0, without ties at probability 1. A quarter of the
-    source pictures and a third of the kinds of anomaly are kept for tuning: training stops ``patience`` epochs after
-    the best AUROC on them, and that epoch's weights are restored. ``net`` begins with a frozen projection on
-    ``n_components`` principal components; ``history`` has a loss and an AUROC for each epoch, one step over all.
+    The score is the log odds of "anomalous". A quarter of the source pictures and a third of the kinds of anomaly are
+    kept for tuning: training stops ``patience`` epochs (each one step) after the best AUROC on them, whose weights are
+    restored. ``net`` begins with a frozen projection on ``n_components`` principal components.
     """
 
     cnn_weight: float = 0.5
@@ -268,8 +228,10 @@ class Head(Detector):
         self._train(features, labels, components, fuse(tune.features, self.cnn_weight), tune.is_anomaly)
         return self
 
+    @torch.inference_mode()
     def _score(self, features: np.ndarray) -> np.ndarray:
-        return log_odds(self.net, features)
+        logits = self.net.eval()(torch.from_numpy(features)).double().numpy()
+        return logits[:, 1] - logits[:, 0]
 
     def _parts(self, rows: Rows) -> tuple[Rows, Rows]:
         """Rows to train and to tune on: other pictures and other kinds. The first quarter that will do is kept."""
@@ -285,8 +247,6 @@ class Head(Detector):
 
     def _train(self, features: np.ndarray, labels: np.ndarray, components: np.ndarray, held, is_anomaly) -> None:
         """Train with early stopping on the AUROC of ``held``; the loss weighs both classes alike."""
-        import torch
-
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.net = self._layers(*reversed(components.shape))
@@ -296,17 +256,15 @@ class Head(Detector):
             optimizer = torch.optim.AdamW(layers.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
             shares = len(labels) / (2 * np.bincount(labels, minlength=2))
             loss = torch.nn.CrossEntropyLoss(weight=torch.tensor(shares, dtype=torch.float32))
-            rows, held = (project(torch.from_numpy(part).float()) for part in (features, held))
-            best, self.history = -math.inf, []
+            rows = project(torch.from_numpy(features).float())
+            best = -math.inf
             for epoch in range(1, self.max_epochs + 1):
                 layers.train()
                 optimizer.zero_grad()
-                value = loss(layers(rows), torch.from_numpy(labels))
-                value.backward()
+                loss(layers(rows), torch.from_numpy(labels)).backward()
                 optimizer.step()
-                odds = log_odds(layers, held)
+                odds = self._score(held)
                 auroc = auroc_of(odds[~is_anomaly], odds[is_anomaly])
-                self.history.append({"epoch": epoch, "train_loss": float(value.detach()), "validation_auroc": auroc})
                 if auroc > best:
                     best, best_epoch = auroc, epoch
                     best_state = {name: tensor.clone() for name, tensor in layers.state_dict().items()}
@@ -322,21 +280,10 @@ class Head(Detector):
 
     def _layers(self, n_features: int, n_components: int) -> torch.nn.Sequential:
         """The projection, then the two layers with their logits "normal" and "anomalous"."""
-        from torch.nn import Dropout, Linear, ReLU, Sequential, utils
-
-        project = utils.skip_init(Linear, n_features, n_components).requires_grad_(False)
-        hidden, last = Linear(n_components, self.n_hidden), Linear(self.n_hidden, 2)
-        return Sequential(project, hidden, ReLU(), Dropout(self.dropout), last)
-
-
-def log_odds(net: torch.nn.Module, rows: np.ndarray | torch.Tensor) -> np.ndarray:
-    """Logit of "anomalous" less logit of "normal", float64 ``(n,)``; p(anomalous) is its sigmoid."""
-    import torch
-
-    net.eval()
-    with torch.inference_mode():
-        logits = net(torch.as_tensor(rows)).double().numpy()
-    return logits[:, 1] - logits[:, 0]
+        nn = torch.nn
+        project = nn.utils.skip_init(nn.Linear, n_features, n_components).requires_grad_(False)
+        hidden, last = nn.Linear(n_components, self.n_hidden), nn.Linear(self.n_hidden, 2)
+        return nn.Sequential(project, hidden, nn.ReLU(), nn.Dropout(self.dropout), last)
 
 
 def auroc_of(normal: np.ndarray, anomalous: np.ndarray) -> float:
@@ -347,12 +294,9 @@ def auroc_of(normal: np.ndarray, anomalous: np.ndarray) -> float:
 
 
 DETECTORS: Mapping[str, Detector] = {
-    "clip_resnet50": Cosine(),
-    "clip_cross_entropy": Head(),
-    "clip_isolation_forest": Forest(),
-    "clip_lof": Lof(),
+    "clip_resnet50": Cosine(), "clip_cross_entropy": Head(), "clip_isolation_forest": Forest(), "clip_lof": Lof(),
     "clip_patch_knn": PatchKnn(),
-}
+}  # fmt: skip
 """Row of the comparison -> its detector with default settings."""
 METHODS = tuple(DETECTORS)
 

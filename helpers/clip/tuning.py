@@ -1,8 +1,7 @@
 """Search of a detector's settings and its calibration, on training and calibration pictures alone.
 
-Settings are ranked by the AUROC of held-out genuine pictures against anomalies made from held-out ones. The number that
-was maximised flatters. So the whole search is repeated with one fold left out of it, and what it chose is measured on
-that fold: the nested estimate.
+Settings are ranked by the AUROC of held-out genuine pictures against anomalies made from held-out ones, a number that
+flatters. So the search is repeated with one fold left out, and what it chose is measured there: the nested estimate.
 """
 
 from __future__ import annotations
@@ -18,18 +17,12 @@ from threadpoolctl import threadpool_limits
 from helpers.clip.one_class import CONFIRMED, Detector, Rows, auroc_of, folds
 from helpers.records import NORMAL_KIND
 
-MIN_SOURCES = 6
-"""Source pictures from which on settings are searched: three folds of two, so that a search in a search can learn."""
+MIN_SOURCES = 6  # source pictures of a search: three folds of two, so that a search in a search can learn
+QUICK = {"n_trees": 25, "max_bank_rows": 500}  # parameters of fits during a search, where only ranks count
 
 
 def tune(
-    detector: Detector,
-    space: Mapping[str, list],
-    rows: Rows,
-    *,
-    n_trials: int,
-    strategy: str = "random",
-    seed: int = 0,
+    detector: Detector, space: Mapping[str, list], rows: Rows, *, n_trials: int, strategy: str = "random", seed: int = 0
 ) -> dict[str, Any]:
     """Choose a detector's settings on held-out training pictures; calibration pictures take no part.
 
@@ -38,22 +31,20 @@ def tune(
 
     Args:
         detector, space: its parameters are the default settings, tried first; parameter -> values to try.
-        rows: of one painting, with synthetic anomalies of two or more kinds.
         n_trials, strategy: settings that ``"random"`` draws from the grid; ``"grid"`` tries all; 1 searches nothing.
     Returns:
         JSON values: ``parameters``, the best ones; ``auroc`` with them (flatters), ``default_auroc`` (nobody chose it)
         and ``nested_auroc``; ``trials``, every setting with its ``auroc``; ``note``, why nothing was searched.
     """
-    default = {name: getattr(detector, name) for name in space}
-    rows = rows.take(rows.has("split", "train"))
+    default, rows = {name: getattr(detector, name) for name in space}, rows.take(rows.has("split", "train"))
     nothing = {"parameters": default, "auroc": None, "default_auroc": None, "nested_auroc": None, "trials": []}
     if n_trials == 1 or rows.n_sources < MIN_SOURCES:
         why = "one trial" if n_trials == 1 else f"{rows.n_sources} source pictures, a search needs {MIN_SOURCES}"
         return nothing | {"note": f"{rows.category}: {why}; the default settings are used"}
-    grid = ParameterGrid(space)
-    drawn = grid if strategy == "grid" else ParameterSampler(space, min(n_trials, len(grid)), random_state=seed)
-    tried = [default, *(chosen for chosen in drawn if chosen != default)]
-    tried = tried if strategy == "grid" else tried[:n_trials]
+    n_all = len(ParameterGrid(space))
+    n_trials = n_all if strategy == "grid" else min(n_trials, n_all)
+    drawn = ParameterSampler(space, n_trials, random_state=seed)
+    tried = [default, *(chosen for chosen in drawn if chosen != default)][:n_trials]
 
     def ranked(part: Rows, n_folds: int) -> list[float]:
         splits = _splits(part, n_folds, seed)
@@ -94,7 +85,8 @@ def _auroc(detector: Detector, parameters: Mapping[str, Any], learn: Rows, held:
     """AUROC of held-out genuine pictures (and other photographs of them) against anomalies."""
     if not 0 < held.is_anomaly.sum() < len(held):
         raise ValueError(f"{held.category}: a fold of the search holds no anomaly. Make more of them.")
-    fitted = clone(detector).set_params(**{**parameters, **detector.quick}).fit(learn)
+    quick = {name: value for name, value in QUICK.items() if hasattr(detector, name)}
+    fitted = clone(detector).set_params(**parameters, **quick).fit(learn)
     scores = fitted.score(held.features)
     return auroc_of(scores[~held.is_anomaly], scores[held.is_anomaly])
 
@@ -102,14 +94,10 @@ def _auroc(detector: Detector, parameters: Mapping[str, Any], learn: Rows, held:
 def calibrate(detector: Detector, rows: Rows, *, n_folds: int = 5, seed: int = 0) -> tuple[Detector, np.ndarray]:
     """Fit the final detector, and score genuine pictures for its threshold, each by one that has not seen its source.
 
-    In folds by source each picture is scored by a detector fitted on the other folds; the final one is fitted on all.
-    It has seen a little more than they, so its scores of fresh normals tend to be lower than the pooled ones: the
-    threshold errs on the safe side of false alarms (cross-conformal; Vovk, Annals of Mathematics and AI 2015). With a
-    single source the folds go by photograph, and the scores are optimistic: one from elsewhere will differ more.
-
-    Returns:
-        the detector, and float64 ``(len(rows),)``: scores of the normals and of confirmed anomalies, else nan.
-    """
+    In folds by source each picture is scored by a detector fitted on the other folds; the final one is fitted on all,
+    scores fresh normals a little lower, and so errs on the safe side of false alarms (cross-conformal; Vovk, Annals of
+    Mathematics and AI 2015). With a single source the folds go by photograph, and the scores are optimistic. They are
+    float64 ``(len(rows),)``, of the normals and of confirmed anomalies, else nan."""
     asked, scores = rows.has("kind", NORMAL_KIND, CONFIRMED), np.full(len(rows), np.nan)
     for learn, held in folds(rows, n_folds, seed):
         held = held[asked[held]]

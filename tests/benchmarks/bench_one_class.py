@@ -45,9 +45,9 @@ def measure(name: str, n: int, side: int, n_bank: int, width: int) -> None:
     def broadcast() -> torch.Tensor:
         return torch.stack([torch.nn.functional.cosine_similarity(query[None], bank).max() for query in few])
 
-    ours = _best(lambda: detector.maps(test), 5)
+    ours = _best(lambda: detector.look(test), 5)
     theirs = _best(broadcast, 2) * n * side**2 / len(few)
-    error = np.abs(1 - broadcast().numpy() - detector.maps(test).ravel()[: len(few)]).max()
+    error = np.abs(1 - broadcast().numpy() - detector.look(test)[1].ravel()[: len(few)]).max()
     times = f"{ours * 1e3:.1f} ms, broadcast {theirs * 1e3:.0f} ms, ratio {theirs / ours:.0f}"
     print(f"{name}: {times}, largest difference {error:.1e}")
 
