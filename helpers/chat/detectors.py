@@ -1,7 +1,6 @@
 """What every detector says about one picture, with the thresholds that the notebooks wrote into their results.
 
-Nothing is trained here. A detector whose notebook has not run on these pictures is named with the reason, never left
-out in silence; the others still speak.
+A detector whose notebook has not run on these pictures is named with the reason; the others still speak.
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ from helpers.results import MethodResult
 Scorer = Callable[[str, Sequence[np.ndarray]], Sequence[Scored]]
 """``score(category, pictures uint8 RGB) -> one Scored each``: what each method's room gives."""
 
-CHAT = "anomalygpt"
-"""The method that talks; its look at the picture is made once, by the session."""
+CHAT = "anomalygpt"  # the method that talks; its look at the picture is made once, by the session
 NOTEBOOKS = {method: "03_clip" for method in results.METHODS if method.startswith("clip_")} | {
     "anomalyclip": "04_anomalyclip",
     **dict.fromkeys(("aligned", "dinov2_memory", "dinov2_subspace"), "05_reference"),
@@ -36,11 +34,8 @@ LEARNT = "It has learnt from this very picture: a score would say nothing."
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one detector says about one picture; nan and a ``note`` with the reason where it says nothing.
-
-    ``p_value`` is the conformal one among genuine calibration pictures; ``limit`` is the map value that genuine
-    pictures stay below; ``note`` may also hold the detector's own words.
-    """
+    """What one detector says about one picture; nan and a ``note`` with the reason where it says nothing. ``p_value``
+    is the conformal one among genuine calibration pictures, ``limit`` the map value that genuine ones stay below."""
 
     method: str
     anomaly_score: float = math.nan
@@ -77,14 +72,9 @@ class Detectors:
         return Verdict(method, scored.anomaly_score, threshold, p_value, *shown)
 
     def judge(self, image: np.ndarray, category: str, *, sha256: str, own: Scored) -> list[Verdict]:
-        """Every detector's verdict, in the order of the comparison; missing ones with their reason.
-
-        Args:
-            image: uint8 RGB ``(H, W, 3)``.
-            category: the painting it should show.
-            sha256: of its file; a picture that the detectors learnt from is not judged by them.
-            own: what AnomalyGPT's map says.
-        """
+        """Every detector's verdict on a picture uint8 RGB ``(H, W, 3)`` that should show ``category``, in the order of
+        the comparison; missing ones with their reason. ``sha256``: of its file; a picture that the detectors learnt
+        from is not judged by them. ``own``: what AnomalyGPT's map says."""
         learnt = sha256 in {sample.sha256 for sample in self.dataset.samples if sample.split != "test"}
         found = []
         for method in NOTEBOOKS:
@@ -101,13 +91,8 @@ class Detectors:
 
 
 def load(dataset: Dataset, results_dir: Path, openers: Mapping[str, Callable[[], Scorer]]) -> Detectors:
-    """Open the detectors of the method rooms (all but the chat's own) and join them with their results.
-
-    Args:
-        dataset: the pictures that the notebooks ran on.
-        results_dir: ``profile.home / "results"``.
-        openers: method -> function that loads its scorer; what it cannot load is missing, with the reason.
-    """
+    """Open the detectors of the method rooms (all but the chat's own) and join them with their results on ``dataset``
+    in ``results_dir``. ``openers``: method -> function that loads its scorer; what fails is missing, and why."""
     found, scorers, limits, missing = {}, {}, {}, {}
     for method, notebook in NOTEBOOKS.items():
         try:
@@ -127,8 +112,7 @@ def table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
     rows = {}
     for one in verdicts:
         words = {True: "anomalous", False: "genuine", None: "–"}[one.is_anomalous]
-        numbers = ("–", "–")
-        if one.is_anomalous is not None:
-            numbers = (f"{one.anomaly_score:.3f} / {one.threshold:.3f}", f"{one.p_value:.2f}")
+        numbers = (f"{one.anomaly_score:.3f} / {one.threshold:.3f}", f"{one.p_value:.2f}")
+        numbers = ("–", "–") if one.is_anomalous is None else numbers
         rows[results.method_label(one.method)] = [words, *numbers, one.note]
     return pd.DataFrame.from_dict(rows, orient="index", columns=["verdict", "score / limit", "p-value", "note"])

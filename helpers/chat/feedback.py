@@ -1,8 +1,7 @@
 """What people say about a detector's verdicts, which of it may be learnt from, and what learning from it changes.
 
-``feedback.jsonl`` holds one judgement a line, with hashes of the picture, not the picture, unless the user allows to
-keep it. Judgements on pictures of the frozen test set are named and refused: a detector that learnt from one would be
-measured on what it was told. Before and after are compared on that test set by an exact paired test.
+``feedback.jsonl`` holds hashes of pictures, not pictures, unless the user allows to keep them. Judgements on the frozen
+test set are refused; before and after are compared on that set by an exact paired test.
 """
 
 from __future__ import annotations
@@ -37,19 +36,18 @@ VERDICTS, LABELS = ("correct", "wrong", "unsure"), ("normal", "anomalous")
 CELLS = tuple(cell for row in conversations.CELLS for cell in row)
 MAX_COMMENT = 10_000
 PICTURES = "feedback_pictures"
-MIN_CONFIRMED, MAX_ALPHA = 5, 0.10
-"""Confirmed anomalies from which on they may move a threshold, and the false-alarm rate it may be moved to."""
+MIN_CONFIRMED = 5  # confirmed anomalies from which on they may move a threshold
+MAX_ALPHA = 0.10  # the false-alarm rate that it may be moved to
 
 
 @dataclass(frozen=True)
 class Entry:
     """One judgement; a value that is not allowed is a ValueError.
 
-    ``pixels_sha256`` names the picture that was looked at (:func:`helpers.data.images.pixel_hash`); ``verdict`` is
-    about the detector, ``label`` about the picture, ``region`` says in which of :data:`CELLS` the anomaly is.
-    ``comment`` is the user's and not trusted: to be escaped before it becomes HTML. ``context`` is what was judged:
-    ``category``, ``method``, ``is_predicted_anomalous``, ``score``, ``question`` ... ``kept_picture`` is a PNG beside
-    the log, empty unless the user allowed to keep it.
+    ``pixels_sha256`` names the picture (:func:`helpers.data.images.pixel_hash`); ``verdict`` is about the detector,
+    ``label`` about the picture, ``region`` says in which of :data:`CELLS` the anomaly is; ``comment`` is not trusted:
+    to be escaped before it becomes HTML; ``context`` is what was judged: ``category``, ``method``, ``score`` ...;
+    ``kept_picture`` is a PNG beside the log, empty unless the user allowed to keep it.
     """
 
     pixels_sha256: str
@@ -91,14 +89,9 @@ class Entry:
 def record(
     path: Path, image: np.ndarray, *, image_path: Path | None = None, keep_image: bool = False, **judgement: Any
 ) -> Entry:
-    """Append one judgement, flushed to disk; two sessions may write to one file.
-
-    Args:
-        image: uint8 RGB ``(H, W, 3)``, the picture as it was judged; ``image_path`` its file, if there is one.
-        keep_image: whether the user allows to keep the picture itself, in ``feedback_pictures/`` beside the log.
-            Without it, feedback can only be learnt from while ``image_path`` is there.
-        judgement: ``verdict, label, region, comment, context`` of :class:`Entry`.
-    """
+    """Append one ``judgement`` (values of :class:`Entry`) on a picture uint8 RGB ``(H, W, 3)``, flushed to disk; two
+    sessions may write to one file. ``keep_image``: whether the user allows to keep the picture itself beside the log;
+    without it, feedback can only be learnt from while the file ``image_path`` is there."""
     pixels, file = images.pixel_hash(image), Path(image_path) if image_path is not None else None
     entry = Entry(
         pixels,
@@ -143,12 +136,8 @@ class Confirmed:
 def sort_out(path: Path, dataset: Dataset) -> tuple[list[Confirmed], list[str], list[str]]:
     """Pictures of a log to learn from, and sentences on judgements that are refused or say nothing to learn.
 
-    Of several on one picture the last one counts.
-
-    Refused are pictures of the test split: by file, by pixels (the same picture saved in another format), and by
-    group (another view or a damaged copy of a picture that is tested on). A changed copy of a test picture that names
-    no group cannot be recognised; do not upload those.
-    """
+    Of several on one picture the last one counts. Refused are pictures of the test split: by file, by pixels (saved in
+    another format), and by group (another view or a damaged copy). A changed copy without a group is not recognised."""
     entries, unused = read(path)
     test = dataset.select(split="test")
     frozen = {sample.sha256 for sample in test}
@@ -159,9 +148,8 @@ def sort_out(path: Path, dataset: Dataset) -> tuple[list[Confirmed], list[str], 
     for entry in {entry.pixels_sha256: entry for entry in entries}.values():
         category, group = str(entry.context.get("category") or ""), str(entry.context.get("group") or "")
         found = _picture_of(entry, path)
-        if {entry.pixels_sha256, entry.file_sha256} & frozen or (
-            found is not None and images.pixel_hash(found[1]) in frozen
-        ):
+        seen = {entry.pixels_sha256, entry.file_sha256} | ({images.pixel_hash(found[1])} if found else set())
+        if seen & frozen:
             refused.append(f"{entry.name} is a test picture")
         elif group in groups:
             refused.append(f"{entry.name} stems from the same source as test pictures: {group}")
@@ -188,11 +176,8 @@ def _picture_of(entry: Entry, path: Path) -> tuple[Path, np.ndarray] | None:
 
 
 def simulate_user(path: Path, dataset: Dataset, *, n_pictures: int, seed: int) -> None:
-    """Write the feedback of a user who is always right, on new photographs, every second one damaged.
-
-    Genuine pictures outside the test split are photographed anew, ``n_pictures`` per painting; they lie beside the
-    log, which is replaced, in ``simulated_pictures/``.
-    """
+    """Write the feedback of a user who is always right, on new photographs of genuine pictures outside the test split,
+    ``n_pictures`` per painting, every second one damaged; they lie beside the log, which is replaced."""
     Path(path).unlink(missing_ok=True)
     for category in dataset.categories:
         normals = [s for s in dataset.select(category=category, is_anomalous=False) if s.split != "test"]
@@ -214,16 +199,13 @@ def teach_clip(
 ) -> pd.DataFrame:  # fmt: skip
     """Detectors of notebook 03 fitted again with confirmed pictures; verdicts before and after on the frozen test set.
 
-    Confirmed genuine pictures are learnt like others; confirmed anomalies place the threshold, see
-    :func:`feedback_threshold`. Settings stay as the search chose them; paintings without feedback stay as they are.
+    Genuine pictures are learnt like others; anomalies place the threshold, see :func:`feedback_threshold`. Settings
+    stay as the search chose them; paintings without feedback stay as they are. A row per method has balanced
+    accuracies, counts, the p-value of the exact paired test and Holm's correction.
 
     Args:
-        found: all detectors, for the thresholds before and the test pictures.
+        found, confirmed: all detectors, for the thresholds before and the test pictures; from :func:`sort_out`.
         loaded, learn_from: from :func:`helpers.clip.methods.load` and :func:`~helpers.clip.methods.learning_rows`.
-        confirmed: from :func:`sort_out`.
-        models, alpha, seed: as in notebook 03.
-    Returns:
-        a row per method: balanced accuracies, counts, p-value of the exact paired test and Holm's correction.
     """
     taught = {}
     for category in sorted({one.category for one in confirmed} & set(learn_from)):
@@ -231,10 +213,8 @@ def teach_clip(
         ids = [one.entry.pixels_sha256 for one in chosen]
         embedded = features.embed(ids, lambda row, chosen=chosen: chosen[row].picture, models)
         kinds = [CONFIRMED if one.is_anomalous else NORMAL_KIND for one in chosen]
-        sources = [
-            Sample(one.image_path, category, False, None, "train", NORMAL_KIND, one.group, one.entry.pixels_sha256)
-            for one in chosen
-        ]
+        about = (category, False, None, "train", NORMAL_KIND)
+        sources = [Sample(one.image_path, *about, one.group, one.entry.pixels_sha256) for one in chosen]
         taught[category] = Rows.join([learn_from[category], Rows.of(sources, embedded, kinds)])
     rows, dataset = {}, found.dataset
     embedded = features.embed_samples(dataset.select(split="test"), models)
@@ -247,27 +227,21 @@ def teach_clip(
             limit = statistics.conformal_threshold(known["scores"], alpha)
             called[0].extend(detector.score(embedded.of(samples)) > limit)
             if category in taught:
-                detector, limit = _fitted_again(detector, taught[category], alpha=alpha, seed=seed)
+                mine = taught[category]
+                detector, scores = tuning.calibrate(clone(detector), mine, seed=seed)
+                known = np.isfinite(scores)
+                normals, marks = (scores[mine.has("kind", kind) & known] for kind in (NORMAL_KIND, CONFIRMED))
+                limit = feedback_threshold(normals, marks, alpha=alpha)
             called[1].extend(detector.score(embedded.of(samples)) > limit)
         rows[method_label(method)] = _paired(*called, labels)
     table = pd.DataFrame.from_dict(rows, orient="index")
     return table.assign(p_holm=statistics.holm(table["p"]))
 
 
-def _fitted_again(detector: Any, rows: Rows, *, alpha: float, seed: int) -> tuple[Any, float]:
-    detector, scores = tuning.calibrate(clone(detector), rows, seed=seed)
-    known = np.isfinite(scores)
-    normals, marks = (scores[rows.has("kind", kind) & known] for kind in (NORMAL_KIND, CONFIRMED))
-    return detector, feedback_threshold(normals, marks, alpha=alpha)
-
-
 def feedback_threshold(normal_scores: np.ndarray, confirmed_scores: np.ndarray, *, alpha: float) -> float:
-    """Threshold with the highest balanced accuracy on confirmed pictures; in the middle of the gap it lies in.
-
-    It is kept between two conformal thresholds of the normals, scores of pictures that the detector has not seen: at
-    most :data:`MAX_ALPHA` and at least ``alpha`` of fresh ones may be called anomalous, so that a few odd judgements
-    cannot make a detector shout or fall silent. Fewer than :data:`MIN_CONFIRMED` confirmed anomalies move nothing.
-    """
+    """Threshold with the highest balanced accuracy on confirmed pictures; in the middle of the gap it lies in. It is
+    kept between two conformal thresholds of the (unseen) normals: at most :data:`MAX_ALPHA` and at least ``alpha`` of
+    fresh ones may be called anomalous, so that a few odd judgements cannot make a detector shout or fall silent."""
     careful = statistics.conformal_threshold(normal_scores, alpha)
     if len(confirmed_scores) < MIN_CONFIRMED:
         return careful
@@ -281,20 +255,14 @@ def feedback_threshold(normal_scores: np.ndarray, confirmed_scores: np.ndarray, 
 def teach_anomalygpt(
     model: Any, dataset: Dataset, confirmed: Sequence[Confirmed], *, folder: Path, settings: Any, evaluation: Any
 ) -> pd.DataFrame:
-    """AnomalyGPT's head learns from confirmed pictures; its words before and after, on the frozen test set.
+    """AnomalyGPT's head learns from confirmed pictures; its words before and after, a row as in :func:`teach_clip`.
 
-    The head is changed in place and written to ``folder``; confirmed anomalies without a place are left out.
-    ``settings`` are :class:`helpers.anomalygpt.pairs.HeadTraining` with few epochs and pairs, ``evaluation`` those of
-    notebook 07.
-
-    Returns:
-        one row as in :func:`teach_clip`; an unclear answer calls nothing anomalous.
-    """
-    taught = [
-        pairs.Confirmed(one.image_path, one.category, one.entry.region if one.is_anomalous else None)
-        for one in confirmed
-        if one.entry.region or not one.is_anomalous
-    ]
+    The head is changed in place and written to ``folder``; confirmed anomalies without a place are left out, and an
+    unclear answer calls nothing anomalous. ``settings`` are :class:`helpers.anomalygpt.pairs.HeadTraining` with few
+    epochs and pairs, ``evaluation`` those of notebook 07."""
+    placed = [one for one in confirmed if one.entry.region or not one.is_anomalous]
+    regions = [one.entry.region if one.is_anomalous else None for one in placed]
+    taught = [pairs.Confirmed(one.image_path, one.category, r) for one, r in zip(placed, regions, strict=True)]
     before = answers_before_after(model, dataset, evaluation)
     learn_from_feedback(model, dataset, taught, folder=folder, settings=settings)
     after = answers_before_after(model, dataset, evaluation)

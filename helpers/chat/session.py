@@ -1,14 +1,12 @@
 """A conversation about one picture: what every detector says of it, and every question with its answer.
 
-No widget here (see :mod:`helpers.chat.widgets`): notebooks and tests drive the same session. A picture is looked at
-once, whatever is asked afterwards. *Where is it?* and *How sure are you?* are answered from the map and the numbers,
-because a language model invents both; where its words contradict the map, a comment says so.
+A picture is looked at once, whatever is asked afterwards. *Where is it?* and *How sure are you?* are answered from the
+map and the numbers, because a language model invents both; where its words contradict the map, a comment says so.
 """
 
 from __future__ import annotations
 
 import tempfile
-import traceback
 import unicodedata
 import uuid
 from collections.abc import Callable, Mapping
@@ -24,7 +22,7 @@ from helpers import files
 from helpers.anomalygpt import conversations
 from helpers.anomalygpt.evaluation import EvaluationSettings, draw_references
 from helpers.anomalygpt.language import PromptTooLong
-from helpers.anomalygpt.model import AnomalyGPT, Look
+from helpers.anomalygpt.model import AnomalyGPT
 from helpers.anomalygpt.training import normals_of
 from helpers.chat.detectors import CHAT, Detectors, Verdict
 from helpers.data import Dataset, images
@@ -32,8 +30,7 @@ from helpers.records import Sample, Scored
 from helpers.results import category_label, method_label
 
 ASKED, WHERE, DESCRIBE, SURE = conversations.QUESTION, "Where is it?", "Describe the painting.", "How sure are you?"
-FIXED_QUESTIONS = (ASKED, WHERE, DESCRIBE, SURE)
-"""Asked without history: an invention of an earlier answer must not become a fact."""
+FIXED_QUESTIONS = (ASKED, WHERE, DESCRIBE, SURE)  # without history: an invention must not become a fact
 MODEL, NUMBERS = "AnomalyGPT", "from the map and the numbers"
 MAX_QUESTION, MAX_UPLOAD_BYTES, MAX_SIDE = 1_000, 40_000_000, 1024
 """Characters of a question; size of an uploaded file; longer side in pixels to which a picture is shrunk."""
@@ -45,10 +42,8 @@ class BadInput(ValueError):
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture to talk about: uint8 RGB ``(H, W, 3)``, its name for readers, the hash of its file's bytes.
-
-    ``path`` is None for uploads, which are not kept; ``category`` the painting it should show, None when unknown.
-    """
+    """A picture to talk about: uint8 RGB ``(H, W, 3)``, its name for readers, the hash of its file's bytes; ``path`` is
+    None for uploads, which are not kept; ``category`` the painting it should show, None when unknown."""
 
     image: np.ndarray
     name: str
@@ -59,10 +54,8 @@ class Picture:
 
 @dataclass(frozen=True)
 class Turn:
-    """A question, the prompt that the model got for it (with a sentence on the artwork), and the answer.
-
-    ``source`` is :data:`MODEL` or :data:`NUMBERS`; ``comment`` says what contradicts the answer, if anything does.
-    """
+    """A question, the prompt that the model got for it (with a sentence on the artwork), and the answer; ``source`` is
+    :data:`MODEL` or :data:`NUMBERS`; ``comment`` says what contradicts the answer, if anything does."""
 
     question: str
     prompt: str
@@ -72,11 +65,7 @@ class Turn:
 
 
 def open_picture(path: str | Path, *, category: str | None = None) -> Picture:
-    """Read a picture from a path; ``~`` is understood, quotes around it are dropped.
-
-    Raises:
-        BadInput: there is no readable picture; says why.
-    """
+    """Read a picture from a path; ``~`` is understood, quotes around it are dropped. BadInput: no readable picture."""
     text = str(path).strip().strip("\"'")
     if not text or "://" in text:
         raise BadInput("Give the path of a picture file, for example /content/photo.jpg; web addresses are not opened.")
@@ -92,19 +81,16 @@ def receive_picture(name: str, content: bytes) -> Picture:
     """Read an uploaded picture; its file is not kept. BadInput: too large, or no readable picture."""
     name = Path(name.replace("\\", "/")).name or "upload"
     if len(content) > MAX_UPLOAD_BYTES:
-        size, allowed = len(content) / 1e6, MAX_UPLOAD_BYTES / 1e6
-        raise BadInput(f"{name} has {size:.0f} MB; an upload may have {allowed:.0f}. Give the file's path instead.")
+        sizes = f"{len(content) / 1e6:.0f} MB; an upload may have {MAX_UPLOAD_BYTES / 1e6:.0f}"
+        raise BadInput(f"{name} has {sizes}. Give the file's path instead.")
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / name).write_bytes(content)
         return replace(open_picture(Path(folder) / name), path=None)
 
 
 def sample_pictures(dataset: Dataset) -> dict[str, Sample]:
-    """Test pictures to try, of each painting: two marks whose place is known, a whole-picture one, a genuine one.
-
-    Returns:
-        words, for example ``"Mona Lisa: letter"`` -> the picture; of each kind the most visible one.
-    """
+    """Test pictures to try by words such as ``"Mona Lisa: letter"``: of each painting two marks whose place is known, a
+    change of the whole picture and a genuine one; of each kind the most visible."""
     found: dict[str, Sample] = {}
     for category in dataset.categories:
         kinds: dict[str, Sample] = {}
@@ -118,11 +104,8 @@ def sample_pictures(dataset: Dataset) -> dict[str, Sample]:
 
 
 def clean_question(text: str) -> str:
-    """The question on one line, without control characters; emoji and other scripts stay as they are.
-
-    Raises:
-        BadInput: nothing is left, or more than :data:`MAX_QUESTION` characters.
-    """
+    """The question on one line, without control characters; emoji and other scripts stay as they are. BadInput: nothing
+    is left, or more than :data:`MAX_QUESTION` characters."""
     question = "".join(c for c in " ".join(text.split()) if unicodedata.category(c) not in ("Cc", "Cs"))
     if not question:
         raise BadInput(f"The question is empty. Type one, for example “{ASKED}”")
@@ -136,16 +119,14 @@ class ChatSession:
 
     Args:
         model: the chain of notebook 06 or of the authors.
-        detectors: from :func:`helpers.chat.detectors.load`; AnomalyGPT's results give the threshold of its map, which
-            may be moved (``threshold``).
+        detectors: from :func:`helpers.chat.detectors.load`; AnomalyGPT's results give its map's ``threshold``.
         settings: of notebook 07: wording, references and length of the answers are those of its row.
         profile: name of the profile, for the record.
     Attributes:
-        picture, category: what is talked about, None at first, and the painting it is compared with.
-        verdicts, history: every detector's verdict on it, and the turns about it.
-        errors, refused: every unexpected exception and every refused input, in words; empty when all is well.
-    Raises:
-        ValueError: notebook 07 has not run on this dataset.
+        picture, category, verdicts, history: what is talked about (None at first), the painting it is compared with,
+            every detector's verdict on it, and the turns about it.
+        errors: every unexpected exception, in words.
+    ValueError: notebook 07 has not run on this dataset.
     """
 
     def __init__(
@@ -158,18 +139,12 @@ class ChatSession:
         self.categories = tuple(detectors.results[CHAT].manifest["calibration"])
         self.category, self.threshold = self.categories[0], float("nan")
         self.picture: Picture | None = None
-        self.verdicts: list[Verdict] = []
-        self.history: list[Turn] = []
-        self.errors: list[str] = []
-        self.refused: list[str] = []
-        self._look: Look | None = None
-        self._banks: dict[str, torch.Tensor] = {}
+        self.verdicts, self.history, self.errors = [], [], []
+        self._look, self._banks = None, {}
 
     def choose(self, picture: Picture, *, category: str | None = None) -> None:
-        """Talk about this picture from now on; every detector judges it, and the conversation starts anew.
-
-        It is compared with ``category``, by default the painting that it should show, else the one before.
-        """
+        """Talk about this picture from now on; every detector judges it, and the conversation starts anew. It is
+        compared with ``category``, by default the painting that it should show, else the one before."""
         category = category or (picture.category if picture.category in self.categories else self.category)
         if category not in self.categories:
             raise BadInput(f"{category!r} is no painting of the dataset; there are {', '.join(self.categories)}.")
@@ -189,11 +164,7 @@ class ChatSession:
 
     @property
     def own(self) -> Verdict:
-        """AnomalyGPT's verdict by its map.
-
-        Raises:
-            BadInput: no picture is chosen.
-        """
+        """AnomalyGPT's verdict by its map. BadInput: no picture is chosen."""
         if self.picture is None:
             raise BadInput("There is no picture yet. Choose a sample, give a path or upload one.")
         return next(one for one in self.verdicts if one.method == CHAT)
@@ -222,28 +193,21 @@ class ChatSession:
             details += " They disagree: rely on neither alone."
         return headline, details
 
-    # --- questions
-
     def ask(self, question: str, *, on_text: Callable[[str], None] | None = None) -> Turn:
         """Ask about the picture; free questions remember earlier free ones. ``on_text`` gets the growing answer.
-
-        Raises:
-            BadInput: no picture, no question, one that is too long, or a conversation that is.
-        """
+        BadInput: no picture, no question, one that is too long, or a conversation that is."""
         asked = clean_question(question)
         own = self.own
         if asked in (WHERE, SURE):
-            answer = self._where() if asked == WHERE else self._how_sure(own)
-            turn = Turn(asked, "", answer, NUMBERS)
+            turn = Turn(asked, "", self._where() if asked == WHERE else self._how_sure(own), NUMBERS)
         else:
             about = conversations.question(self.category, wording=self._settings.wording)
             prompt = about.removesuffix(conversations.QUESTION) + asked
             free = [t for t in self.history if t.source == MODEL and t.question not in FIXED_QUESTIONS]
             history = [] if asked in FIXED_QUESTIONS else [(turn.prompt, turn.answer) for turn in free]
+            options = {"max_new_tokens": self._settings.max_new_tokens, "on_text": on_text}
             try:
-                (answer,) = self.model.ask(
-                    self._look, prompt, history=history, max_new_tokens=self._settings.max_new_tokens, on_text=on_text
-                )
+                (answer,) = self.model.ask(self._look, prompt, history=history, **options)
             except PromptTooLong as error:
                 raise BadInput(f"{error} “Start over” clears it.") from error
             turn = Turn(asked, prompt, answer, MODEL, self._contradiction(answer))
@@ -262,12 +226,10 @@ class ChatSession:
     def _how_sure(self, own: Verdict) -> str:
         n = len(self.detectors.results[CHAT].manifest["calibration"][self.category]["scores"])
         at_least = round(own.p_value * (n + 1)) - 1
-        words = "exceeds" if self.map_says else "stays below"
         change = abs(own.anomaly_score / self.threshold - 1)
-        return (
-            f"The highest value of AnomalyGPT's map {words} the limit by {change:.0%}; {at_least} of {n} genuine "
-            f"pictures reach it. {self.verdict_line()[0]}"
-        )
+        words = f"{'exceeds' if self.map_says else 'stays below'} the limit by {change:.0%}"
+        reached = f"{at_least} of {n} genuine pictures reach it"
+        return f"The highest value of AnomalyGPT's map {words}; {reached}. {self.verdict_line()[0]}"
 
     def _contradiction(self, answer: str) -> str:
         """What the map says against an answer of the language model; empty when nothing does."""
@@ -284,19 +246,13 @@ class ChatSession:
         """Forget the conversation; picture and verdicts stay."""
         self.history = []
 
-    def record_error(self, error: Exception) -> str:
-        """Note an unexpected exception; returns its traceback."""
-        self.errors.append(f"{type(error).__name__}: {error}")
-        return "".join(traceback.format_exception(error))
-
     def context(self) -> Mapping[str, Any]:
         """What a judgement is about, as JSON values; the picture itself is not in it."""
-        last, says = self.history[-1] if self.history else None, self.words_say
-        asked = {"question": last.question, "answer": last.answer} if last else {"question": "", "answer": ""}
-        judged = {"score": self.own.anomaly_score, "threshold": self.threshold}
-        judged["is_predicted_anomalous"] = self.map_says if says is None else says
+        question, answer = (self.history[-1].question, self.history[-1].answer) if self.history else ("", "")
         where = {"method": CHAT, "picture": self.picture.name, "category": self.category, "session": self.id}
-        return {**where, **asked, **judged, "checkpoint": self.model.checkpoint_id, "profile": self.profile}
+        judged = {"score": self.own.anomaly_score, "threshold": self.threshold, "question": question, "answer": answer}
+        judged["is_predicted_anomalous"] = self.map_says if self.words_say is None else self.words_say
+        return {**where, **judged, "checkpoint": self.model.checkpoint_id, "profile": self.profile}
 
 
 def describe_place(anomaly_map: np.ndarray, limit: float) -> str:

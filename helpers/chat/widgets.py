@@ -1,14 +1,14 @@
 """The chat as widgets: a thin layer over :class:`helpers.chat.session.ChatSession`, for ipywidgets 7.7 (Colab) and 8.
 
-Only core widgets and only what both versions have. Everything runs inside the callback (Colab does not show what a
-background thread changes). An exception never disappears: input that cannot be used gets a sentence, anything else a
-red box and an entry in ``session.errors``.
+Everything runs inside the callback (Colab does not show what a background thread changes). An exception never
+disappears: input that cannot be used gets a sentence, anything else a red box and an entry in ``session.errors``.
 """
 
 from __future__ import annotations
 
 import base64
 import functools
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,10 +56,10 @@ def guarded(action: Callable[..., None]) -> Callable[..., None]:
             action(self)
             self._show()
         except BadInput as error:
-            self.session.refused.append(str(error))
             self.message.value = str(_HTML.message(str(error), "", ""))
         except Exception as error:
-            details = self.session.record_error(error)
+            self.session.errors.append(f"{type(error).__name__}: {error}")
+            details = "".join(traceback.format_exception(error))
             self.message.value = str(_HTML.message(f"Something went wrong: {self.session.errors[-1]}", "bad", details))
         finally:
             self._busy = False
@@ -68,11 +68,9 @@ def guarded(action: Callable[..., None]) -> Callable[..., None]:
 
 
 class ChatUI:
-    """The widgets of a session; ``root`` is the one to display. The first picture is chosen at once.
-
-    Pictures are ``samples`` (:func:`helpers.chat.session.sample_pictures`) and ``uploads`` (:func:`upload_on_colab`);
-    judgements go to ``log``, transcripts into the folder ``transcripts``.
-    """
+    """The widgets of a session; ``root`` is the one to display. The first picture is chosen at once. Pictures are
+    ``samples`` (:func:`helpers.chat.session.sample_pictures`) and ``uploads`` (:func:`upload_on_colab`); judgements go
+    to ``log``, transcripts into the folder ``transcripts``."""
 
     def __init__(
         self, session: ChatSession, samples: Mapping[str, Sample], *, uploads: Sequence[Picture] = (), log: Path,
@@ -83,15 +81,14 @@ class ChatUI:
         wide, row = widgets.Layout(width="auto"), widgets.Layout(flex_flow="row wrap", width="auto")
         names = [*self._uploads, *self.samples]
         self.sample = widgets.Dropdown(options=names, description="Picture", layout=wide)
-        self.path = widgets.Text(placeholder="/path/to/picture.jpg", description="or path", layout=wide)
-        self.path.continuous_update = False
+        late = {"layout": wide, "continuous_update": False}
+        self.path = widgets.Text(placeholder="/path/to/picture.jpg", description="or path", **late)
         self.upload = widgets.FileUpload(accept="image/*", description="or upload")
         known = {category_label(name): name for name in session.categories}
         self.compared_with = widgets.Dropdown(options=known, description="Painting", layout=wide)
         self.image = widgets.Image(format="png", layout=widgets.Layout(max_width="100%", object_fit="contain"))
         self.view = widgets.ToggleButtons(options=["marked", "picture"])
-        self.threshold = widgets.FloatSlider(step=0.001, readout_format=".3f", description="threshold", layout=wide)
-        self.threshold.continuous_update = False
+        self.threshold = widgets.FloatSlider(step=0.001, readout_format=".3f", description="threshold", **late)
         self.line, self.talk, self.message, self.table = (widgets.HTML(layout=wide) for _ in range(4))
         self.quick = [widgets.Button(description=q, layout=widgets.Layout(width="auto")) for q in chat.FIXED_QUESTIONS]
         self.question = widgets.Text(placeholder="Ask about the picture …", layout=widgets.Layout(flex="1 1 auto"))
@@ -134,16 +131,10 @@ class ChatUI:
         button.on_click(lambda _: setattr(self.sample, "value", name))
         return widgets.VBox([shown, button], layout=widgets.Layout(align_items="center", margin="2px"))
 
-    # --- what the controls do
-
     @guarded
     def _choose(self) -> None:
-        name = self.sample.value
-        if name in self._uploads:
-            self._look_at(self._uploads[name])
-        else:
-            sample = self.samples[name]
-            self._look_at(chat.open_picture(sample.image_path, category=sample.category))
+        sample, uploaded = self.samples.get(self.sample.value), self._uploads.get(self.sample.value)
+        self._look_at(uploaded or chat.open_picture(sample.image_path, category=sample.category))
 
     @guarded
     def _open(self) -> None:
@@ -195,52 +186,42 @@ class ChatUI:
     @guarded
     def _save(self) -> None:
         path = self._transcripts / f"transcript_{self.session.id}.html"
-        files.write_text(
-            path, f"<!doctype html><meta charset='utf-8'><title>Transcript</title>{self.transcript().data}"
-        )
+        head = "<!doctype html><meta charset='utf-8'><title>Transcript</title>"
+        files.write_text(path, head + self.transcript().data)
         self.message.value = str(_HTML.message(f"Written: {path}", "good", ""))
 
     @guarded
     def _give(self) -> None:
         if self.verdict.value is None:
             raise BadInput("Say first whether the answer is correct, wrong, or whether you are unsure.")
-        picture = self.session.picture
+        picture, judgement = self.session.picture, {"verdict": self.verdict.value, "comment": self.comment.value}
+        judgement |= {"label": _LABELS[self.label.value], "region": self.region.value or None}
+        judgement |= {"context": self.session.context(), "keep_image": self.keep.value}
         try:
-            feedback.record(
-                self._log, picture.image, image_path=picture.path, keep_image=self.keep.value,
-                verdict=self.verdict.value, label=_LABELS[self.label.value], region=self.region.value or None,
-                comment=self.comment.value, context=self.session.context(),
-            )  # fmt: skip
+            feedback.record(self._log, picture.image, image_path=picture.path, **judgement)
         except ValueError as error:
             raise BadInput(str(error)) from error
         self.verdict.value = None
         self.message.value = str(_HTML.message("Thank you, your judgement is saved.", "good", ""))
 
-    # --- what is shown
-
     def _show(self) -> None:
         self.line.value = f'<div class="art-chat">{_HTML.verdict_line(*self.session.verdict_line())}</div>'
         self.talk.value = str(_HTML.talk(self.session.history, "", ""))
-        rows = detectors.table(self.session.verdicts).rename_axis("detector").reset_index().to_dict("records")
-        self.table.value = f'<div class="art-chat"><h3>Every detector</h3>{_HTML.detectors(rows)}</div>'
-        self.image.value = chat.png_bytes(self._drawn())
+        self.table.value = f'<div class="art-chat">{_HTML.detectors(detectors.table(self.session.verdicts))}</div>'
+        self.image.value = self._drawn(self.view.value)
 
-    def _drawn(self) -> Any:
+    def _drawn(self, view: str) -> bytes:
         image, own = images.resize(self.session.picture.image, _SHOWN_SIDE), self.session.own
-        shown = self.view.value == "picture"
-        return image if shown else figures.marked(image, own.anomaly_map, self.session.threshold)
+        marked = figures.marked(image, own.anomaly_map, self.session.threshold)
+        return chat.png_bytes(marked if view == "marked" else image)
 
     def transcript(self) -> HTML:
         """Picture, verdicts and conversation as HTML: what a saved notebook keeps where the widgets were."""
         session = self.session
-        marked = figures.marked(
-            images.resize(session.picture.image, _SHOWN_SIDE), session.own.anomaly_map, session.threshold
-        )
-        picture = "data:image/png;base64," + base64.b64encode(chat.png_bytes(marked)).decode()
-        rows = detectors.table(session.verdicts).rename_axis("detector").reset_index().to_dict("records")
+        picture = "data:image/png;base64," + base64.b64encode(self._drawn("marked")).decode()
         footer = f"profile {session.profile}, session {session.id}"
         shown = (session.picture.name, category_label(session.category), picture, *session.verdict_line())
-        return HTML(str(_HTML.transcript(*shown, session.history, rows, footer)))
+        return HTML(str(_HTML.transcript(*shown, session.history, detectors.table(session.verdicts), footer)))
 
 
 def show(session: ChatSession, samples: Mapping[str, Sample], **options: Any) -> ChatUI:
