@@ -83,17 +83,27 @@ def _run_or_skip(path: Path, title: str, profile: profiles.Profile, key: str) ->
 
 
 def execute(path: Path, show: Callable[[str], None]) -> tuple[nbformat.NotebookNode, str]:
-    """Execute a notebook in its folder, in a fresh kernel of this Python, and show which cell runs.
+    """Execute a notebook in its folder, in a fresh kernel of this Python, and show where it is.
 
     Returns:
         the notebook with outputs, and the failing cell with its error as plain text, empty when none failed.
     """
-    notebook, place = nbformat.read(path, as_version=4), ""
+    notebook, place, started = nbformat.read(path, as_version=4), "", time.monotonic()
+    is_code = [cell.cell_type == "code" for cell in notebook.cells]
+    heading = ""
 
     def follow(cell: nbformat.NotebookNode, cell_index: int) -> None:
-        nonlocal place
-        place = f"cell {cell_index + 1} of {len(notebook.cells)}"
-        show(place)
+        """The cell, the heading it stands under, and the time left if the others take as long as those before."""
+        nonlocal place, heading
+        if not is_code[cell_index]:
+            first = cell.source.splitlines()[0]
+            heading = f", {first.lstrip('#0123456789.· ')}" if first.startswith("#") else heading
+            return
+        n_done, n = sum(is_code[:cell_index]), sum(is_code)
+        place = f"cell {n_done + 1} of {n}{heading}"
+        left = (time.monotonic() - started) / n_done * (n - n_done) if n_done else 0
+        words = f", about {left / 60:.0f} min left" if left > 90 else f", about {left:.0f} s left"
+        show(place + (words if left else ""))
 
     client = NotebookClient(
         notebook,
