@@ -33,7 +33,7 @@ METHOD_LABELS: Mapping[str, str] = {
     "clip_lof": "CLIP LOF",
     "clip_patch_knn": "CLIP patch k-NN",
     "anomalyclip": "AnomalyCLIP",
-    "aligned": "Laid on its reference",
+    "aligned": "Aligned with its reference",
     "dinov2_memory": "DINOv2 patch memory",
     "dinov2_subspace": "DINOv2 subspace",
     "anomalygpt": "AnomalyGPT",

@@ -242,7 +242,7 @@ def test_a_run_of_other_settings_or_another_dataset_starts_over(tmp_path: Path) 
 
 def test_every_picture_gets_exactly_one_prediction(tmp_path: Path) -> None:
     dataset = FewPictures(tmp_path / "data")
-    with pytest.raises(ValueError, match="mona has no calibration scores of Laid on its reference"):
+    with pytest.raises(ValueError, match="mona has no calibration scores of Aligned with its reference"):
         results.predict(tmp_path / "r", dataset=dataset, score=Scorer(), **OPTIONS | {"calibration": {"girl": [1.0]}})
     with pytest.raises(ValueError, match="0 scores for 2 pictures"):
         results.predict(tmp_path / "r", dataset=dataset, score=lambda category, samples: [], **OPTIONS)

@@ -18,10 +18,10 @@ logit-DeLong (Newcombe at 0 and 1) for image AUROC, bootstrap over source pictur
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -60,10 +60,12 @@ NOTEBOOKS: Mapping[str, str] = {
 
 _RESERVED = ("all", "synthetic", "found", "seen", "unseen")
 _RATES = {"accuracy": (True, False), "sensitivity": (True,), "specificity": (False,)}
+_RANKINGS = ("image_auroc", "image_ap", "pixel_auroc", "aupro")
+_ESTIMATE = ("value", "ci_low", "ci_high")
 _NAN = (math.nan, math.nan)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Comparison:
     """What :func:`compare` returns.
 
@@ -88,7 +90,7 @@ class Comparison:
 
     @property
     def samples(self) -> list[Sample]:
-        return [sample for sample in self.dataset.samples if sample.split == "test"]
+        return self.dataset.select(split="test")
 
     @property
     def methods(self) -> list[str]:
@@ -102,18 +104,12 @@ def numbers(table: pd.DataFrame) -> dict[tuple[str, str, str, str], Mapping[str,
 
 
 def compare(dataset: data.Dataset, results_dir: Path, *, profile: str) -> Comparison:
-    """Read every method's results on this dataset and compute the whole comparison.
+    """Read every method's results on this dataset's test pictures and compute the whole comparison.
 
-    Folders of unknown name directly in ``results_dir`` that hold complete results join as further rows.
-
-    Args:
-        dataset: from :func:`helpers.data.open_dataset`; only its test split is scored.
-        results_dir: folder with one results folder per method.
-        profile: name written into every row.
-    Raises:
-        ValueError: the dataset has no test picture.
+    ``results_dir`` holds a results folder per method; complete results in folders of unknown name join as further rows.
+    ``profile`` is written into every row. ``ValueError``: the dataset has no test picture.
     """
-    samples = [sample for sample in dataset.samples if sample.split == "test"]
+    samples = dataset.select(split="test")
     if not samples:
         raise ValueError(f"{dataset.folder} has no test picture; run 02_synthesize_anomalies again.")
     runs, missing, refused = _read_all(Path(results_dir), samples, dataset)
@@ -122,19 +118,17 @@ def compare(dataset: data.Dataset, results_dir: Path, *, profile: str) -> Compar
                           p_value=math.nan, seconds=math.nan, answer="", says=None, has_says=False)  # fmt: skip
     frames = [_frame(run, facts, dataset.folder) for run in runs.values()]
     predictions = pd.concat([*frames, always], ignore_index=True)
-    notes: list[str] = [*dataset.limits.values()]
-    rows = []
+    notes, rows = [*dataset.limits.values()], []
     for method, frame in predictions.groupby("method", sort=False):
         if frame.threshold.isna().any():
             notes.append(f"{method_label(method)} gave no threshold, so it has no accuracy, sensitivity, specificity.")
-        rows += [{"method": method, **row} for row in _method_rows(frame, runs.get(method), samples, notes)]
+        rows += [row | {"method": method} for row in _method_rows(frame, runs.get(method), samples, notes)]
     table = pd.DataFrame(rows).assign(profile=profile, dataset_hash=dataset.hash)[list(COLUMNS)]
     tests = paired_tests(predictions[~predictions.is_limited & (predictions.method != ALWAYS)])
     if dataset.limits and runs:
         left_out = ", ".join(map(category_label, dataset.limits))
         notes.append(f"The paired tests leave out {left_out}: photographs of a few sources are not independent.")
-    found = tuple(dict.fromkeys(notes))
-    return Comparison(dataset, profile, runs, missing, refused, predictions, table, tests, found)
+    return Comparison(dataset, profile, runs, missing, refused, predictions, table, tests, tuple(dict.fromkeys(notes)))
 
 
 def write(comparison: Comparison, folder: Path) -> Path:
@@ -168,13 +162,11 @@ def _read_all(results_dir: Path, samples: Sequence[Sample], dataset: data.Datase
         try:
             run = results.read(results_dir / method, samples, dataset.folder, dataset.hash)
             by_path = {prediction.sample.image_path: prediction for prediction in run.predictions}
-            in_order = [by_path[sample.image_path] for sample in samples if sample.image_path in by_path]
-            if len(in_order) < len(samples):
-                raise ValueError(
-                    f"{method_label(method)} has predictions for {len(in_order)} of {len(samples)} test pictures. Rows "
-                    "on different pictures are not compared: run the method's notebook again."
-                )
-            runs[method] = MethodResult(method, run.folder, run.manifest, in_order)
+            if len(by_path) < len(samples):
+                share = f"{len(by_path)} of {len(samples)} test pictures"
+                raise ValueError(f"{method_label(method)} has predictions for {share}: run its notebook again.")
+            in_order = [by_path[sample.image_path] for sample in samples]
+            runs[method] = dataclasses.replace(run, method=method, predictions=in_order)
         except FileNotFoundError:
             missing[method] = f"{method_label(method)} has no results yet: run {NOTEBOOKS[method]}."
         except (ValueError, KeyError) as error:
@@ -210,11 +202,11 @@ def picture_group(sample: Sample, *, rendered: bool) -> str:
 
 
 def _frame(run: MethodResult, facts: pd.DataFrame, folder: Path) -> pd.DataFrame:
-    names = ("anomaly_score", "threshold", "is_predicted_anomalous", "p_value", "seconds", "answer")
-    columns = {name: [getattr(prediction, name) for prediction in run.predictions] for name in names}
+    """The facts with a method's verdicts."""
+    given = run.frame().drop(columns=["category", "kind", "is_anomalous"])
     said = run.manifest.get("answers_say", {})
     says = [said.get(results.relative_path(prediction.sample, folder)) for prediction in run.predictions]
-    return facts.assign(method=run.method, **columns, says=pd.Series(says, dtype=object), has_says=bool(said))
+    return facts.join(given).assign(says=pd.Series(says, dtype=object), has_says=bool(said))
 
 
 # ----------------------------------------------------------------------------------------------------------- the table
@@ -225,18 +217,15 @@ def _method_rows(
 ) -> list[dict[str, Any]]:
     """Rows of one method: over all paintings first, then painting by painting."""
     trained_on = () if run is None else run.manifest.get("trained_on_kinds", ())
-    single = []
+    rows = [row | {"category": "all"} for row in _rates(frame, trained_on)]
     for category, part in frame.groupby("category"):
-        rows = [*_rates(part, trained_on), *_rankings(part, trained_on), *_pixels(part, run, samples, notes)]
-        single += [{"category": category, **row} for row in rows]
-    combined = list(_rates(frame, trained_on))
-    ranked = pd.DataFrame(
-        [row for row in single if row["metric"] in ("image_auroc", "image_ap", "pixel_auroc", "aupro")]
-    )
-    for (kind, metric), part in ranked.groupby(["kind", "metric"], sort=False) if len(ranked) else ():
-        value, low, high = statistics.mover(part[["value", "ci_low", "ci_high"]].to_numpy())
-        combined.append(_row(kind, metric, value, (low, high), part.n_images.sum(), part.n_anomalous.sum()))
-    rows = [{"category": "all", **row} for row in combined] + single
+        found = *_rates(part, trained_on), *_rankings(part, trained_on), *_pixels(part, run, samples, notes)
+        rows += [row | {"category": category} for row in found]
+    table = pd.DataFrame(rows)
+    for (kind, metric), part in table[table.metric.isin(_RANKINGS)].groupby(["kind", "metric"], sort=False):
+        mean = statistics.mover(part[["value", "ci_low", "ci_high"]].to_numpy())
+        counts = part[["n_images", "n_anomalous"]].sum()
+        rows.append({"category": "all", "kind": kind, "metric": metric, **dict(zip(_ESTIMATE, mean)), **counts})
     return sorted(rows, key=lambda row: (row["category"] != "all", row["category"], METRICS.index(row["metric"])))
 
 
@@ -258,41 +247,39 @@ def is_single_kind(kind: str) -> bool:
     return kind not in _RESERVED and not kind.startswith("group:")
 
 
-def _row(kind: str, metric: str, value: float, interval: Sequence[float], n: int, n_anomalous: int) -> dict[str, Any]:
-    low, high = map(float, interval)
-    return {"kind": kind, "metric": metric, "value": float(value), "ci_low": low, "ci_high": high, "n_images": int(n),
-            "n_anomalous": int(n_anomalous)}  # fmt: skip
+def _row(kind: str, metric: str, estimate: Sequence[float], frame: pd.DataFrame) -> dict[str, Any]:
+    """A row of the table: value and ends of the interval, and the pictures behind them."""
+    counts = {"n_images": len(frame), "n_anomalous": int(frame.is_anomalous.sum())}
+    return {"kind": kind, "metric": metric, **dict(zip(_ESTIMATE, map(float, estimate))), **counts}
 
 
 def _rate(kind: str, metric: str, right: pd.Series, frame: pd.DataFrame) -> dict[str, Any]:
     """A rate over some pictures; of paintings with few sources each source counts as one picture."""
     chosen = frame.loc[right.index]
-    sizes = [part.source.nunique() if part.is_limited.any() else len(part) for _, part in chosen.groupby("category")]
-    one_source = chosen.is_limited.any() and chosen[chosen.is_limited].groupby("category").source.nunique().min() < 2
-    interval = _NAN if one_source else statistics.wilson(right.mean() * sum(sizes), sum(sizes))
-    return _row(kind, metric, right.mean(), interval, len(right), chosen.is_anomalous.sum())
+    paintings = [(len(part), part.source.nunique(), part.is_limited.any()) for _, part in chosen.groupby("category")]
+    n = sum(sources if is_limited else pictures for pictures, sources, is_limited in paintings)
+    one_source = any(is_limited and sources < 2 for _, sources, is_limited in paintings)
+    interval = _NAN if one_source else statistics.wilson(right.mean() * n, n)
+    return _row(kind, metric, (right.mean(), *interval), chosen)
 
 
 def _rates(frame: pd.DataFrame, trained_on: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Rates of the fixed-threshold verdicts, of the words of a chat model, and seconds; one painting or several."""
     if frame.threshold.notna().all():
         right = frame.is_predicted_anomalous == frame.is_anomalous
-        found = {}
-        for metric, labels in _RATES.items():
-            if (chosen := frame.is_anomalous.isin(labels)).any():
-                found[metric] = _rate("all", metric, right[chosen], frame)
+        chosen = {metric: frame.is_anomalous.isin(labels) for metric, labels in _RATES.items()}
+        found = {metric: _rate("all", metric, right[rows], frame) for metric, rows in chosen.items() if rows.any()}
         yield from found.values()
         if len(found) == len(_RATES):
-            both = [[found[m][key] for key in ("value", "ci_low", "ci_high")] for m in ("sensitivity", "specificity")]
-            value, low, high = statistics.mover(both)
-            yield _row("all", "balanced_accuracy", value, (low, high), len(frame), frame.is_anomalous.sum())
-        for name, chosen in _subsets(frame, trained_on):
-            yield _rate(name, "sensitivity", right[chosen], frame)
+            both = [[found[metric][key] for key in _ESTIMATE] for metric in ("sensitivity", "specificity")]
+            yield _row("all", "balanced_accuracy", statistics.mover(both), frame)
+        for name, rows in _subsets(frame, trained_on):
+            yield _rate(name, "sensitivity", right[rows], frame)
     if frame.has_says.all():  # words without a clear yes or no are wrong
         yield _rate("all", "answer_accuracy", frame.says == frame.is_anomalous, frame)
     known = frame[frame.seconds.notna()]
     if len(known):
-        yield _row("all", "seconds_per_image", known.seconds.mean(), _NAN, len(known), known.is_anomalous.sum())
+        yield _row("all", "seconds_per_image", (known.seconds.mean(), *_NAN), known)
 
 
 def _rankings(frame: pd.DataFrame, trained_on: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -302,14 +289,12 @@ def _rankings(frame: pd.DataFrame, trained_on: Sequence[str]) -> Iterator[dict[s
     for name, chosen in [("all", frame.is_anomalous), *_subsets(frame, trained_on)]:
         kept = frame[chosen | ~frame.is_anomalous]
         scores, labels = kept.anomaly_score.to_numpy(), kept.is_anomalous.to_numpy()
-        interval = statistics.auroc_interval(
-            scores, labels, sources=kept.source.tolist() if kept.is_limited.any() else None
-        )
-        yield _row(name, "image_auroc", metrics.image_auroc(scores, labels), interval, len(kept), labels.sum())
+        sources = kept.source.tolist() if kept.is_limited.any() else None
+        interval = statistics.auroc_interval(scores, labels, sources=sources)
+        yield _row(name, "image_auroc", (metrics.image_auroc(scores, labels), *interval), kept)
         if name == "all":
-            draws = metrics.average_precisions(scores, labels, _redraws(tuple(labels), tuple(kept.source)))
-            value, interval = metrics.average_precision(scores, labels), _bootstrap(kept, draws)
-            yield _row(name, "image_ap", value, interval, len(kept), labels.sum())
+            drawn = metrics.average_precisions(scores, labels, _redraws(tuple(labels), tuple(kept.source)))
+            yield _row(name, "image_ap", _bootstrap(metrics.average_precision(scores, labels), drawn, kept), kept)
 
 
 def _pixels(
@@ -318,7 +303,7 @@ def _pixels(
     """Pixel AUROC and AUPRO over genuine pictures and anomalous ones with a known mask."""
     usable = frame[frame.has_truth]
     maps = [] if run is None else [run.anomaly_map(run.predictions[place]) for place in usable.place]
-    n_maps, name = sum(anomaly_map is not None for anomaly_map in maps), category_label(frame.category.iloc[0])
+    n_maps, name = sum(one is not None for one in maps), category_label(frame.category.iloc[0])
     if not n_maps or not usable.is_anomalous.any():
         return
     if n_maps < len(usable):
@@ -328,19 +313,19 @@ def _pixels(
     if len(usable) < len(frame):
         share = f"{len(frame) - len(usable)} of {frame.is_anomalous.sum()} anomalous test pictures"
         notes.append(f"{name}: pixel metrics leave out {share}, which have no mask because the whole picture differs.")
-    truth = (
-        images.load_mask(samples[p].mask_path) if samples[p].is_anomalous else np.zeros((1, 1)) for p in usable.place
-    )
-    table = metrics.pixel_table(maps, truth)
+    chosen = [samples[place] for place in usable.place]
+    masks = (images.load_mask(one.mask_path) if one.is_anomalous else np.zeros((1, 1)) for one in chosen)
+    table = metrics.pixel_table(maps, masks)
     draws = _redraws(tuple(usable.is_anomalous), tuple(usable.source))
     drawn = np.array([metrics.pixel_metrics(table, counts) for counts in draws])
     for metric, value, values in zip(("pixel_auroc", "aupro"), metrics.pixel_metrics(table), drawn.T):
         if math.isfinite(value):
-            yield _row("all", metric, value, _bootstrap(usable, values), len(usable), usable.is_anomalous.sum())
+            yield _row("all", metric, _bootstrap(value, values, usable), usable)
 
 
-def _bootstrap(frame: pd.DataFrame, draws: np.ndarray) -> Sequence[float]:
-    return _NAN if frame.source.nunique() < 2 else statistics.percentile_interval(draws)
+def _bootstrap(value: float, drawn: np.ndarray, frame: pd.DataFrame) -> tuple[float, float, float]:
+    """The value with the interval of its draws; one source gives none."""
+    return (value, *(_NAN if frame.source.nunique() < 2 else statistics.percentile_interval(drawn)))
 
 
 @lru_cache(maxsize=128)
@@ -356,11 +341,8 @@ def paired_tests(predictions: pd.DataFrame) -> pd.DataFrame:
     """Every pair of detectors on the same pictures: DeLong on the scores, exact McNemar on the verdicts.
 
     Over all paintings DeLong's test is stratified by painting and verdicts are pooled. One Holm family per question:
-    which detectors rank better, which are right more often, and both again painting by painting.
-
-    Returns:
-        ``category, measure, method_a, method_b, value_a, value_b, difference, p_value, n_images, p_holm, sentence``;
-        methods without a threshold have no row for accuracy.
+    which detectors rank better, which are right more often, and both again painting by painting. Methods without a
+    threshold have no row for accuracy.
     """
     paintings = sorted(set(predictions.category))
     rows = []

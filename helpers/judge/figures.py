@@ -56,10 +56,8 @@ plt.style.use(Path(__file__).parent / "templates" / "figures.mplstyle")
 def save_figure(fig: Figure, name: str, folder: Path, footer: str = "", *, close: bool = False) -> Path:
     """Write the figure as ``folder/name.png`` (returned), atomically, with its alt text inside.
 
-    Args:
-        fig, name, folder: the figure, the file's name without suffix, a folder that is made when missing.
-        footer: small line below, for example profile, dataset hash and number of images.
-        close: free the figure. Notebooks leave it open, so that the cell shows it.
+    ``footer`` is a small line below, for example profile, dataset hash and number of images. ``close`` frees the
+    figure; notebooks leave it open, so that the cell shows it.
     """
     if footer:
         fig.text(0.01, -0.01, footer, fontsize=8.5, color=MUTED, va="top")
@@ -101,9 +99,6 @@ def painting_name(category: str, categories: Sequence[str], width: int = 26) -> 
     if not all(ord(letter) in _glyphs() for letter in label):
         return f"painting {sorted(set(categories) - {'all'}).index(category) + 1}"
     return _wrap(textwrap.shorten(label, 3 * width, placeholder=" …"), width)
-
-
-# -------------------------------------------------------------------------------------------------------- anomaly maps
 
 
 @dataclass(frozen=True)
@@ -152,12 +147,10 @@ def marked(
     """The picture in its own colours with the verdict (tint and solid outline) and, when known, the truth (dashed).
 
     Args:
-        image: uint8 RGB ``(H, W, 3)``.
+        image: uint8 RGB ``(H, W, 3)``, as the picture returned.
         anomaly_map: float ``(h, w)``, raw; resized bilinearly to the picture. None: no verdict is drawn.
         limit: only what lies above it is tinted, see :func:`map_scale`.
         mask: bool ``(h, w)``, the truth; None when unknown.
-    Returns:
-        uint8 RGB ``(H, W, 3)``.
     """
     out, size = image.copy(), (image.shape[1], image.shape[0])
     width = max(1, round(max(size) / 170))
@@ -170,8 +163,8 @@ def marked(
         thin, dash = max(1, width // 2), 7 * width
         for outline in _outlines(cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)):
             for start in range(0, len(outline), dash):
-                for color, end in (((255, 255, 255), dash), ((0, 0, 0), dash // 2)):  # readable on any ground
-                    cv2.polylines(out, [outline[start : start + end + 1, 0]], False, color, thin, cv2.LINE_AA)
+                for color, end in ((255, dash), (0, dash // 2)):  # light and dark: readable on any ground
+                    cv2.polylines(out, [outline[start : start + end + 1, 0]], False, [color] * 3, thin, cv2.LINE_AA)
     return out
 
 
@@ -215,17 +208,15 @@ def map_examples(result: MethodResult, category: str) -> tuple[list[Panel], Scal
     best; what did not happen is left out.
     """
     mine = sorted((p for p in result.predictions if p.sample.category == category), key=lambda p: p.anomaly_score)
-    maps = [result.anomaly_map(prediction) for prediction in mine]
-    scale = map_scale(one for p, one in zip(mine, maps) if not p.sample.is_anomalous)
-    groups: dict[str, list[tuple[Any, np.ndarray]]] = {"found": [], "missed": [], "genuine, most marked": []}
-    for p, one in zip(mine, maps):
-        mask = data.mask_of(p.sample) if p.sample.is_anomalous else None
-        if mask is not None:
-            inside = cv2.resize(one, mask.shape[::-1])[mask].max()
-            groups["found" if inside > scale.limit else "missed"].append((p, one))
-        elif not p.sample.is_anomalous:
-            both = [*groups["genuine, most marked"], (p, one)]
-            groups["genuine, most marked"] = [max(both, key=lambda pair: pair[1].max())]
+    pairs = [(p, result.anomaly_map(p)) for p in mine]
+    genuine = [pair for pair in pairs if not pair[0].sample.is_anomalous]
+    scale = map_scale(one for _, one in genuine)
+    groups: dict[str, list[tuple[Any, np.ndarray]]] = {"found": [], "missed": []}
+    for p, one in [pair for pair in pairs if pair[0].sample.is_anomalous and pair[0].sample.mask_path]:
+        mask = data.mask_of(p.sample)
+        inside = cv2.resize(one, mask.shape[::-1])[mask].max()
+        groups["found" if inside > scale.limit else "missed"].append((p, one))
+    groups["genuine, most marked"] = sorted(genuine, key=lambda pair: -pair[1].max())[:1]
     panels = []
     for words, found in groups.items():
         for p, one in found[len(found) // 2 : len(found) // 2 + 1]:
@@ -252,17 +243,11 @@ def picture_grid(panels: Sequence[Panel], *, title: str, n_columns: int = 5, lim
     return _finish(fig, title, f"{len(panels)} pictures with captions.")
 
 
-# -------------------------------------------------------------------------------------------------------------- numbers
-
-
 def scores(frame: pd.DataFrame, *, title: str) -> Figure:
     """A dot for each picture, genuine above anomalous, and the threshold: a row per method, a column per painting.
 
     Each panel has its own axis, because the methods' scores have no common scale. Dots on the wrong side are ringed.
-
-    Args:
-        frame: one row a picture and method: ``method, category, anomaly_score, is_anomalous, threshold`` (nan: none).
-        title: the finding.
+    ``frame`` has a row a picture and method: ``method, category, anomaly_score, is_anomalous, threshold`` (nan: none).
     """
     methods, categories = (list(dict.fromkeys(frame[name])) for name in ("method", "category"))
     size = (2.4 + 4.2 * len(categories), 0.9 + 0.95 * len(methods))
@@ -292,13 +277,10 @@ def scores(frame: pd.DataFrame, *, title: str) -> Figure:
     return _finish(fig, title, f"Scores of genuine and anomalous pictures with the threshold, {len(methods)} methods.")
 
 
-def intervals(frame: pd.DataFrame, *, title: str, x_label: str, chance: float | None = None) -> Figure:
-    """Value and interval: a panel per group, a row per method (or any other name).
+def intervals(frame: pd.DataFrame, *, title: str, x_label: str, chance: float) -> Figure:
+    """Value and interval: a panel per group, a row per method (or any other name); a dotted line at ``chance``.
 
-    Args:
-        frame: ``panel, method, value, low, high``; values in [0, 1], nan ends draw no interval.
-        title, x_label: the finding, and what the values are.
-        chance: value of guessing, drawn as a dotted line.
+    ``frame`` has columns ``panel, method, value, low, high``; values in [0, 1], nan ends draw no interval.
     """
     methods, panels = (list(dict.fromkeys(frame[name])) for name in ("method", "panel"))
     fig, axes = _grid(len(panels), 3, (3.2, 0.9 + 0.36 * len(methods)), (2.6, 0.7), sharey=True)
@@ -307,8 +289,7 @@ def intervals(frame: pd.DataFrame, *, title: str, x_label: str, chance: float | 
             y, color = methods.index(row.method), method_color(row.method)
             ax.plot([row.low, row.high], [y, y], color=color, linewidth=3.2, alpha=0.45, solid_capstyle="round")
             ax.plot(row.value, y, _MARKERS.get(row.method, "o"), color=color, markersize=8, clip_on=False, zorder=3)
-        if chance is not None:
-            ax.axvline(chance, color=MUTED, linewidth=1.2, linestyle=(0, (2, 3)))
+        ax.axvline(chance, color=MUTED, linewidth=1.2, linestyle=(0, (2, 3)))
         left = min(0.4, *frame.low.fillna(1), *frame.value) - 0.02
         ax.set(title=_wrap(panel, 34), xlim=(left, 1.0), ylim=(len(methods) - 0.4, -0.6), xlabel=x_label)
         ax.set_yticks(range(len(methods)), [_wrap(method_label(method), 26) for method in methods])
@@ -320,11 +301,8 @@ def intervals(frame: pd.DataFrame, *, title: str, x_label: str, chance: float | 
 def lines(frame: pd.DataFrame, *, title: str, x_label: str, y_label: str = "", log_x: bool = False) -> Figure:
     """Values along an axis (epoch, strength, seconds, evaluation): a panel per measure, a line per method or name.
 
-    Args:
-        frame: ``series, x, value``; optional ``panel``, ``low`` and ``high`` (interval), ``part`` (points of different
-            parts are not joined) and ``ring`` (bool, encircled).
-        title: the finding.
-        x_label, y_label: names of the axes, with units; ``log_x`` makes the first one logarithmic.
+    ``frame`` has columns ``series, x, value``; optional ``panel``, ``low`` and ``high`` (interval), ``part`` (points of
+    different parts are not joined) and ``ring`` (bool, encircled).
     """
     optional = {"panel": "", "low": math.nan, "high": math.nan, "part": 0, "ring": False}
     frame = frame.assign(**{key: value for key, value in optional.items() if key not in frame})
@@ -351,9 +329,6 @@ def lines(frame: pd.DataFrame, *, title: str, x_label: str, y_label: str = "", l
     if len(handles) > 1:
         fig.legend(handles.values(), handles.keys(), loc="outside right center")
     return _finish(fig, title, f"{y_label or ', '.join(panels)} against {x_label}, {len(series)} lines.")
-
-
-# -------------------------------------------------------------------------------------------------------------- details
 
 
 def _grid(

@@ -1,4 +1,4 @@
-"""Numbers as readers see them, and the sentences that a comparison allows.
+"""Numbers as readers see them, and the sentences that a comparison allows; their wording is in ``templates/``.
 
 No sentence claims more than a paired test or an interval supports; counts are said as counts.
 """
@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pandas as pd
 
 from helpers.judge import comparison as compared
@@ -17,100 +18,82 @@ from helpers.judge.comparison import ALWAYS, GROUPS, NOTEBOOKS, Comparison, numb
 from helpers.records import NORMAL_KIND
 from helpers.results import METHODS, category_label, method_label
 
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), undefined=jinja2.StrictUndefined,
+    autoescape=jinja2.select_autoescape(["html"]), trim_blocks=True, lstrip_blocks=True,
+)  # fmt: skip
+"""Sentences (plain text) and pages (every value is escaped)."""
+
 _MANY = {name: f"{words}s" for name, words in GROUPS.items()} | {"whole": "copies and new versions"}
 
 
 def verdict(comparison: Comparison) -> str:
     """The headline: what was found, in one or two plain sentences without brackets."""
-    look, n = numbers(comparison.table), len(comparison.samples)
-    rows = {m: look.get((m, "all", "all", "balanced_accuracy")) for m in comparison.methods}
-    rates = {method: row["value"] for method, row in rows.items() if row is not None}
-    if not rates:
-        return f"No detector has verdicts on these {n} test pictures yet: run the notebooks named below."
-    best = max(rates, key=rates.get)
-    if rows[best]["ci_low"] <= 0.5:
-        return f"No detector is shown to be better than guessing on these {n} pictures."
-    counts = {m: tuple(look[m, "all", "all", key]["value"] for key in ("sensitivity", "specificity")) for m in rates}
-    same = [method for method in rates if counts[method] == counts[best]]
-    level = [method for method in rates if abs(rates[method] - rates[best]) < 1e-9 and method not in same]
-    found, passed = (look[best, "all", "all", key] for key in ("sensitivity", "specificity"))
-    finds, raises = ("finds", "raises") if len(same) == 1 else ("each find", "raise")
-    sentence = (
-        f"{_named(same)} {finds} {words_of(found)} forged or altered pictures and {raises} {_alarms(passed)} on "
-        f"{passed['n_images']} genuine ones."
-    )
-    if level:
-        return f"{sentence} Level with that in balanced accuracy: {_named(level)}."
+    look, rates = numbers(comparison.table), _rows(comparison, "balanced_accuracy")
+    best = max(rates, key=lambda method: rates[method]["value"], default=None)
+    level = [method for method in rates if abs(rates[method]["value"] - rates[best]["value"]) < 1e-9]
+    pairs = {m: [look.get((m, "all", "all", key)) for key in ("sensitivity", "specificity")] for m in (*level, best)}
+    same = [m for m in level if [row["value"] for row in pairs[m]] == [row["value"] for row in pairs[best]]]
     groups = {name: look.get((best, "all", f"group:{name}", "sensitivity")) for name in GROUPS}
     missed = [
         f"{row['n_images'] - _count(row)} of {row['n_images']} {_MANY[name]}"
         for name, row in groups.items()
         if row is not None and row["value"] < 0.5
     ]
-    return f"{sentence} It misses {listed(missed)}." if missed and len(same) == 1 else sentence
+    facts = {"n": len(comparison.samples), "found": pairs[best][0], "passed": pairs[best][1], "missed": missed}
+    is_guessing = bool(rates) and rates[best]["ci_low"] <= 0.5
+    others = [method for method in level if method not in same]
+    return " ".join(_say("verdict", same=same, level=others, is_guessing=is_guessing, **facts))
 
 
 def trust(comparison: Comparison) -> str:
     """How much these pictures can decide, in a sentence or two."""
     samples, tests = comparison.samples, comparison.tests
     pooled = tests[(tests.category == "all") & (tests.measure == "accuracy")]
-    opening = f"The {len(samples)} test pictures come from {len({s.group for s in samples})} source pictures."
-    if not len(pooled):
-        return opening
-    told = f"They can tell {(pooled.p_holm < 0.05).sum() or 'none'} of {len(pooled)} pairs of detectors apart"
-    return f"{opening} {told}; the order of the others may be luck."
+    facts = {"n": len(samples), "n_sources": len({sample.group for sample in samples})}
+    return " ".join(_say("trust", n_pairs=len(pooled), n_told=(pooled.p_holm < 0.05).sum(), **facts))
 
 
 def findings(comparison: Comparison) -> list[str]:
     """What else the numbers allow to say, in sentences."""
-    look, methods, sentences = numbers(comparison.table), comparison.methods, []
-    for measure, words in (("accuracy", "right more often than"), ("AUROC", "better at ranking than")):
+    told, groups = [], []
+    for measure in ("accuracy", "AUROC"):
         tests = comparison.tests
         tests = tests[(tests.category == "all") & (tests.measure == measure)]
+        sure = tests[tests.p_holm < 0.05]
         behind: dict[str, list[str]] = {}
-        for row in tests[tests.p_holm < 0.05].itertuples():
+        for row in sure.itertuples():
             better, worse = (row.method_a, row.method_b) if row.difference > 0 else (row.method_b, row.method_a)
             behind.setdefault(worse, []).append(better)
-        parts = [f"{_named(names)} {'is' if len(names) == 1 else 'are'} {words} {method_label(worse)}"
-                 for worse, names in behind.items()]  # fmt: skip
-        n_sure = sum(map(len, behind.values()))
-        if len(tests):
-            opening = f"{n_sure or 'None'} of {len(tests)} pairs of detectors can be told apart by {measure}"
-            sentences.append(
-                f"{opening}: {'; '.join(parts[:3])}{'; more below' * (len(parts) > 3)}." if parts else f"{opening}."
-            )
+        told.append((measure, len(tests), len(sure), behind))
     for name in GROUPS:
-        rows = {m: look[key] for m in methods if (key := (m, "all", f"group:{name}", "sensitivity")) in look}
+        rows = _rows(comparison, "sensitivity", f"group:{name}")
         counts = {method: _count(row) for method, row in rows.items()}
-        most, least = max(counts.values(), default=0), min(counts.values(), default=0)
-        first, last = ([m for m, count in counts.items() if count == end] for end in (most, least))
-        if counts:
-            opening = f"Of {rows[first[0]]['n_images']} {_MANY[name]}"
-            verb = "finds" if len(first) == 1 else "find"
-            sentences.append(
-                f"{opening} {_named(first)} {verb} {most}, {_named(last)} {least or 'none'}." if most > least
-                else f"{opening} every detector finds {most or 'none'}."
-            )  # fmt: skip
-    passed = [look[key] for m in methods if (key := (m, "all", "all", "specificity")) in look]
-    if passed:
-        worst, high = min(passed, key=lambda row: row["value"]), 1 - min(row["ci_low"] for row in passed)
-        reach = f" (so few pictures allow a true rate of up to {percent(high)})" if math.isfinite(high) else ""
-        sentences.append(f"At most {_alarms(worst)} of any detector on {worst['n_images']} genuine pictures{reach}.")
-    all_seen = []
-    for method in methods:
-        seen, unseen = (look.get((method, "all", kind, "sensitivity")) for kind in ("seen", "unseen"))
-        if seen is not None and unseen is not None:
-            pair = f"{words_of(seen)} of those kinds and {words_of(unseen)} of kinds it never saw"
-            sentences.append(f"{method_label(method)} was trained on some kinds of marks: it finds {pair}.")
-        elif seen is not None:
-            all_seen.append(method)
-    if all_seen:
-        sentences.append(f"Trained on every kind of mark in this test, may find less of new kinds: {_named(all_seen)}.")
-    rows = [(m, look[key]) for m in methods if (key := (m, "all", "all", "image_auroc")) in look]
-    chance = [method for method, row in rows if row["ci_low"] <= 0.5]
-    if chance:
-        sentences.append(f"{_named(chance)} may rank no better than chance: the AUROC interval reaches 0.5.")
-    return sentences
+        ends = [(end, [m for m in counts if counts[m] == end]) for end in sorted({*counts.values()}, reverse=True)]
+        if ends:
+            n = next(iter(rows.values()))["n_images"]
+            groups.append((_MANY[name], n, *ends[0], *ends[-1]))
+    passed = list(_rows(comparison, "specificity").values())
+    seen, unseen = (_rows(comparison, "sensitivity", kind) for kind in ("seen", "unseen"))
+    ranked = _rows(comparison, "image_auroc")
+    return _say(
+        "findings", told=told, groups=groups,
+        worst=min(passed, key=lambda row: row["value"], default=None),
+        reach=1 - min((row["ci_low"] for row in passed), default=0),
+        partly_seen=[(method, seen[method], unseen[method]) for method in seen if method in unseen],
+        all_seen=[method for method in seen if method not in unseen],
+        chance=[method for method, row in ranked.items() if row["ci_low"] <= 0.5],
+    )  # fmt: skip
+
+
+def _say(about: str, **facts: Any) -> list[str]:
+    return TEMPLATES.get_template("sentences.txt").render(about=about, **facts).splitlines()
+
+
+def _rows(comparison: Comparison, metric: str, kind: str = "all") -> dict[str, Mapping[str, Any]]:
+    """A number of each detector that has it, over all paintings."""
+    look = numbers(comparison.table)
+    return {method: look[key] for method in comparison.methods if (key := (method, "all", kind, metric)) in look}
 
 
 def _named(methods: Sequence[str]) -> str:
@@ -119,11 +102,6 @@ def _named(methods: Sequence[str]) -> str:
 
 def _count(row: Mapping[str, Any]) -> int:
     return round(row["value"] * row["n_images"])
-
-
-def _alarms(passed: Mapping[str, Any]) -> str:
-    n = passed["n_images"] - _count(passed)
-    return "no false alarm" if n == 0 else "1 false alarm" if n == 1 else f"{n} false alarms"
 
 
 # -------------------------------------------------------------------------------------------------- numbers as words
@@ -186,10 +164,6 @@ def count_of(row: Mapping[str, Any] | None) -> str:
     return "–" if row is None else f"{_count(row)}/{row['n_images']}"
 
 
-def words_of(row: Mapping[str, Any]) -> str:
-    return f"{_count(row)} of {row['n_images']}"
-
-
 def seconds_text(row: Mapping[str, Any] | None) -> str:
     """Seconds to two significant digits; a dash when unknown."""
     return "–" if row is None else f"{row['value']:.0f}" if row["value"] >= 100 else f"{row['value']:.2g}"
@@ -208,3 +182,9 @@ def listed(names: Iterable[str]) -> str:
     """``a``, ``a and b``, ``a, b and c``."""
     names = list(names)
     return "".join(names) if len(names) < 2 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+TEMPLATES.filters |= {
+    "method": method_label, "category": category_label, "kind": kind_label, "short": short, "count": count_of,
+    "seconds": seconds_text, "percent": percent, "listed": listed, "named": _named,
+}  # fmt: skip

@@ -41,11 +41,11 @@ def read(folder: Path) -> pd.DataFrame:
     Copies that cannot be read are left out and named in ``frame.attrs["skipped"]``.
     """
     frames, skipped = [pd.DataFrame(columns=["series", "method", "run", *_KEYS])], []
+    types = {"is_anomalous": bool, "is_predicted_anomalous": bool, "anomaly_score": float}
     for path in sorted(Path(folder).glob("*__*.csv")):
         series, _, run = path.stem.partition("__")
         try:
-            frame = pd.read_csv(path, float_precision="round_trip").drop_duplicates(_KEYS)
-            frame = frame.astype({"is_anomalous": bool, "is_predicted_anomalous": bool, "anomaly_score": float})
+            frame = pd.read_csv(path, float_precision="round_trip").drop_duplicates(_KEYS).astype(types)
             frames.append(frame.assign(series=series, method=series.partition(".")[2], run=run))
         except (ValueError, KeyError) as error:
             skipped.append(f"{path.name}: {error}")
@@ -58,11 +58,9 @@ def changes(history: pd.DataFrame) -> pd.DataFrame:
     """The last evaluation of each method against the one before and against its first, on the pictures both have.
 
     Ranking is tested for each painting (DeLong), verdicts over all (exact test of balanced accuracy); p-values are
-    corrected (Holm) over *all* tests of the report: one false alarm among many methods is still one.
-
-    Returns:
-        ``method, against, measure, category, value_a`` (now), ``value_b`` (then), ``difference, p_value, n_images,
-        p_holm, is_fall``.
+    corrected (Holm) over *all* tests of the report: one false alarm among many methods is still one. Columns:
+    ``method, against, measure, category, value_a`` (now), ``value_b`` (then), ``difference, p_value, n_images, p_holm,
+    is_fall``.
     """
     rows = []
     for _, runs in history.groupby("series", sort=False):

@@ -31,8 +31,8 @@ def score_new(
         folder, dataset: the inbox, and the dataset whose paintings are known; its own pictures are left out.
         detector: identifies the trained detector, for example method and ``checkpoint_hash`` of its results.
         score: painting and uint8 RGB pictures -> one verdict each.
-        normal_scores: painting -> scores of genuine pictures, from ``manifest.json`` of the results.
-        alpha: wanted false-alarm rate.
+        normal_scores, alpha: painting -> scores of genuine pictures, from ``manifest.json`` of the results, and the
+            wanted false-alarm rate.
     Returns:
         rows of every picture scored by this detector (``is_new`` marks those of this look; ``label`` is ``genuine``,
         ``anomalous`` or empty), and sentences about files that were left out.
@@ -45,8 +45,7 @@ def score_new(
     mine = known.detector == detector
     fresh, left_out = _fresh(folder, dataset, set(known.sha256[mine]))
     parts = [pd.DataFrame(columns=_COLUMNS)]
-    for category in sorted({one["category"] for one in fresh}):
-        chosen = pd.DataFrame([one for one in fresh if one["category"] == category])
+    for category, chosen in pd.DataFrame(fresh).groupby("category") if fresh else ():
         verdicts = score(category, [images.load_image(folder / name) for name in chosen.image_path])
         scores = np.array([verdict.anomaly_score for verdict in verdicts])
         threshold = statistics.conformal_threshold(normal_scores[category], alpha)

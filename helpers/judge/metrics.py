@@ -50,13 +50,10 @@ def average_precision(scores: ArrayLike, labels: ArrayLike) -> float:
 
 
 def average_precisions(scores: ArrayLike, labels: ArrayLike, counts: np.ndarray) -> np.ndarray:
-    """Average precision of many draws of the same pictures.
+    """Average precision of many draws of the same pictures: float64 ``(draws,)``, nan where a draw lacks a class.
 
-    Args:
-        scores, labels: as :func:`image_auroc`.
-        counts: int ``(draws, n)``, how often each draw has each picture, see :func:`helpers.judge.statistics.redraws`.
-    Returns:
-        float64 ``(draws,)``; nan where a draw lacks a class.
+    ``counts``, int ``(draws, n)``, says how often each draw has each picture, see
+    :func:`helpers.judge.statistics.redraws`.
     """
     scores, labels = checked_scores(scores, labels)
     order = np.argsort(-scores, kind="stable")
@@ -73,19 +70,12 @@ def checked_scores(scores: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np
     """Scores as float64 ``(n,)`` and labels as bool ``(n,)``, or a ``ValueError`` that says what is wrong."""
     scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels)
     if scores.ndim != 1 or scores.shape != labels.shape or not np.isin(labels, (0, 1)).all():
-        raise ValueError(
-            f"Scores have shape {scores.shape}, labels {labels.shape}; pass one score and one label (False/True or "
-            "0/1) for each picture."
-        )
+        shapes = f"Scores have shape {scores.shape}, labels {labels.shape}"
+        raise ValueError(f"{shapes}; pass one score and one label (False/True or 0/1) for each picture.")
     if not np.isfinite(scores).all():
-        raise ValueError(
-            f"{(~np.isfinite(scores)).sum()} of {len(scores)} scores are not finite, first at position "
-            f"{int(np.argmin(np.isfinite(scores)))}. Find out why before measuring."
-        )
+        first = f"first at position {int(np.argmin(np.isfinite(scores)))}"
+        raise ValueError(f"{(~np.isfinite(scores)).sum()} of {len(scores)} scores are not finite, {first}.")
     return scores, labels.astype(bool)
-
-
-# ------------------------------------------------------------------------------------------------- pixels
 
 
 def pixel_table(maps: Iterable[np.ndarray], masks: Iterable[np.ndarray | None]) -> np.ndarray:

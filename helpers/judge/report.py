@@ -18,16 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import jinja2
 import pandas as pd
 
 from helpers import data, files, results
 from helpers.data import images
 from helpers.judge import figures, findings, statistics
 from helpers.judge.comparison import ALWAYS, GROUPS, NOTEBOOKS, Comparison, is_single_kind, numbers, read
-from helpers.results import category_label, method_label
 
-_N_TILES, _PER_PAGE = 240, 6
+_N_TILES = 240
 
 
 def write_report(comparison: Comparison, path: Path, drawn: Mapping[str, Path]) -> Path:
@@ -52,19 +50,8 @@ def table_html(comparison: Comparison) -> str:
 
 
 def _render(name: str, comparison: Comparison, **values: Any) -> str:
-    folder = Path(__file__).parent / "templates"
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
-    environment.filters |= {
-        "method": method_label, "category": category_label, "kind": findings.kind_label, "color": figures.method_color,
-        "short": findings.short, "count": findings.count_of, "seconds": findings.seconds_text,
-        "percent": findings.percent, "group": lambda name: GROUPS.get(name, name),
-        "json": lambda value: json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True),
-        "tied": lambda text: str(text).replace(" %", "\u00a0%").replace("k-NN", "k\u2011NN"),
-    }  # fmt: skip
-    return environment.get_template(name).render(
+    samples = comparison.dataset.samples
+    return findings.TEMPLATES.get_template(name).render(
         c=comparison,
         look=numbers(comparison.table),
         methods=[*comparison.methods, ALWAYS],
@@ -74,11 +61,17 @@ def _render(name: str, comparison: Comparison, **values: Any) -> str:
         kinds=[kind for kind in dict.fromkeys(comparison.table.kind) if is_single_kind(kind)],
         n_pictures=lambda category: findings.n_pictures(comparison.table, category),
         wilson=statistics.wilson,
-        pick=lambda category, split: [
-            s for s in comparison.dataset.samples if (s.category, s.split) == (category, split)
-        ],
+        pick=lambda category, split: [s for s in samples if (s.category, s.split) == (category, split)],
         **values,
     )
+
+
+findings.TEMPLATES.filters |= {
+    "color": figures.method_color,
+    "group": lambda name: GROUPS.get(name, name),
+    "json": lambda value: json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True),
+    "tied": lambda text: str(text).replace(" %", "\u00a0%").replace("k-NN", "k\u2011NN"),
+}
 
 
 class _Pictures:
@@ -180,33 +173,22 @@ def _uri(content: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-# -------------------------------------------------------------------------------------------------------------- figures
-
-
 def draw_all(comparison: Comparison, folder: Path) -> dict[str, Path]:
-    """Draw and save every figure of the comparison that its results allow.
-
-    Returns:
-        name -> PNG; with more paintings than fit on a figure, pages ``auroc_2``, ``scores_2`` ...
-    """
+    """Draw and save every figure that the results allow: name -> PNG; ``auroc_2``, ``scores_2`` ... are more pages."""
     table = comparison.table[(comparison.table.kind == "all") & comparison.table.method.isin(comparison.methods)]
     table = table.assign(low=table.ci_low, high=table.ci_high)
     scored = comparison.predictions[comparison.predictions.method.isin(comparison.methods)]
     paintings = sorted(set(scored.category))
     found: dict[str, Any] = {}
-    for start in range(0, len(paintings), _PER_PAGE):
-        names, end = paintings[start : start + _PER_PAGE], f"_{start // _PER_PAGE + 1}" if start else ""
+    for name, names in _pages("auroc", paintings, 6):
         rows = table[(table.metric == "image_auroc") & table.category.isin(names)]
         if len(rows):
             frame = rows.assign(panel=[figures.painting_name(name, paintings, 34) for name in rows.category])
             title = f"Image AUROC with 95 % intervals. {findings.trust(comparison)}"
-            found[f"auroc{end}"] = figures.intervals(frame, title=title, x_label="image AUROC", chance=0.5)
-        for half in (names[:3], names[3:]):
-            if half:
-                number = paintings.index(half[0]) // 3
-                chosen = scored[scored.category.isin(half)]
-                name = f"scores_{number + 1}" if number else "scores"
-                found[name] = figures.scores(chosen, title=_scores_title(chosen))
+            found[name] = figures.intervals(frame, title=title, x_label="image AUROC", chance=0.5)
+    for name, names in _pages("scores", paintings, 3):
+        chosen = scored[scored.category.isin(names)]
+        found[name] = figures.scores(chosen, title=_scores_title(chosen))
     over_all = table[table.category == "all"]
     times, quality = (over_all[over_all.metric == name] for name in ("seconds_per_image", "image_auroc"))
     both = quality.merge(times[times.value > 0], on="method", suffixes=("", "_x"))
@@ -220,6 +202,12 @@ def draw_all(comparison: Comparison, folder: Path) -> dict[str, Path]:
     return {name: figures.save_figure(fig, name, folder, footer, close=True) for name, fig in found.items()}
 
 
+def _pages(name: str, paintings: Sequence[str], most: int) -> list[tuple[str, Sequence[str]]]:
+    """Pages of a figure with at most so many paintings: name of the file, and the paintings on it."""
+    starts = range(0, len(paintings), most)
+    return [(f"{name}_{start // most + 1}" if start else name, paintings[start : start + most]) for start in starts]
+
+
 def _scores_title(scored: pd.DataFrame) -> str:
     wrong = scored.is_predicted_anomalous != scored.is_anomalous
     missed, alarms = ((wrong & (scored.is_anomalous == kind)).groupby(scored.method).sum() for kind in (True, False))
@@ -228,18 +216,6 @@ def _scores_title(scored: pd.DataFrame) -> str:
         f"Of {one.is_anomalous.sum()} anomalous pictures each detector misses {missed.min()} to {missed.max()}; of "
         f"{(~one.is_anomalous).sum()} genuine ones at most {alarms.max()} are called anomalous"
     )
-
-
-def draw_robustness(path: Path, folder: Path) -> dict[str, Path]:
-    """Draw ``robustness.csv`` (``method, strength, auroc, false_alarms``) when there is one: name -> PNG."""
-    if not Path(path).exists():
-        return {}
-    table = pd.read_csv(path)
-    panels = {"image AUROC": "auroc", "share of genuine pictures called anomalous": "false_alarms"}
-    frame = pd.concat([table.assign(panel=panel, value=table[name]) for panel, name in panels.items()])
-    title = "The same pictures photographed worse and worse"
-    fig = figures.lines(frame.assign(series=frame.method, x=frame.strength), title=title, x_label="strength")
-    return {"robustness": figures.save_figure(fig, "robustness", folder)}
 
 
 def show(page: Path) -> None:

@@ -40,21 +40,19 @@ class PairedTest:
 _UNDEFINED = Interval(math.nan, math.nan)
 _Z = 1.959963984540054  # of a two-sided interval of 95 %
 
-# --------------------------------------------------------------------------------------- thresholds from genuine scores
-
 
 def conformal_threshold(normal_scores: ArrayLike, alpha: float = 0.05) -> float:
     """Threshold above which a score is called anomalous: at most ``alpha`` of new genuine pictures lie above it.
 
-    The promise counts independent pictures. With 10 sources of 4 photographs each a nominal 5 % was measured as 6 to
-    7 %, with 5 of 8 as 7 to 10 %: say beside a threshold how many sources it rests on.
+    The promise counts independent pictures: with 10 sources of 4 photographs each a nominal 5 % was measured as 6 to
+    7 %, with 5 of 8 as 7 to 10 %. ``ValueError`` when there is no finite score.
 
     Args:
         normal_scores: float ``(n,)``, of genuine pictures the detector has not learnt from, higher = more anomalous.
         alpha: wanted false-alarm rate, in (0, 1).
     Returns:
-        the ``ceil((n + 1)(1 - alpha))``-th smallest score; the largest one, with a warning that names the rate
-        that can be promised, when ``n`` is too small for ``alpha``. ``ValueError`` when there is no finite score.
+        the ``ceil((n + 1)(1 - alpha))``-th smallest score; when ``n`` is too small for ``alpha`` the largest one, with
+        a warning that names the rate that can be promised.
 
     >>> conformal_threshold(range(1, 20), alpha=0.05), conformal_threshold(range(1, 100), alpha=0.05)
     (19.0, 95.0)
@@ -87,22 +85,19 @@ def p_values(normal_scores: ArrayLike, scores: ArrayLike) -> np.ndarray:
 def _checked_normals(normal_scores: ArrayLike) -> np.ndarray:
     """Calibration scores in ascending order."""
     scores = np.asarray(list(normal_scores), dtype=np.float64)
-    if scores.ndim != 1 or len(scores) == 0:
-        raise ValueError(f"Calibration needs a list of normal scores, got shape {scores.shape}. Add normal pictures.")
-    if not np.isfinite(scores).all():
-        raise ValueError(f"{(~np.isfinite(scores)).sum()} of {len(scores)} calibration scores are not finite.")
+    if scores.ndim != 1 or len(scores) == 0 or not np.isfinite(scores).all():
+        unknown = (~np.isfinite(scores)).sum()
+        raise ValueError(
+            f"Calibration needs a list of normal scores; got shape {scores.shape}, {unknown} of them not finite. Add "
+            "normal pictures."
+        )
     return np.sort(scores)
 
 
-# ------------------------------------------------------------------------------------------------- intervals
-
-
 def wilson(successes: float, n: float) -> Interval:
-    """Wilson score interval of a rate, in [0, 1]: never empty at 0 or ``n`` successes; nan when ``n`` is 0.
+    """Wilson score interval of a rate (JASA 1927), in [0, 1]: never empty at 0 or ``n`` successes; nan when ``n`` is 0.
 
     ``successes`` (0 to ``n``, else ``ValueError``) need not be whole: a rate times the number of sources.
-
-    Source: Wilson, JASA 1927.
 
     >>> [round(100 * limit, 1) for limit in wilson(41, 49)]
     [71.0, 91.5]
@@ -122,7 +117,6 @@ def mover(estimates: Sequence[Sequence[float]]) -> tuple[float, float, float]:
     """Mean of independent estimates, (value, low, high) each, with the interval that follows from theirs.
 
     For balanced accuracy and for means over paintings; nan at both ends when one of the intervals is unknown.
-
     Source: method of variance estimates recovery; Zou and Donner, Statistics in Medicine 2008.
 
     >>> mover([(0.5, 0.2, 0.6), (0.9, 0.5, 0.9)])
@@ -154,15 +148,12 @@ def auroc_interval(scores: ArrayLike, labels: ArrayLike, *, sources: Sequence[Ha
     auroc, variance = float(aurocs[0]), float(covariance[0, 0])
     if math.isnan(auroc) or (sources is not None and len(set(sources)) < 2):
         return _UNDEFINED
-    if sources is not None:
-        anomalous, normal = (
-            len({s for s, label in zip(sources, labels) if label == wanted}) for wanted in (True, False)
-        )
-        return _newcombe(auroc, anomalous, normal)
-    if 0 < auroc < 1 and variance > 0:
+    if sources is None and 0 < auroc < 1 and variance > 0:
         centre, half = math.log(auroc / (1 - auroc)), _Z * math.sqrt(variance) / (auroc * (1 - auroc))
         return Interval(*(1 / (1 + math.exp(-limit)) for limit in (centre - half, centre + half)))
-    return _newcombe(auroc, int(labels.sum()), int((~labels).sum()))
+    counted = range(len(labels)) if sources is None else sources
+    sizes = [len({one for one, label in zip(counted, labels) if label == wanted}) for wanted in (True, False)]
+    return _newcombe(auroc, *sizes)
 
 
 def redraws(strata: Sequence[Hashable], groups: Sequence[Hashable], *, n_draws: int = 1000) -> np.ndarray:
@@ -171,9 +162,7 @@ def redraws(strata: Sequence[Hashable], groups: Sequence[Hashable], *, n_draws: 
     Groups (sources, ``(n,)``) are drawn among the groups with the same set of ``strata`` (labels, ``(n,)``), copies of
     one picture together. Percentile intervals are too narrow near the end of a statistic's range (80 to 90 % coverage
     of a nominal 95 % at 50 pictures): use :func:`auroc_interval` for image AUROC and :func:`wilson` for rates.
-
-    Returns:
-        int64 ``(n_draws, n)``: how often each draw has each picture; the same draws each time.
+    Returns int64 ``(n_draws, n)``: how often each draw has each picture; the same draws each time.
     """
     if len(strata) == 0 or len(strata) != len(groups):
         raise ValueError(f"{len(strata)} strata and {len(groups)} groups; pass one of each for every picture.")
@@ -199,9 +188,6 @@ def percentile_interval(values: ArrayLike) -> Interval:
     if len(known) == 0 or known.min() == known.max():
         return _UNDEFINED
     return Interval(*map(float, np.quantile(known, [0.025, 0.975])))
-
-
-# ------------------------------------------------------------------------------------------------- two methods
 
 
 def delong_paired(
@@ -250,17 +236,12 @@ def mcnemar_exact(correct_a: ArrayLike, correct_b: ArrayLike) -> PairedTest:
     """Do two methods differ in accuracy on the same pictures? Exact McNemar test on verdicts (True where right).
 
     Only pictures on which exactly one of them is right count; fewer than six of those can never reach 5 %. Verdicts
-    of several paintings may be pooled, since each was made at its own painting's threshold.
-
-    Raises:
-        ValueError: lengths differ, no picture, or values other than bool.
-    Source: McNemar, Psychometrika 1947; binomial tail with probability 1/2.
+    of several paintings may be pooled, since each was made at its own painting's threshold. ``ValueError``: lengths
+    differ, or values other than bool. Source: McNemar, Psychometrika 1947; binomial tail.
     """
     from scipy.stats import binomtest
 
-    a, b = np.asarray(correct_a), np.asarray(correct_b)
-    if a.dtype != bool or b.dtype != bool or a.ndim != 1 or a.shape != b.shape or len(a) == 0:
-        raise ValueError(f"Pass two lists of True/False (verdict == label) of one length; got {a.shape}, {b.shape}.")
+    a, b = _checked_verdicts(correct_a, correct_b)
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     p_value = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
     return PairedTest(float(a.mean()), float(b.mean()), (only_a - only_b) / len(a), float(p_value), len(a))
@@ -271,17 +252,12 @@ def balanced_accuracy_test(correct_a: np.ndarray, correct_b: np.ndarray, labels:
 
     McNemar's idea for both classes at once: only pictures on which exactly one of the two is right count, each as
     likely for the one as for the other when there is no difference. The p-value is the probability, over all ways the
-    coins could fall, of a difference at least as large. All nan when one class is missing.
-
-    Raises:
-        ValueError: lengths differ, or values other than bool.
-    Source: McNemar, Psychometrika 1947; two independent binomials, one for each class.
+    coins could fall, of a difference at least as large. All nan when one class is missing; errors as
+    :func:`mcnemar_exact`.
     """
     from scipy.stats import binom
 
-    a, b, labels = (np.asarray(values) for values in (correct_a, correct_b, labels))
-    if not a.shape == b.shape == labels.shape or any(values.dtype != bool for values in (a, b, labels)):
-        raise ValueError(f"Pass three lists of True/False of one length; got {a.shape}, {b.shape}, {labels.shape}.")
+    a, b, labels = _checked_verdicts(correct_a, correct_b, labels)
     if labels.all() or not labels.any():
         return PairedTest(math.nan, math.nan, math.nan, math.nan, len(labels))
     values = [float((c[labels].mean() + c[~labels].mean()) / 2) for c in (a, b)]
@@ -300,7 +276,6 @@ def holm(p_values: ArrayLike) -> np.ndarray:
     """P-values adjusted for asking one question of several pairs: compare them with 5 % as they are.
 
     Float64 ``(m,)`` in the same order; a nan stays nan and is not counted as a test. ``ValueError`` outside [0, 1].
-
     Source: Holm, Scandinavian Journal of Statistics 1979.
 
     >>> holm([0.01, 0.04, 0.03]).tolist()
@@ -316,14 +291,15 @@ def holm(p_values: ArrayLike) -> np.ndarray:
     return adjusted
 
 
-# ------------------------------------------------------------------------------------------------- inside
+def _checked_verdicts(*given: ArrayLike) -> list[np.ndarray]:
+    found = [np.asarray(values) for values in given]
+    if any(one.dtype != bool or one.shape != found[0].shape or one.ndim != 1 for one in found):
+        raise ValueError(f"Pass lists of True/False of one length; got {[one.shape for one in found]}.")
+    return found
 
 
 def _delong(scores: Sequence[np.ndarray], labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """AUROC of each score list ``(k,)`` and DeLong's covariance ``(k, k)`` between them; nan where undefined.
-
-    By mid-ranks: Sun and Xu, IEEE Signal Processing Letters 2014.
-    """
+    """AUROC ``(k,)`` and DeLong's covariance ``(k, k)``, nan where undefined; by mid-ranks (Sun and Xu, 2014)."""
     from scipy.stats import rankdata
 
     n_anomalous, n_normal, k = int(labels.sum()), int((~labels).sum()), len(scores)
