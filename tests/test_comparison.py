@@ -120,9 +120,6 @@ def test_the_csv_is_tidy_and_comes_back(compared: comparison.Comparison, csv: Pa
         comparison.read(tmp_path / "other.csv")
 
 
-# ------------------------------------------------------------------------------------------------- refused and missing
-
-
 def test_results_on_another_dataset_are_refused_by_name(
     compared: comparison.Comparison, results_dir: Path, tmp_path: Path
 ) -> None:
@@ -155,9 +152,6 @@ def test_results_of_another_tool_join_and_a_method_without_threshold_has_no_rate
     assert any("my_detector gave no threshold" in note for note in found.notes)
     assert set(found.tests.measure) == {"AUROC"}
     assert "my_detector" in findings.as_text(comparison.write(found, tmp_path))
-
-
-# --------------------------------------------------------------------------------- kinds, few sources, what was learnt
 
 
 def test_kinds_named_like_the_tables_own_words_are_kept_apart(tmp_path: Path) -> None:
@@ -212,32 +206,27 @@ def test_few_sources_count_as_sources_and_one_gives_no_interval(tmp_path: Path) 
     assert len(one.tests) == 2 and (one.tests.n_images == 8).all()  # the paired tests are of the other painting only
 
 
+def compared_with(dataset: data.Dataset, folder: Path, **facts: object) -> comparison.Comparison:
+    """The comparison of CLIP LOF alone, whose manifest states further facts."""
+    given = tiny.SCORES["clip_lof"], tiny.THRESHOLDS["clip_lof"]
+    path = tiny.write_result(folder / "clip_lof", dataset, "clip_lof", *given) / "manifest.json"
+    files.write_json(path, files.read_json(path) | facts)
+    return comparison.compare(dataset, folder, profile="mini")
+
+
 def test_seen_and_unseen_kinds_are_judged_apart(dataset: data.Dataset, tmp_path: Path) -> None:
-    folder = tiny.write_result(
-        tmp_path / "clip_lof", dataset, "clip_lof", tiny.SCORES["clip_lof"], tiny.THRESHOLDS["clip_lof"]
-    )
-    manifest = files.read_json(folder / "manifest.json") | {"trained_on_kinds": ["box"]}
-    files.write_json(folder / "manifest.json", manifest)
-    found = comparison.compare(dataset, tmp_path, profile="mini")
+    found = compared_with(dataset, tmp_path, trained_on_kinds=["box"])
     assert value(found, "clip_lof", "all", "seen", "sensitivity") == 3 / 4
     assert value(found, "clip_lof", "all", "unseen", "sensitivity") == 1.0
     assert any("3 of 4 of those kinds and 2 of 2 of kinds it never saw" in text for text in findings.findings(found))
 
 
 def test_what_a_chat_model_says_comes_from_the_manifest(dataset: data.Dataset, tmp_path: Path) -> None:
-    folder = tiny.write_result(
-        tmp_path / "clip_lof", dataset, "clip_lof", tiny.SCORES["clip_lof"], tiny.THRESHOLDS["clip_lof"], answer="Yes"
-    )
-    paths = pd.read_csv(folder / "predictions.csv").image_path
+    paths = [results.relative_path(sample, dataset.folder) for sample in dataset.select(split="test")]
     says = dict.fromkeys(paths, True) | {paths[0]: None}  # the first is genuine; unclear words are wrong
-    manifest = files.read_json(folder / "manifest.json") | {"answers_say": says}
-    files.write_json(folder / "manifest.json", manifest)
-    found = comparison.compare(dataset, tmp_path, profile="mini")
+    found = compared_with(dataset, tmp_path, answers_say=says)
     assert value(found, "clip_lof", "all", "all", "answer_accuracy") == 8 / 16
     assert not ((found.table.method == "always_anomaly") & (found.table.metric == "answer_accuracy")).any()
-
-
-# ------------------------------------------------------------------------------------------------ tests and sentences
 
 
 def test_pairs_are_of_detectors_only_with_one_family_a_question(compared: comparison.Comparison) -> None:
@@ -258,33 +247,25 @@ def test_ties_are_said_as_ties(dataset: data.Dataset, tmp_path: Path) -> None:
     for method in ("clip_lof", "clip_patch_knn"):
         tiny.write_result(tmp_path / method, dataset, method, tiny.SCORES["clip_lof"], tiny.THRESHOLDS["clip_lof"])
     found = comparison.compare(dataset, tmp_path, profile="mini")
-    assert set(found.tests.sentence[found.tests.category == "all"]) == {
-        "CLIP LOF and CLIP patch k-NN are tied (AUROC 0.812 both).",
-        "CLIP LOF and CLIP patch k-NN are tied (accuracy 0.750 both).",
-    }
+    assert found.tests.sentence.str.contains("are tied").all() and (found.tests.p_holm == 1).all()
     assert findings.verdict(found).startswith("CLIP LOF and CLIP patch k-NN each find 5 of 8")
 
 
-def test_the_sentences_say_what_the_numbers_allow(compared: comparison.Comparison) -> None:
+def test_the_sentences_say_what_the_numbers_allow(
+    compared: comparison.Comparison, dataset: data.Dataset, tmp_path: Path
+) -> None:
     words = "CLIP LOF finds 5 of 8 forged or altered pictures and raises 1 false alarm on 8 genuine ones."
     assert findings.verdict(compared) == f"{words} Level with that in balanced accuracy: AnomalyCLIP."
     text = " ".join(findings.findings(compared))
-    assert "None of 1 pairs of detectors can be told apart by AUROC." in text
-    assert "At most 1 false alarm of any detector on 8 genuine pictures" in text
-    assert "may rank no better than chance" in text
-
-
-def test_a_detector_at_chance_level_is_no_finding(dataset: data.Dataset, tmp_path: Path) -> None:
+    assert "None of 1 pairs" in text and "At most 1 false alarm" in text and "no better than chance" in text
     level = dict.fromkeys(tiny.CATEGORIES, (1, 2, 3, 4, 1, 2, 3, 4))
     tiny.write_result(tmp_path / "clip_lof", dataset, "clip_lof", level, dict.fromkeys(level, 9.0))
-    found = comparison.compare(dataset, tmp_path, profile="mini")
-    assert findings.verdict(found) == "No detector is shown to be better than guessing on these 16 pictures."
+    guessing = comparison.compare(dataset, tmp_path, profile="mini")
+    assert findings.verdict(guessing).startswith("No detector is shown to be better than guessing")
 
 
 def test_text_and_markdown_tables_show_the_same_numbers(csv: Path) -> None:
-    text = findings.as_text(csv)
-    assert "All paintings (16 test pictures, 8 anomalous" in text and "profile mini" in text
-    line = next(line for line in text.splitlines() if line.startswith("CLIP LOF"))
+    line = next(line for line in findings.as_text(csv).splitlines() if line.startswith("CLIP LOF"))
     assert "0.81 [" in line and "12/16" in line and "5/8" in line and "7/8" in line
     lines = [line for line in record_results.as_markdown(csv).splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 1 and len(lines) == 2 + len(results.METHODS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ def evaluate(dataset: data.Dataset, folder: Path, scores=GOOD, number: int = 0) 
     scores = dict.fromkeys(tiny.CATEGORIES, scores)
     run = tiny.write_result(folder / "r" / "clip_lof", dataset, "clip_lof", scores, THRESHOLDS, seconds=1 + number)
     when = 1_700_000_000 + 86_400 * number
-    tiny.set_time(run / "manifest.json", when)
+    os.utime(run / "manifest.json", (when, when))
     return history.record(folder / "history", comparison.compare(dataset, folder / "r", profile="mini"))
 
 

@@ -77,9 +77,6 @@ def big(rows: list[list[float]]) -> np.ndarray:
     return np.kron(np.array(rows), np.ones((256 // len(rows), 256 // len(rows[0])))).astype(np.float32)
 
 
-# --------------------------------------------------------------------------------------------- golden numbers
-
-
 def test_published_code_and_ours_on_the_golden_maps(parity_fixtures: Path) -> None:
     found = sorted(parity_fixtures.glob("anomalyclip_seed*.safetensors"))
     assert found, f"no anomalyclip_seed*.safetensors in {parity_fixtures}"
@@ -113,9 +110,6 @@ def test_aupro_by_hand() -> None:
     assert metrics.aupro([half], [corner], fpr_limit=1e-6) == pytest.approx(0.5, abs=1e-3)
 
 
-# ------------------------------------------------------------------------------------- against plain versions
-
-
 @pytest.mark.parametrize("change", ["plain", "ties", "squashed", "outliers"])
 def test_the_table_stays_within_1e_4_of_the_exact_values(change: str) -> None:
     maps, masks = blobs(1)
@@ -143,9 +137,6 @@ def test_redrawn_pictures_give_the_average_precision_of_those_pictures(drawn: st
     np.testing.assert_allclose(metrics.average_precisions(scores, labels, counts), expected)
 
 
-# ------------------------------------------------------------------------------------------------- properties
-
-
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 1000), st.floats(0.01, 1.0))
 def test_perfect_constant_and_inverted_maps(seed: int, limit: float) -> None:
@@ -156,9 +147,6 @@ def test_perfect_constant_and_inverted_maps(seed: int, limit: float) -> None:
     assert metrics.aupro([constant], [mask], limit) == pytest.approx(limit / 2)  # the chance line, cut at the limit
     assert metrics.pixel_auroc([-perfect], [mask]) == metrics.aupro([-perfect], [mask], limit) == 0
     np.testing.assert_array_equal(metrics.pixel_table([maps[1]], [mask]), metrics.pixel_table([maps[1] * 4], [mask]))
-
-
-# ------------------------------------------------------------------------------------------- edges of the input
 
 
 def test_sizes_types_and_generators() -> None:
@@ -189,9 +177,7 @@ def test_one_class_of_pixels_has_no_metric(mask: np.ndarray) -> None:
         ([np.zeros((2, 2))], [None], "A mask is None"),
         ([np.zeros((2, 2))] * 2, [np.zeros((2, 2))], "only 1 pictures have both"),
         ([np.full((2, 2), np.inf)], [np.zeros((2, 2))], "4 values that are not finite"),
-        ([np.zeros(4)], [np.zeros((2, 2))], r"shape \(4,\)"),
         ([np.zeros((2, 2))], [np.full((2, 2), 255)], "with values up to 255"),
-        ([np.zeros((2, 2))], [np.zeros(2)], r"shape \(2,\)"),
     ],
 )
 def test_what_cannot_be_measured_is_named(maps: list, masks: list, message: str) -> None:

@@ -107,11 +107,9 @@ def test_the_first_screen_says_what_was_found_where_by_whom_and_how_far_to_trust
     first = text[: text.index("One click down")]
     assert "CLIP LOF finds 5 of 8 forged or altered pictures" in first
     assert "They can tell none of 1 pairs of detectors apart" in first
-    assert "A mark" in first and "A genuine picture" in first and "of 2 found it" in first
-    assert "real alteration" in first and "2 of 2" in first
+    assert "A genuine picture" in first and "of 2 found it" in first and "real alteration" in first
     assert "AnomalyGPT has no results yet: run 07_anomalygpt_test." in first
     assert "say nothing about the published models" in first
-    assert "No genuine picture was set aside for thresholds." in first
 
 
 def test_pictures_have_words_and_the_gallery_filters_without_a_script(page: Path) -> None:
@@ -161,30 +159,24 @@ def test_no_results_at_all_make_a_page_that_says_so(tmp_path: Path) -> None:
 
 
 def test_many_paintings_with_long_and_foreign_names_stay_readable(tmp_path: Path) -> None:
-    names = ("洛神赋图", *(f"painting_{n:02d}_{'with_a_very_long_name_' * 4}"[:98] for n in range(13)))
+    names = ("洛神赋图", *(f"painting_{n:02d}_{'with_a_very_long_name_' * 4}"[:98] for n in range(6)))
     dataset = tiny.make_dataset(tmp_path / "data", kinds=("good", "good", "box", "replica"), categories=names)
     compared = compare(tmp_path, dataset)
     drawn = report.draw_all(compared, tmp_path / "figures")
-    assert {"auroc", "auroc_2", "auroc_3", "scores", "scores_5"} <= set(drawn)
+    assert {"auroc", "auroc_2", "scores", "scores_2", "scores_3"} <= set(drawn)
     text = read(report.write_report(compared, tmp_path / "index.html", drawn)).text
     assert "洛神赋图" in text and "Figures" in text
     assert figures.painting_name(names[0], names) in ("洛神赋图", f"painting {sorted(names).index(names[0]) + 1}")
     assert max(map(len, figures.painting_name(names[1], names).split("\n"))) <= 26
 
 
-def test_checks_print_a_line_each_and_fail_on_a_request(
-    page: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_checks_pass_and_fail_on_a_request(page: Path, tmp_path: Path) -> None:
     compared = compare(tmp_path, tiny.make_dataset(tmp_path / "data"))
     csv = comparison.write(compared, tmp_path)
     report.check(compared, csv, page)
-    assert capsys.readouterr().out.count("✓") == 4
     (tmp_path / "bad.html").write_text('<img src="http://evil.example">')
     with pytest.raises(AssertionError, match="asks nothing of the network"):
         report.check(compared, csv, tmp_path / "bad.html")
-
-
-# -------------------------------------------------------------------------------------------------------------- figures
 
 
 def test_a_verdict_tints_only_what_exceeds_the_limit_and_keeps_the_rest() -> None:

@@ -24,23 +24,11 @@ def binormal(generator: np.random.Generator, auroc: float) -> np.ndarray:
     return generator.normal(size=50) + np.sqrt(2) * ndtri(auroc) * LABELS
 
 
-# -------------------------------------------------------------------------------------------------- intervals
-
-
 @pytest.mark.parametrize(
     ("successes", "n", "low", "high"),
-    [
-        (50, 50, 92.9, 100),
-        (41, 42, 87.7, 99.6),
-        (41, 45, 79.3, 96.5),
-        (41, 49, 71.0, 91.5),
-        (64, 90, 61.0, 79.5),
-        (30, 45, 52.1, 78.6),
-        (34, 50, 54.2, 79.2),
-        (34, 34, 89.8, 100),
-        (16, 16, 80.6, 100),
-    ],
-)
+    [(50, 50, 92.9, 100), (41, 42, 87.7, 99.6), (41, 45, 79.3, 96.5), (41, 49, 71.0, 91.5), (64, 90, 61.0, 79.5),
+     (30, 45, 52.1, 78.6), (34, 50, 54.2, 79.2), (34, 34, 89.8, 100), (16, 16, 80.6, 100)],
+)  # fmt: skip
 def test_wilson_of_the_source_reports_counts(successes: int, n: int, low: float, high: float) -> None:
     assert [round(100 * limit, 1) for limit in statistics.wilson(successes, n)] == [low, high]
     mirrored = statistics.wilson(n - successes, n)
@@ -90,12 +78,6 @@ def test_degenerate_scores_have_wide_intervals_not_points() -> None:
     assert all(map(math.isnan, statistics.auroc_interval([1.0, 2.0], [1, 1])))
     with pytest.raises(ValueError, match="not finite"):
         statistics.auroc_interval([1.0, math.nan], [0, 1])
-
-
-# -------------------------------------------------------------------------------------------------- bootstrap
-
-
-# ------------------------------------------------------------------------------------------------ two methods
 
 
 def test_paired_delong_equals_its_definition() -> None:
@@ -247,9 +229,6 @@ def test_balanced_accuracy_test_counts_every_fall_of_the_coins(drawn: st.DataObj
     test = statistics.balanced_accuracy_test(a, b, labels)
     assert test.difference == pytest.approx(balanced(a) - balanced(b))
     assert test.p_value == pytest.approx(np.mean(np.abs(falls) >= abs(test.difference) - 1e-12))
-
-
-# -------------------------------------------------------------------------------- thresholds from genuine scores
 
 
 @pytest.mark.parametrize(

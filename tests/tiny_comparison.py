@@ -6,7 +6,7 @@ Two paintings of 36 x 24 pixels. Test pictures of each: 4 normal, then anomalous
 
 from __future__ import annotations
 
-import os
+import itertools
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +21,6 @@ from helpers.records import Sample, Scored
 SHAPE = (36, 24)
 CATEGORIES = ("harbour", "portrait")
 KINDS = ("good", "good", "good", "good", "box", "box", "stain", "replica")
-VISIBILITY = (None, None, None, None, 1.0, 2.0, 3.0, None)
 SCORES: Mapping[str, Mapping[str, Sequence[float]]] = {
     # harbour: anomalies beat 2, 4, 4, 0 of 4 normals -> AUROC 10/16; above 3.5: one normal, two anomalies
     # portrait: every anomaly beats every normal -> AUROC 1; above 30: no normal, three anomalies
@@ -54,38 +53,25 @@ def make_dataset(
 ) -> data.Dataset:
     """Write pictures, masks and manifest; returns the opened dataset.
 
-    Args:
-        folder: written to.
-        kinds: kinds of the test pictures, names as they are (hostile ones too).
-        categories: the paintings; folder names are numbered, so that any text may be a category.
-        repeat: every test picture ``repeat`` times (with other pixels).
+    Kinds and categories may be any text, hostile ones too: folder names are numbered. With ``repeat`` every test
+    picture comes that often, with other pixels.
     """
     samples = []
-    seed = 0
+    numbers = itertools.count(1)
     for place, category in enumerate(categories):
-        root = folder / f"painting_{place}"
         for index, kind in enumerate([*kinds] * repeat):
-            seed += 1
-            path = images.save_png(root / f"test_{index:03d}.png", picture(seed)) or root / f"test_{index:03d}.png"
-            is_marked = kind not in ("good", "replica")
-            mask_path = root / f"test_{index:03d}_mask.png" if is_marked else None
-            if mask_path is not None:
-                images.save_png(mask_path, mask(seed))
-            samples.append(
-                Sample(
-                    path,
-                    category,
-                    is_anomalous=kind != "good",
-                    mask_path=mask_path,
-                    kind=kind,
-                    group=f"{category}/test_{index}",
-                    visibility=16.0 + index if is_marked else None,
-                    synthesis_seed=seed if is_marked else None,
-                )
-            )
+            path, seed = folder / f"painting_{place}" / f"test_{index:03d}.png", next(numbers)
+            images.save_png(path, picture(seed))
+            made = {}
+            if kind not in ("good", "replica"):
+                made = {"mask_path": path.with_name(f"test_{index:03d}_mask.png"), "synthesis_seed": seed}
+                images.save_png(made["mask_path"], mask(seed))
+                made["visibility"] = 16.0 + index
+            group = f"{category}/test_{index}"
+            samples.append(Sample(path, category, is_anomalous=kind != "good", kind=kind, group=group, **made))
         for index in range(3):
-            seed += 1
-            path = images.save_png(root / f"train_{index}.png", picture(seed)) or root / f"train_{index}.png"
+            path = folder / f"painting_{place}" / f"train_{index}.png"
+            images.save_png(path, picture(next(numbers)))
             group = f"{category}/train_{index}"
             samples.append(Sample(path, category, is_anomalous=False, split="train", group=group))
     data.write_manifest(folder / "manifest.csv", samples)
@@ -93,16 +79,9 @@ def make_dataset(
 
 
 def write_result(
-    folder: Path,
-    dataset: data.Dataset,
-    method: str,
-    scores: Mapping[str, Sequence[float]],
-    thresholds: Mapping[str, float],
-    *,
-    with_maps: bool = False,
-    answer: str = "",
-    seconds: float = 0.5,
-) -> Path:
+    folder: Path, dataset: data.Dataset, method: str, scores: Mapping[str, Sequence[float]],
+    thresholds: Mapping[str, float], *, with_maps: bool = False, answer: str = "", seconds: float = 0.5,
+) -> Path:  # fmt: skip
     """Write a method's predictions with :func:`results.predict`; maps are the mask, blurred, plus a little noise."""
     rng = np.random.default_rng(0)
     left = {category: list(values) for category, values in scores.items()}
@@ -125,15 +104,9 @@ def write_result(
     return folder
 
 
-def set_time(path: Path, seconds: float) -> None:
-    """Let a file have been written at that time."""
-    os.utime(path, (seconds, seconds))
-
-
 def write_all(results_dir: Path, dataset: data.Dataset) -> Path:
     """Results of the two methods of :data:`SCORES`; AnomalyCLIP has maps."""
     for method, scores in SCORES.items():
-        write_result(
-            results_dir / method, dataset, method, scores, THRESHOLDS[method], with_maps=method == "anomalyclip"
-        )
+        maps = method == "anomalyclip"
+        write_result(results_dir / method, dataset, method, scores, THRESHOLDS[method], with_maps=maps)
     return results_dir

@@ -43,7 +43,7 @@ def verdict(comparison: Comparison) -> str:
     facts = {"n": len(comparison.samples), "found": pairs[best][0], "passed": pairs[best][1], "missed": missed}
     is_guessing = bool(rates) and rates[best]["ci_low"] <= 0.5
     others = [method for method in level if method not in same]
-    return " ".join(_say("verdict", same=same, level=others, is_guessing=is_guessing, **facts))
+    return " ".join(say("verdict", same=same, level=others, is_guessing=is_guessing, **facts))
 
 
 def trust(comparison: Comparison) -> str:
@@ -51,7 +51,7 @@ def trust(comparison: Comparison) -> str:
     samples, tests = comparison.samples, comparison.tests
     pooled = tests[(tests.category == "all") & (tests.measure == "accuracy")]
     facts = {"n": len(samples), "n_sources": len({sample.group for sample in samples})}
-    return " ".join(_say("trust", n_pairs=len(pooled), n_told=(pooled.p_holm < 0.05).sum(), **facts))
+    return " ".join(say("trust", n_pairs=len(pooled), n_told=(pooled.p_holm < 0.05).sum(), **facts))
 
 
 def findings(comparison: Comparison) -> list[str]:
@@ -76,7 +76,7 @@ def findings(comparison: Comparison) -> list[str]:
     passed = list(_rows(comparison, "specificity").values())
     seen, unseen = (_rows(comparison, "sensitivity", kind) for kind in ("seen", "unseen"))
     ranked = _rows(comparison, "image_auroc")
-    return _say(
+    return say(
         "findings", told=told, groups=groups,
         worst=min(passed, key=lambda row: row["value"], default=None),
         reach=1 - min((row["ci_low"] for row in passed), default=0),
@@ -86,7 +86,8 @@ def findings(comparison: Comparison) -> list[str]:
     )  # fmt: skip
 
 
-def _say(about: str, **facts: Any) -> list[str]:
+def say(about: str, **facts: Any) -> list[str]:
+    """The sentences that ``templates/sentences.txt`` makes of some facts."""
     return TEMPLATES.get_template("sentences.txt").render(about=about, **facts).splitlines()
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 from helpers import files, results
 from helpers.judge import metrics, statistics
 from helpers.judge.comparison import Comparison
-from helpers.results import category_label, method_label
+from helpers.judge.findings import say
 
 _KEYS = ["sha256", "category", "is_anomalous"]
 
@@ -88,19 +88,9 @@ def changes(history: pd.DataFrame) -> pd.DataFrame:
 
 def describe(history: pd.DataFrame, changed: pd.DataFrame) -> str:
     """How many evaluations there are, and every fall, in sentences."""
-    lines = [f"{history.run.nunique()} evaluations of {history.method.nunique()} methods are kept."]
-    lines += [f"Left out: {reason}" for reason in history.attrs.get("skipped", ())]
-    for row in changed[changed.is_fall].itertuples():
-        place = "" if row.category == "all" else f" on {category_label(row.category)}"
-        lines.append(
-            f"FALL: {method_label(row.method)}{place}: {row.measure} {row.value_b:.3f} on {row.against}, now "
-            f"{row.value_a:.3f}, on the {row.n_images} pictures that both have (corrected p = {row.p_holm:.3g})."
-        )
-    if changed.empty:
-        lines.append("No method was evaluated twice yet, so nothing can have fallen.")
-    elif not changed.is_fall.any():
-        lines.append(f"No fall in {len(changed)} paired tests of {changed.method.nunique()} methods.")
-    return "\n".join(lines)
+    counts = {"n_runs": history.run.nunique(), "n_methods": history.method.nunique(), "n_tests": len(changed)}
+    skipped, falls = history.attrs.get("skipped", ()), changed[changed.is_fall].to_dict("records")
+    return "\n".join(say("history", skipped=skipped, falls=falls, n_tested=changed.method.nunique(), **counts))
 
 
 def points(history: pd.DataFrame, changed: pd.DataFrame) -> pd.DataFrame:

@@ -78,21 +78,17 @@ def _fresh(folder: Path, dataset: data.Dataset, done: set[str]) -> tuple[list[di
         name, sha256 = "/".join(parts), files.sha256_file(path)
         category = next((c for c in dataset.categories if names.plain(c) == names.plain(parts[0])), parts[0])
         try:
-            is_genuine = len(parts) == 3 and names.kind_of(parts[1]) == NORMAL_KIND
-        except data.DatasetError as error:
-            left_out.append(f"{name}: {error}")
-            continue
-        label = "" if len(parts) == 2 else "genuine" if is_genuine else "anomalous"
-        if category not in dataset.categories:
-            left_out.append(f"{name}: the dataset has no painting {category!r}, only {', '.join(dataset.categories)}")
-        elif sha256 in known:
-            left_out.append(f"{name}: it is a picture of the dataset, split {known[sha256].split}")
-        elif sha256 not in done:
-            try:
+            kind = names.kind_of(parts[1]) if len(parts) == 3 else ""
+            label = "genuine" if kind == NORMAL_KIND else "anomalous" if len(parts) == 3 else ""
+            if category not in dataset.categories:
+                have = ", ".join(dataset.categories)
+                raise data.DatasetError(f"the dataset has no painting {category!r}, only {have}")
+            if sha256 in known:
+                raise data.DatasetError(f"it is a picture of the dataset, split {known[sha256].split}")
+            if sha256 not in done:
                 images.load_image(path)
-            except images.ImageError as error:
-                left_out.append(f"{name}: {error}")
-                continue
-            done.add(sha256)
-            found.append({"image_path": name, "category": category, "label": label, "sha256": sha256})
+                done.add(sha256)
+                found.append({"image_path": name, "category": category, "label": label, "sha256": sha256})
+        except (data.DatasetError, images.ImageError) as error:
+            left_out.append(f"{name}: {error}")
     return found, left_out

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import html
+import itertools
 import json
 import math
 import shutil
@@ -92,12 +93,11 @@ class _Pictures:
     def limits(self) -> dict[tuple[str, str], float]:
         """What the genuine pictures of a painting reach on a method's maps, for the methods that have maps."""
         found = {}
-        for method, run in self.c.runs.items():
-            for category, rows in self.facts.groupby("category"):
-                places = rows.index if rows.is_anomalous.all() else rows.index[~rows.is_anomalous]
-                maps = [run.anomaly_map(run.predictions[place]) for place in places]
-                if all(one is not None for one in maps):
-                    found[method, category] = figures.map_scale(maps).limit
+        for (method, run), (category, rows) in itertools.product(self.c.runs.items(), self.facts.groupby("category")):
+            places = rows.index if rows.is_anomalous.all() else rows.index[~rows.is_anomalous]
+            maps = [run.anomaly_map(run.predictions[place]) for place in places]
+            if all(one is not None for one in maps):
+                found[method, category] = figures.map_scale(maps).limit
         return found
 
     def strip(self) -> list[dict[str, Any]]:
