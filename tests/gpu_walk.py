@@ -41,12 +41,13 @@ SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
         "vocab_size": 2000, "clip": "art-vit-mini", "sides": (224, 224), "shard_bytes": 400_000, "precision": "fp32",
-        "rank": 4, "imagebind": {"width": 32, "layers": 4, "text": 16, "text_layers": 2, "joint": 20},
+        "rank": 4, "pictures": (24, 4), "training_steps": 1,
+        "imagebind": {"width": 32, "layers": 4, "text": 16, "text_layers": 2, "joint": 20},
     },
     "true": {
         "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
         "vocab_size": 32000, "clip": "ViT-L-14-336-quickgelu", "sides": (336, 518), "shard_bytes": 2_000_000_000,
-        "precision": "bf16", "rank": 32, "imagebind": {},
+        "precision": "bf16", "rank": 32, "pictures": (100, 32), "training_steps": 10, "imagebind": {},
     },
 }  # fmt: skip
 QUESTION = "Is there any anomaly in the image?"
@@ -130,49 +131,32 @@ class Walk:
         return torch.ones(shape, dtype=dtype) if is_norm else self.random(shape, 0.02, dtype)
 
     def write_language(self) -> None:
-        """Meta's shard with its params, the delta in two files, a tokenizer that fits the vocabulary."""
+        """Meta's shard with its params, the delta, and a tokenizer that fits the vocabulary."""
         self.write_tokenizer(self.route.llama_dir)
         shutil.copytree(self.route.llama_dir, self.route.delta_dir)
         (self.route.delta_dir / "params.json").unlink()
         shapes = llama.shapes_of(self.config)
-        theirs = {ours: meta for meta, ours in self._meta_names().items()}
+        layer = [f"layers.{i}.{name}" for i in range(self.config["num_hidden_layers"]) for name in llama._LAYER]
+        meta = [f"{name}.weight" for name in ("tok_embeddings", "norm", "output", *layer)]
+        theirs = {llama.name_of(name): name for name in meta}
         base = {theirs[name]: self._value(name, shape, torch.float16) for name, shape in shapes.items()}
         torch.save(base, self.route.llama_dir / "consolidated.00.pth")
         del base
-        names, listed = list(shapes), {}
-        for number, part in enumerate((names[: len(names) * 3 // 4], names[len(names) * 3 // 4 :]), 1):
-            file = f"pytorch_model-{number:05d}-of-00002.bin"
-            grown = {k: (shapes[k][0] + (k in llama.EMBEDDINGS), *shapes[k][1:]) for k in part}
-            torch.save({k: self.random(shape, 0.002) for k, shape in grown.items()}, self.route.delta_dir / file)
-            listed |= dict.fromkeys(part, file)
-        files.write_json(self.route.delta_dir / "pytorch_model.bin.index.json", {"weight_map": listed})
+        change = {name: self.random(shape, 0.002) for name, shape in llama.shapes_of(self.grown).items()}
+        torch.save(change, self.route.delta_dir / "pytorch_model.bin")
         files.write_json(self.route.delta_dir / "config.json", self.grown)
         (delta,) = [file for file in self.route.files if file.path == self.route.delta_dir]
         there = {path.name: {"bytes": path.stat().st_size} for path in self.route.delta_dir.iterdir()}
         files.write_json(delta.list_path, there)  # as if the hub had been asked
 
-    def _meta_names(self) -> dict[str, str]:
-        outer = ("tok_embeddings", "norm", "output")
-        layer = [f"layers.{i}.{name}" for i in range(self.config["num_hidden_layers"]) for name in llama._LAYER]
-        return {f"{name}.weight": llama.name_of(f"{name}.weight") for name in (*outer, *layer)}
-
     def write_tokenizer(self, folder: Path) -> None:
-        """The beginning of SmolLM2's tokenizer, as long as the vocabulary; bytes in the tiny size."""
-        if self.options.size == "tiny":
-            from tokenizers.pre_tokenizers import ByteLevel
+        """The beginning of SmolLM2's tokenizer, as long as the vocabulary."""
+        import gguf
 
-            tokens = ["<unk>", "<s>", "</s>", *sorted(ByteLevel.alphabet())]
-            fields: dict[str, Any] = {"llama.context_length": 2048, "tokenizer.chat_template": ""}
-            ids = {"bos": 1, "eos": 2, "unknown": 0, "padding": 2}
-            fields |= {f"tokenizer.ggml.{name}_token_id": number for name, number in ids.items()}
-            fields["tokenizer.ggml.token_type"] = [3] * 3 + [1] * 256
-        else:
-            import gguf
-
-            fields = {name: field.contents() for name, field in gguf.GGUFReader(mini.find_smollm2()).fields.items()}
-            tokens = fields["tokenizer.ggml.tokens"][: self.config["vocab_size"]]
+        fields = {name: field.contents() for name, field in gguf.GGUFReader(mini.find_smollm2()).fields.items()}
+        tokens = fields["tokenizer.ggml.tokens"][: self.config["vocab_size"]]
         known = set(tokens)
-        merges = [m for m in fields.get("tokenizer.ggml.merges", ()) if {m.replace(" ", ""), *m.split(" ")} <= known]
+        merges = [m for m in fields["tokenizer.ggml.merges"] if {m.replace(" ", ""), *m.split(" ")} <= known]
         fields |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": merges}
         folder.mkdir(parents=True, exist_ok=True)
         mini.write_tokenizer(folder, fields)
@@ -207,10 +191,10 @@ class Walk:
             for file in self.route.files:
                 if file.component == "vicuna" or file.path.exists():
                     steps._inspect(self.route, file, print, is_fetched=False)
+            where = self.route.weights_dir
             base = self.step("convert Meta's files", lambda: steps.convert_base(self.route), n_gb, "GB")
             self.step("merge the delta", lambda: steps.merge(self.route, base), n_gb, "GB")
-            again = lambda: weights.require(self.route.weights_dir, "vicuna", verify=True)  # noqa: E731
-            self.step("hash Vicuna again", again, n_gb, "GB")
+            self.step("hash Vicuna again", lambda: weights.require(where, "vicuna", verify=True), n_gb, "GB")
         self.step("convert the small checkpoints", self.convert_small)
 
     def convert_small(self) -> None:
@@ -245,6 +229,7 @@ class Walk:
 
         model = self.step("load AnomalyGPT", lambda: self.load(self.precision), planned_gb=self.planned(1))
         n = self.options.training_steps
+        n = self.size["training_steps"] if n is None else n
         settings = pairs.HeadTraining(
             batch_size=8, micro_batch=4, max_pairs=8 * n, n_tuning=0, patience=None, n_epochs=1
         )
@@ -333,12 +318,13 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     parser.add_argument("--llm-layers", type=int, default=0, help="fewer blocks of the language model")
     parser.add_argument("--skip-files", action="store_true", help="build the language model in memory")
     parser.add_argument("--skip", action="append", default=[], help="name of a step, or: clip, anomalygpt")
-    parser.add_argument("--pictures", type=int, default=32, help="for features and answers")
-    parser.add_argument("--training-steps", type=int, default=10)
+    parser.add_argument("--pictures", type=int, default=0, help="for features and answers")
+    parser.add_argument("--training-steps", type=int)
     parser.add_argument("--folder", help="where everything is written (default: a temporary folder)")
     walk = Walk(parser.parse_args(arguments))
-    dataset, pictures = paintings(walk.folder / "noise", 100)
-    pictures = pictures[: walk.options.pictures]
+    n_pictures, n_shown = walk.size["pictures"]
+    dataset, pictures = paintings(walk.folder / "noise", n_pictures)
+    pictures = pictures[: walk.options.pictures or n_shown]
     try:
         walk.prepare()
         if "clip" not in walk.options.skip:

@@ -124,7 +124,7 @@ def test_imagebind_huge_maps_exactly_onto_open_clip() -> None:
 
     shapes = imagebind_shapes()
     assert len(shapes) == 687
-    rules, config = published.imagebind_rules(shapes)
+    rules, config = published.inspect("imagebind", shapes)
     with torch.device("meta"):
         model = open_clip.CLIP(**config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -143,7 +143,7 @@ def test_pandagpt_maps_exactly_onto_peft(config: dict, n_keys: int, n_numbers: i
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    rules, settings = published.pandagpt_rules(pandagpt_shapes(config), config)
+    rules, settings = published.inspect("pandagpt", pandagpt_shapes(config), language_model=config)
     rank = settings["r"]
     assert len(rules) == n_keys and rank == 32
     assert sum(torch.Size(rule.shape).numel() for rule in rules) == n_numbers
@@ -154,15 +154,12 @@ def test_pandagpt_maps_exactly_onto_peft(config: dict, n_keys: int, n_numbers: i
     assert {rule.name: rule.shape for rule in rules if "lora" in rule.name} == lora
 
 
-def test_anomalygpt_has_21_tensors_and_225_mb() -> None:
-    rules = published.anomalygpt_rules(anomalygpt_shapes(), LLAMA_7B)
+def test_anomalygpt_has_21_tensors_and_anomalyclip_keeps_16_of_32() -> None:
+    rules, _ = published.inspect("anomalygpt", anomalygpt_shapes(), language_model=LLAMA_7B)
     assert len(rules) == 21
     assert 2 * sum(torch.Size(rule.shape).numel() for rule in rules) == 225_326_960
-
-
-def test_anomalyclip_keeps_16_of_32_tensors() -> None:
     shapes = anomalyclip_shapes()
-    rules = published.anomalyclip_rules(shapes)
+    rules, _ = published.inspect("anomalyclip", shapes)
     assert len(shapes) == 32 and len(rules) == 16
     assert 4 * sum(torch.Size(shape).numel() for shape in shapes.values()) == 22_620_776  # bytes, as published
     assert not [rule for rule in rules if "projections" in rule.name]
@@ -334,42 +331,26 @@ def test_unknown_keys_are_left_out_when_allowed_and_missing_ones_never(name: str
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("given", CASES)
 def test_19_one_checkpoint_given_for_another(name: str, given: str, tmp_path: Path) -> None:
-    if name != given:
-        stops(name, CASES[given], tmp_path, "another checkpoint|not a whole")
-
-
-def test_19_empty_checkpoint(tmp_path: Path) -> None:
-    for name in CASES:
-        stops(name, {}, tmp_path, "such as none")
+    wrong = CASES[given] if name != given else {}
+    stops(name, wrong, tmp_path, "another checkpoint|not a whole")
 
 
 def test_13b_is_told_that_the_published_checkpoints_are_7b_only(tmp_path: Path) -> None:
     with pytest.raises(WeightFileError, match="exist for 7B"):
-        published.anomalygpt_rules(anomalygpt_shapes(), LLAMA_13B)
-    with pytest.raises(WeightFileError, match="same size"):
-        published.pandagpt_rules(pandagpt_shapes(LLAMA_7B), LLAMA_13B)
+        published.inspect("anomalygpt", anomalygpt_shapes(), language_model=LLAMA_13B)
+    with pytest.raises(WeightFileError, match="40.*32|same size"):
+        published.inspect("pandagpt", pandagpt_shapes(LLAMA_7B), language_model=LLAMA_13B)
 
 
 # --- stand-ins ----------------------------------------------------------------------------------------------------
 
 
 def test_standins_have_the_published_layout_and_fit_their_models(tmp_path: Path) -> None:
-    import open_clip
-
-    mini.write("imagebind", tmp_path / "ib.pth")
-    published.convert("imagebind", tmp_path / "ib.pth", tmp_path / "ib", heads=(4, 3), log=quiet)
-    config = files.read_json(tmp_path / "ib" / "config.json")
-    model = open_clip.CLIP(**config).eval()
-    model.load_state_dict(load(tmp_path / "ib"), strict=True)
-    images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        a, b = model.encode_image(images, normalize=True)
-    assert torch.isfinite(a).all() and float(a @ b) < 0.9999  # different pictures, different vectors
-    mini.write("pandagpt", tmp_path / "p.pt")
-    published.convert("pandagpt", tmp_path / "p.pt", tmp_path / "p", language_model=SMOLLM2, log=quiet)
-    mini.write("anomalygpt/train_visa", tmp_path / "a.pt")
-    target = published.convert("anomalygpt", tmp_path / "a.pt", tmp_path / "a", language_model=SMOLLM2, log=quiet)
-    assert len(load(target)) == 21
+    for family, name in (("pandagpt", "pandagpt"), ("anomalygpt", "anomalygpt/train_visa")):
+        mini.write(name, tmp_path / f"{family}.pt")
+        raw, target = tmp_path / f"{family}.pt", tmp_path / family
+        published.convert(family, raw, target, language_model=SMOLLM2, log=quiet)
+    assert len(load(tmp_path / "anomalygpt")) == 21
 
 
 def test_imagebind_standin_comes_back_as_the_embedded_backbone(tmp_path: Path) -> None:

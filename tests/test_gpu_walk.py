@@ -8,6 +8,6 @@ import gpu_walk
 
 
 def test_the_walk_ends(tmp_path: Path) -> None:
-    options = "--size tiny --device cpu --pictures 2 --training-steps 1 --folder".split()
+    options = "--size tiny --device cpu --pictures 2 --folder".split()
     steps = list(gpu_walk.main([*options, str(tmp_path)])[0])
     assert steps[:2] == ["write the small checkpoints", "write LLaMA and the delta"] and len(steps) == 12

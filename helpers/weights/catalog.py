@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,30 @@ COMMUNITY_LLAMA = "huggyllama/llama-7b"
 """LLaMA 7B as the community converted it; Meta's own form for LLaMA 1 has not been answered since 2023."""
 
 MODEL_BYTES = {"7B": 13_476_847_616, "mini": 326_000_000}
-_LLAMA = "LLaMA 1, non-commercial"
+_LLAMA, _NC = "LLaMA 1, non-commercial", "CC BY-NC-SA 4.0"
 _META = {  # sizes and MD5 sums of Meta's checklist
     "consolidated.00.pth": (13_476_939_516, "6efc8dab194ab59e49cd24be5574d85e"),
     "params.json": (101, None),  # mirrors word it differently; its numbers are checked against the shapes
     "tokenizer.model": (499_723, "eeec4125e9c7560836b4873b6f8e3025"),
 }
-_PANDAGPT = "openllmplayground/pandagpt_7b_max_len_1024"
-_ANOMALYGPT = ("train_mvtec", "train_visa", "train_supervised")
-_ANOMALYCLIP = {  # our name: published folder, whose name is inverted (..._visa was trained on MVTec AD), and SHA-256
-    "trained_on_visa": ("9_12_4_multiscale", "94ce202da3e6486a864b904fdfed5057de75846c5834e446fd1d2fe7f97acb44"),
-    "trained_on_mvtec": ("9_12_4_multiscale_visa", "415c5dcb52668b8c33fb9c1a351c686d632b919df5b384d63fa9ce7a2338ced4"),
-}
-_ANOMALYCLIP_COMMIT = "45ed4dd35c05797d854294b5e8d585c545920089"
+_CLIP = "https://raw.githubusercontent.com/zqhang/AnomalyCLIP/45ed4dd35c05797d854294b5e8d585c545920089/checkpoints"
+_SMALL = {  # component: source, bytes as published and in mini, licence, SHA-256
+    "imagebind": (
+        "https://dl.fbaipublicfiles.com/imagebind/imagebind_huge.pth", 4_803_600_000, 60_000_000, _NC, None,
+    ),
+    "pandagpt": (
+        "hub:openllmplayground/pandagpt_7b_max_len_1024/pytorch_model.pt", 75_505_664, 2_300_000, "CC BY-NC 4.0", None,
+    ),
+} | {
+    f"anomalygpt/{name}": (f"hub:FantasticGNU/AnomalyGPT/{name}/pytorch_model.pt", 225_326_960, 4_300_000, _NC, None)
+    for name in ("train_mvtec", "train_visa", "train_supervised")
+} | {  # published folders have inverted names: ..._visa was trained on MVTec AD
+    f"anomalyclip/trained_on_{name}": (f"{_CLIP}/{folder}/epoch_15.pth", 22_700_000, 2_300_000, "MIT", sha256)
+    for name, folder, sha256 in (
+        ("visa", "9_12_4_multiscale", "94ce202da3e6486a864b904fdfed5057de75846c5834e446fd1d2fe7f97acb44"),
+        ("mvtec", "9_12_4_multiscale_visa", "415c5dcb52668b8c33fb9c1a351c686d632b919df5b384d63fa9ce7a2338ced4"),
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,13 +48,10 @@ class WeightFile:
     """One file, or one folder of files, that a route needs.
 
     Attributes:
-        component: what it becomes, for example ``"vicuna"``.
-        path: where it must lie.
+        component, path, licence: what it becomes, for example ``"vicuna"``, where it must lie, and its terms.
         source: ``hub:<repository>[/<file>]``, ``https://...``, ``manual``, ``LLAMA_FOLDER`` or ``mini``.
         n_bytes: about how large, computed from shapes.
-        licence: in a few words.
-        is_folder: a whole repository.
-        checks: published hash as (kind, value).
+        is_folder, checks: a whole repository; published hash as (kind, value).
     """
 
     component: str
@@ -65,7 +73,7 @@ class WeightFile:
 
     @property
     def list_path(self) -> Path:
-        """Where :func:`helpers.weights.fetch.fetch_folder` notes which files a folder should hold, before the first."""
+        """Where :func:`helpers.weights.fetch.fetch_hub` notes which files a folder should hold, before the first."""
         return self.path.with_name(f"{self.path.name}.files.json")
 
     @property
@@ -140,15 +148,9 @@ class Route:
 
 
 def route(
-    weights_dir: Path,
-    settings: Any,
-    *,
-    base: str = "huggingface",
-    version: str = "v0",
-    llama_folder: str | Path | None = None,
-    delete_raw: bool | None = None,
-    allow_unknown: bool = False,
-) -> Route:
+    weights_dir: Path, settings: Any, *, base: str = "huggingface", version: str = "v0",
+    llama_folder: str | Path | None = None, delete_raw: bool | None = None, allow_unknown: bool = False,
+) -> Route:  # fmt: skip
     """Work out which files are needed and where they are; moves nothing.
 
     Args:
@@ -156,8 +158,7 @@ def route(
         base: where LLaMA comes from: ``"huggingface"`` (the community's conversion :data:`COMMUNITY_LLAMA`),
             ``"meta"`` (Meta's own files) or ``"merged"`` (a finished Vicuna). ``mini`` writes its own in Meta's form.
         version: of the Vicuna delta; PandaGPT and AnomalyGPT were trained with ``"v0"``.
-        llama_folder: your folder with LLaMA, in either form, or with the merged Vicuna; read where it lies, never
-            written to, never deleted. None: LLaMA is fetched, or expected in ``raw``.
+        llama_folder: your folder with LLaMA, or the merged Vicuna, only read; None: fetched, or expected in ``raw``.
         delete_raw: delete fetched files when the part made of them is ready; None takes the settings' value.
         allow_unknown: leave out keys that a checkpoint should not have instead of stopping.
     Raises:
@@ -178,11 +179,9 @@ def route(
         if base != "merged":
             base = "meta" if (llama_dir / "params.json").exists() else "huggingface"
     delete_raw = settings.delete_raw if delete_raw is None else delete_raw
-    choices = (weights_dir, settings.size, base, version, llama_dir)
     options = (settings.shard_bytes, settings.fuse_merge, delete_raw, allow_unknown)
-    empty = Route(*choices, (), *options)
-    needed = _mini_files(empty) if settings.size == "mini" else _full_files(empty, bool(llama_folder))
-    return Route(*choices, tuple(needed), *options)
+    empty = Route(weights_dir, settings.size, base, version, llama_dir, (), *options)
+    return replace(empty, files=tuple(_needed(empty, bool(llama_folder))))
 
 
 def check_disk(route: Route) -> str:
@@ -193,54 +192,32 @@ def check_disk(route: Route) -> str:
     if n_needed + n_reserve > n_free:
         missing = (n_needed + n_reserve - n_free) / 1e9
         raise OSError(28, f"{needs}. Free {missing:.1f} GB, or set ART_HOME to a larger disk; nothing was fetched")
-    lines = [needs]
-    by_hand = [file for file in route.missing() if file.is_by_hand]
-    if by_hand:
-        lines.append(f"by hand: {len(by_hand)} files cannot be fetched for you; the table says where they belong")
     if route.size != "mini" and (route.base == "merged" or route.version != "v0"):
-        lines.append("PandaGPT and AnomalyGPT were trained with Vicuna v0: with another version answers may be worse")
-    return "\n".join(lines)
+        needs += "\nPandaGPT and AnomalyGPT were trained with Vicuna v0: with another version answers may be worse"
+    return needs
 
 
-def _full_files(route: Route, is_own: bool) -> list[WeightFile]:
-    raw, model, found = route.raw_dir, MODEL_BYTES["7B"], []
-    if is_own:
-        found.append(WeightFile("vicuna", route.llama_dir, "LLAMA_FOLDER", model, _LLAMA, True))
-    elif route.base == "meta":
-        for name, (n_bytes, md5) in _META.items():
-            checks = ("md5", md5) if md5 else None
-            found.append(WeightFile("vicuna", route.llama_dir / name, "manual", n_bytes, _LLAMA, checks=checks))
+def _needed(route: Route, is_own: bool) -> list[WeightFile]:
+    """Every file of a route; ``mini`` writes the same parts, in the same formats, into the same places."""
+    is_mini, model = route.size == "mini", MODEL_BYTES[route.size]
+    licence = "Apache-2.0" if is_mini else _LLAMA
+    if route.base == "meta" and not (is_mini or is_own):
+        found = [
+            WeightFile("vicuna", route.llama_dir / name, "manual", n, licence, checks=("md5", md5) if md5 else None)
+            for name, (n, md5) in _META.items()
+        ]
     else:
         source = f"hub:{COMMUNITY_LLAMA}" if route.base == "huggingface" else "manual"
-        found.append(WeightFile("vicuna", route.llama_dir, source, model, _LLAMA, True))
+        source = "mini" if is_mini else "LLAMA_FOLDER" if is_own else source
+        found = [WeightFile("vicuna", route.llama_dir, source, model, licence, True)]
     if route.base != "merged":
-        source = f"hub:lmsys/vicuna-7b-delta-{route.version}"
-        found.append(WeightFile("vicuna", route.delta_dir, source, model, f"Apache-2.0 + {_LLAMA}", True))
-    eyes = "https://dl.fbaipublicfiles.com/imagebind/imagebind_huge.pth"
-    found.append(WeightFile("imagebind", raw / "imagebind_huge.pth", eyes, 4_803_600_000, "CC BY-NC-SA 4.0"))
-    source = f"hub:{_PANDAGPT}/pytorch_model.pt"
-    found.append(WeightFile("pandagpt", raw / "pandagpt_7b.pt", source, 75_505_664, "CC BY-NC 4.0"))
-    for name in _ANOMALYGPT:
-        source, path = f"hub:FantasticGNU/AnomalyGPT/{name}/pytorch_model.pt", raw / f"anomalygpt_{name}.pt"
-        found.append(WeightFile(f"anomalygpt/{name}", path, source, 225_326_960, "CC BY-NC-SA 4.0"))
-    for name, (folder, sha256) in _ANOMALYCLIP.items():
-        place = f"zqhang/AnomalyCLIP/{_ANOMALYCLIP_COMMIT}/checkpoints/{folder}/epoch_15.pth"
-        source, path = f"https://raw.githubusercontent.com/{place}", raw / f"anomalyclip_{name}.pth"
-        found.append(WeightFile(f"anomalyclip/{name}", path, source, 22_700_000, "MIT", checks=("sha256", sha256)))
+        source = "mini" if is_mini else f"hub:lmsys/vicuna-7b-delta-{route.version}"
+        terms = licence if is_mini else f"Apache-2.0 + {licence}"
+        found.append(WeightFile("vicuna", route.delta_dir, source, model, terms, True))
+    for name, (source, n_bytes, n_mini, terms, sha256) in _SMALL.items():
+        path = route.raw_dir / f"{name.replace('/', '_')}.pt"
+        if is_mini:
+            found.append(WeightFile(name, path, "mini", n_mini, "MIT (ours)"))
+        else:
+            found.append(WeightFile(name, path, source, n_bytes, terms, checks=("sha256", sha256) if sha256 else None))
     return found
-
-
-def _mini_files(route: Route) -> list[WeightFile]:
-    """What :mod:`helpers.weights.mini` writes: the same parts, in the same formats."""
-    model, raw = MODEL_BYTES["mini"], route.raw_dir
-    sizes = {"imagebind": 60_000_000, "pandagpt": 2_300_000}
-    sizes |= {f"anomalygpt/{name}": 4_300_000 for name in _ANOMALYGPT}
-    sizes |= {f"anomalyclip/{name}": 2_300_000 for name in _ANOMALYCLIP}
-    return [
-        WeightFile("vicuna", route.llama_dir, "mini", model, "Apache-2.0", True),
-        WeightFile("vicuna", route.delta_dir, "mini", model, "Apache-2.0", True),
-        *(
-            WeightFile(name, raw / f"{name.replace('/', '_')}.pt", "mini", n_bytes, "MIT (ours)")
-            for name, n_bytes in sizes.items()
-        ),
-    ]

@@ -19,6 +19,7 @@ from huggingface_hub import HfApi, get_token, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from helpers import files
+from helpers.weights.folders import Log
 from helpers.weights.tensors import WeightFileError, check_records, file_hash, read_index
 
 N_TRIES, WAIT_SECONDS = 4, 3.0
@@ -30,21 +31,15 @@ class DownloadError(OSError):
 
 
 def fetch(
-    url: str,
-    target: Path,
-    *,
-    sha256: str | None = None,
-    n_bytes: int | None = None,
-    get: Callable[[Path], Any] | None = None,
-    log: Callable[[str], None] = print,
-) -> Path:
+    url: str, target: Path, *, sha256: str | None = None, n_bytes: int | None = None,
+    get: Callable[[str], Any] | None = None, log: Log = print,
+) -> Path:  # fmt: skip
     """Fetch a file, going on where an earlier call, or a killed process, stopped.
 
     Args:
         url, target: from where to where; nothing has this name before the content is checked.
         sha256, n_bytes: what is known of it. Without a hash, a torch file is compared with its own checksums.
-        get: writes the file to a path, in place of gdown.
-        log: receives one sentence at a time.
+        get, log: writes the file to a path, in place of gdown; receives one sentence at a time.
     Raises:
         DownloadError: the server refuses, the connection keeps failing, or the content stays wrong.
     """
@@ -53,7 +48,7 @@ def fetch(
     room = target.parent / f".{target.name}.part"  # gdown finds its unfinished file by the folder
     arrived, problem = room / target.name, "nothing arrived"
     get = get or partial(gdown.download, url, quiet=False, use_cookies=False, resume=True)
-    place = f"What has arrived is kept in {room}; run this cell again to go on, or put the file at {target} yourself."
+    place = f"What came is kept in {room}; run this cell again to go on, or put the file at {target} yourself."
     for attempt in range(N_TRIES):
         room.mkdir(parents=True, exist_ok=True)
         begun = [path for path in room.iterdir() if path.is_file()]
@@ -96,25 +91,16 @@ def _check(path: Path, sha256: str | None, n_bytes: int | None) -> None:
 
 
 def fetch_hub(
-    repository: str,
-    target: Path,
-    *,
-    name: str | None = None,
-    list_path: Path | None = None,
-    endpoint: str | None = None,
-    log: Callable[[str], None] = print,
-) -> Path:
+    repository: str, target: Path, *, name: str | None = None, list_path: Path | None = None,
+    endpoint: str | None = None, log: Log = print,
+) -> Path:  # fmt: skip
     """Fetch one file of a model repository, or all that is needed of it: one format of weights, and the texts.
-
-    The hub is asked first what there is, how large and with which hash. That list is kept, so that a folder cut between
-    two files is known to be unfinished.
 
     Args:
         repository, name: ``owner/name``, and one file of it; None for the folder.
         target: the file, or the folder.
-        list_path: where the list is kept.
-        endpoint: another hub.
-        log: receives one sentence at a time.
+        list_path: where the hub's list of files is kept, so that a folder cut between two is known to be unfinished.
+        endpoint, log: another hub; receives one sentence at a time.
     Raises:
         DownloadError: gated without permission, absent, or unreachable; says what to click.
     """
@@ -123,14 +109,12 @@ def fetch_hub(
     except (GatedRepoError, RepositoryNotFoundError):
         raise DownloadError(f"{repository} is not on the hub, or private. {_consent(repository)}") from None
     except Exception as error:  # the hub's library changed its own and its HTTP errors between versions
-        raise DownloadError(
-            f"the hub cannot be asked about {repository} ({_first_line(error)}). Check the connection and run this "
-            f"cell again, or put the files into {target} yourself."
-        ) from None
+        place = f"Check the connection and run this cell again, or put the files into {target} yourself."
+        raise DownloadError(f"the hub cannot be asked about {repository} ({_first_line(error)}). {place}") from None
     offered = {item.rfilename: (item.size, item.lfs.sha256 if item.lfs else None) for item in info.siblings}
     wanted = [name] if name else choose_files(list(offered))
     if absent := [file for file in wanted if file not in offered]:
-        raise DownloadError(f"{repository} holds no {absent[0]} any more; it holds {', '.join(sorted(offered)[:8])}.")
+        raise DownloadError(f"{repository} holds no {absent[0]} any more, but {', '.join(sorted(offered)[:8])}.")
     if list_path is not None:
         files.write_json(list_path, {file: {"bytes": offered[file][0]} for file in wanted})
     for file in wanted:
@@ -138,7 +122,7 @@ def fetch_hub(
         if path.exists() and path.stat().st_size != n_bytes:
             raise WeightFileError(
                 f"{path} has {path.stat().st_size} bytes, the published file {n_bytes}. It was left as it is: delete "
-                f"it (rm '{path}') and run this cell again to fetch it, or use your own files by LLAMA_FOLDER."
+                f"it and run this cell again, or use your own files by LLAMA_FOLDER."
             )
         get = partial(_get_as_member, repository, file, endpoint) if info.gated or info.private else None
         fetch(hf_hub_url(repository, file, endpoint=endpoint), path, sha256=sha256, n_bytes=n_bytes, get=get, log=log)
@@ -150,7 +134,7 @@ def _get_as_member(repository: str, file: str, endpoint: str | None, arrived: st
     try:
         os.replace(hf_hub_download(repository, file, local_dir=Path(arrived).parent, endpoint=endpoint), arrived)
     except GatedRepoError:
-        raise DownloadError(_consent(repository)) from None
+        raise DownloadError(f"{repository} needs your consent. {_consent(repository)}") from None
 
 
 def choose_files(names: list[str]) -> list[str]:
@@ -173,7 +157,6 @@ def _first_line(error: Exception) -> str:
 
 def _consent(repository: str) -> str:
     return (
-        f"{repository} needs your consent: open https://huggingface.co/{repository}, accept the licence, make a read "
-        f"token at https://huggingface.co/settings/tokens and store it as HF_TOKEN (Colab: key symbol on the left, "
-        f"switch on notebook access; elsewhere: environment variable). Then run this cell again."
+        f"Accept its licence at https://huggingface.co/{repository}, make a read token at "
+        f"https://huggingface.co/settings/tokens, store it as HF_TOKEN (README: secrets), and run this cell again."
     )

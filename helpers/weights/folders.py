@@ -21,14 +21,14 @@ SHARD_BYTES = RESERVE_BYTES = 2_000_000_000
 COMPONENTS = ("vicuna", "imagebind", "pandagpt", "anomalygpt", "anomalyclip")
 
 Shapes = Mapping[str, tuple[int, ...]]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor made of ``files`` on demand: stored ones, joined ones and sums all look like this.
+    """A tensor made of ``files`` on demand: ``rows`` gives rows start to stop of the first axis (a scalar has one).
 
-    ``rows`` gives rows start to stop of the first axis (a scalar has one); ``multiple`` of them must be asked for
-    together (one attention head).
+    ``multiple`` rows must be asked for together (one attention head).
     """
 
     dtype: torch.dtype
@@ -49,29 +49,19 @@ class Tensor:
 
 
 def write_folder(
-    target: Path,
-    tensors: Mapping[str, Tensor],
-    *,
-    component: str,
-    settings: Mapping[str, Any],
-    source: Mapping[str, Any],
-    write_small: Callable[[Path], None] = lambda folder: None,
-    notes: tuple[str, ...] = (),
-    shard_bytes: int = SHARD_BYTES,
-    log: Callable[[str], None] = print,
-) -> Path:
+    target: Path, tensors: Mapping[str, Tensor], *, component: str, settings: Mapping[str, Any],
+    source: Mapping[str, Any], write_small: Callable[[Path], None] = lambda folder: None,
+    notes: tuple[str, ...] = (), shard_bytes: int = SHARD_BYTES, log: Log = print,
+) -> Path:  # fmt: skip
     """Write tensors as safetensors shards, then the small files, then ``READY.json``; inputs are only ever read.
 
     A second call goes on where a killed one stopped: shards that the journal names and whose hash is right are kept.
 
     Args:
-        target: folder to write.
-        tensors: what to write, in this order.
-        component, source, notes: for ``READY.json``.
-        settings: what else decides the result.
+        target, tensors: folder to write, and what, in this order.
+        component, source, notes: for ``READY.json``; ``settings``: what else decides the result.
         write_small: writes config and tokenizer files into the folder it is given.
-        shard_bytes: largest file, unless one tensor is larger.
-        log: receives one sentence at a time.
+        shard_bytes, log: largest file, unless one tensor is larger; receives one sentence at a time.
     Raises:
         WeightFileError: the folder belongs to other inputs or settings, or a number is not finite.
         BlockingIOError: another process writes the folder.
@@ -92,10 +82,9 @@ def write_folder(
                 return check(target)
             done = _write_shards(target, shards, plan, log)
             if len(shards) > 1:
-                weight_map = {key: name for name, group in shards.items() for key in group}
                 total = {"total_size": sum(tensor.n_bytes for tensor in tensors.values())}
-                index = {"metadata": total, "weight_map": weight_map}
-                files.write_json(target / "model.safetensors.index.json", index)
+                listed = {"metadata": total, "weight_map": {key: name for name in shards for key in shards[name]}}
+                files.write_json(target / "model.safetensors.index.json", listed)
             write_small(target)
             ours = {READY, JOURNAL, LOCK, *done}
             for path in sorted(p for p in target.iterdir() if p.is_file() and p.name not in ours):
@@ -104,23 +93,18 @@ def write_folder(
             files.write_json(target / READY, ready | {"notes": list(notes), "files": done, "n_tensors": len(tensors)})
             (target / JOURNAL).unlink(missing_ok=True)
     except Timeout:
-        raise BlockingIOError(
-            f"{target} is being written by another process. Wait until it ends, or stop it; nothing was changed"
-        ) from None
+        raise BlockingIOError(f"{target} is being written by another process. Wait until it ends, or stop it") from None
     return target
 
 
 def _check_same(target: Path, found: str | None, plan: str) -> None:
     if found != plan:
         raise WeightFileError(
-            f"{target} was made, or begun, from other inputs or settings. Mixing them would give a model that is "
-            f"neither: delete this folder, or choose another."
+            f"{target} was made, or begun, from other inputs or settings. Delete it, or take another."
         )
 
 
-def _write_shards(
-    target: Path, shards: Mapping[str, Mapping[str, Tensor]], plan: str, log: Callable[[str], None]
-) -> dict[str, Any]:
+def _write_shards(target: Path, shards: Mapping[str, Mapping[str, Tensor]], plan: str, log: Log) -> dict[str, Any]:
     """Write the shards that are not there yet; returns ``{file: {"bytes", "sha256"}}`` of all."""
     journal, done = target / JOURNAL, {}
     if journal.exists():
@@ -141,8 +125,8 @@ def _write_shards(
     try:
         with tqdm(total=n_left, unit="B", unit_scale=True, desc=target.name, disable=n_left < 1e8) as bar:
             for name, group in left.items():
+                parts = {key: (t.dtype, t.shape, t.pieces()) for key, t in group.items()}
                 try:
-                    parts = {key: (t.dtype, t.shape, t.pieces()) for key, t in group.items()}
                     done[name] = write_safetensors(target / name, parts)
                 except OSError as error:
                     if error.errno == errno.ENOSPC:
@@ -160,9 +144,8 @@ def _check_room(target: Path, n_left: int, n_reserve: int) -> None:
     if n_left + n_reserve > n_free:
         raise OSError(
             errno.ENOSPC,
-            f"the disk of {target} is too small: {n_left / 1e9:.2f} GB are still to be written, {n_free / 1e9:.2f} GB "
-            f"are free, {(n_left + n_reserve - n_free) / 1e9:.2f} GB are missing. Finished shards are kept. Free some "
-            f"space (Colab's sample data, pip's cache, raw files of finished parts) and run this again",
+            f"the disk of {target} is too small: {n_left / 1e9:.2f} GB are still to be written, "
+            f"{(n_left + n_reserve - n_free) / 1e9:.2f} GB are missing. Free some and run this again: it goes on",
         )
 
 
@@ -195,11 +178,12 @@ def account(
         problems += [f"has the unknown {name}" for name in unknown]
     if problems:
         more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
-        only = " If you know these keys to be harmless, ALLOW_UNKNOWN = True leaves them out."
-        raise WeightFileError(
-            f"not a whole {what}: {'; '.join(problems[:6])}{more}. Nothing was written."
-            f"{only if len(problems) == len(unknown) and not allow_unknown else ''}"
+        only = (
+            " If these keys are harmless, ALLOW_UNKNOWN = True leaves them out."
+            if len(problems) == len(unknown)
+            else ""
         )
+        raise WeightFileError(f"not a whole {what}: {'; '.join(problems[:6])}{more}. Nothing was written.{only}")
 
 
 def require(weights_dir: Path, component: str, *, verify: bool = False) -> Path:
@@ -214,9 +198,9 @@ def require(weights_dir: Path, component: str, *, verify: bool = False) -> Path:
         raise ValueError(f"{component!r} is no component; known are {', '.join(COMPONENTS)}.")
     if not (weights_dir / component / READY).exists():
         present = sorted(str(path.parent.relative_to(weights_dir)) for path in weights_dir.glob(f"**/{READY}"))
+        ready = f"(ready: {', '.join(present) or 'nothing'})"
         raise FileNotFoundError(
-            f"{component} is not prepared in {weights_dir} (ready: {', '.join(present) or 'nothing'}). "
-            f"Run notebook 01_prepare_weights first."
+            f"{component} is not prepared in {weights_dir} {ready}. Run notebook 01_prepare_weights."
         )
     return check(weights_dir / component, verify=verify)
 
@@ -238,7 +222,5 @@ def check(folder: Path, *, verify: bool = False) -> Path:
         elif verify and file_hash(path) != entry["sha256"]:
             wrong.append(f"{name} does not match its SHA-256")
     if wrong:
-        raise WeightFileError(
-            f"{folder} is damaged: {'; '.join(wrong)}. Delete the folder and run 01_prepare_weights again."
-        )
+        raise WeightFileError(f"{folder} is damaged: {'; '.join(wrong)}. Delete it and run 01_prepare_weights again.")
     return Path(folder)

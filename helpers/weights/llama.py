@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 
 from helpers import files
 from helpers.weights import folders
-from helpers.weights.folders import SHARD_BYTES, Tensor, account
+from helpers.weights.folders import SHARD_BYTES, Log, Tensor, account
 from helpers.weights.tensors import Stored, WeightFileError, read_index
 
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -62,14 +62,9 @@ class Model:
 
 
 def convert_llama(
-    source: Path,
-    target: Path,
-    *,
-    tokenizer: Path | None = None,
-    shard_bytes: int = SHARD_BYTES,
-    allow_unknown: bool = False,
-    log: Callable[[str], None] = print,
-) -> Path:
+    source: Path, target: Path, *, tokenizer: Path | None = None, shard_bytes: int = SHARD_BYTES,
+    allow_unknown: bool = False, log: Log = print,
+) -> Path:  # fmt: skip
     """Convert Meta's ``consolidated.*.pth`` into a Hugging Face folder; numbers are moved, never rounded.
 
     Args:
@@ -78,9 +73,8 @@ def convert_llama(
         shard_bytes, log: see :func:`helpers.weights.folders.write_folder`.
         allow_unknown: leave out keys that LLaMA does not have instead of stopping.
     Raises:
-        FileNotFoundError: files are missing; names all of them.
-        ValueError: files are damaged, of another model, or the target belongs to another job.
-        OSError: the disk is too small.
+        FileNotFoundError, ValueError, OSError: files are missing (all are named); damaged, of another model, or the
+            target belongs to another job; the disk is too small.
     """
     source, target = Path(source), Path(target)
     _refuse_input_as_target(target, source)
@@ -90,15 +84,9 @@ def convert_llama(
 
 
 def merge_delta(
-    base: Path,
-    delta: Path,
-    target: Path,
-    *,
-    version: str | None = None,
-    shard_bytes: int = SHARD_BYTES,
-    allow_unknown: bool = False,
-    log: Callable[[str], None] = print,
-) -> Path:
+    base: Path, delta: Path, target: Path, *, version: str | None = None, shard_bytes: int = SHARD_BYTES,
+    allow_unknown: bool = False, log: Log = print,
+) -> Path:  # fmt: skip
     """Add delta weights to a base model; bit for bit what FastChat 0.1.10 (v0) and 0.2 (v1.1) write.
 
     Both are cast to float16, then added. Where the delta has one row more than the base (v0's ``[PAD]``), the base
@@ -113,11 +101,7 @@ def merge_delta(
         FileNotFoundError, ValueError, OSError: as in :func:`convert_llama`; base and delta that do not fit.
     """
     base, delta, target = Path(base), Path(delta), Path(target)
-    if version not in (None, "v0", "v1.1"):
-        raise ValueError(f"version is {version!r}; allowed are 'v0', 'v1.1' and None (told by the shapes).")
     _refuse_input_as_target(target, base, delta)
-    if base.resolve() == delta.resolve():
-        raise ValueError(f"base and delta are the same folder, {base}. Give LLaMA as base and the delta as delta.")
     left, right = open_model(base, allow_unknown=allow_unknown), open_folder(delta, allow_unknown=allow_unknown)
     kind = _check_pair(left, right, version)
     ratio, notes = _compare(left, right)
@@ -131,26 +115,18 @@ def merge_delta(
 
 
 def adopt_merged(
-    source: Path, target: Path, *, allow_unknown: bool = False, log: Callable[[str], None] = print
+    source: Path, target: Path, *, shard_bytes: int = SHARD_BYTES, allow_unknown: bool = False, log: Log = print
 ) -> Path:
-    """Take over a Vicuna that was merged elsewhere: every key and shape checked, copied as float16 safetensors.
-
-    Raises:
-        ValueError: damaged, or LLaMA 2, which PandaGPT's weights were not made for.
-    """
+    """Copy a Vicuna that was merged elsewhere as float16 safetensors; the rest as in :func:`merge_delta`."""
     _refuse_input_as_target(Path(target), Path(source))
     model = open_folder(Path(source), allow_unknown=allow_unknown)
     _refuse_llama_2(model)
     halves = {name: replace(tensor, dtype=torch.float16) for name, tensor in model.tensors.items()}
-    note = "degraded: 32000 rows, so this Vicuna is not v0, whose prompts PandaGPT and AnomalyGPT were trained with"
-    is_v0 = model.config["vocab_size"] != 32000
-    model = replace(model, tensors=halves, notes=model.notes if is_v0 else (*model.notes, note))
-    return _write(model, target, "vicuna", _tokenizer([source]), {"merged": str(source)}, log=log)
+    model, origin = replace(model, tensors=halves), {"merged": str(source)}
+    return _write(model, target, "vicuna", _tokenizer([source]), origin, shard_bytes=shard_bytes, log=log)
 
 
-def _write(
-    model: Model, target: Path, component: str, tokenizer: Path, source: Mapping[str, Any], **options: Any
-) -> Path:
+def _write(model: Model, target: Path, component: str, tokenizer: Path, source: Mapping[str, Any], **options) -> Path:
     dtype = str(next(iter(model.tensors.values())).dtype).removeprefix("torch.")
     small = partial(_write_small, config=model.config, dtype=dtype, tokenizer=tokenizer)
     return folders.write_folder(
@@ -161,7 +137,7 @@ def _write(
 
 def _refuse_input_as_target(target: Path, *inputs: Path) -> None:
     for folder in inputs:
-        if target.resolve() == Path(folder).resolve():
+        if target.resolve() == folder.resolve():
             raise ValueError(f"{target} is an input and cannot be written to as well. Choose an empty folder.")
 
 
@@ -190,17 +166,15 @@ def open_model(folder: Path, *, allow_unknown: bool = False) -> Model:
 def open_meta(folder: Path, *, allow_unknown: bool = False) -> Model:
     """Meta's shards as one model; only tables of contents and the norms are read."""
     params = _read_settings(folder / "params.json", ("dim", "n_heads", "n_layers", "norm_eps"))
-    found = {path.name for path in folder.glob("consolidated*.pth")}
-    if strange := sorted(name for name in found if not re.fullmatch(r"consolidated\.\d\d\.pth", name)):
-        raise WeightFileError(f"{folder} holds {', '.join(strange)}: a second copy? Give it its name, or delete it.")
-    n_files = 1 + max((int(name.split(".")[1]) for name in found), default=0)
+    there = sorted(path.name for path in folder.glob("consolidated*.pth"))
+    n_files = max(1, len(there))
     names = [f"consolidated.{number:02d}.pth" for number in range(n_files)]
-    if absent := [name for name in names if name not in found]:
-        raise FileNotFoundError(f"{folder} lacks {', '.join(absent)}. Put the missing files there, they are one model.")
-    shards = [
-        {name_of(key): item for key, item in read_index(folder / name).items() if not _IGNORED.search(key)}
-        for name in names
-    ]
+    if there != names:
+        raise FileNotFoundError(
+            f"{folder} holds {', '.join(there) or 'no weights'}; {n_files} files of one model would be "
+            f"{', '.join(names)}. Put the missing ones there, and give each its name."
+        )
+    shards = [{name_of(key): item for key, item in _read(folder / name).items()} for name in names]
     gate = "model.layers.0.mlp.gate_proj.weight"
     if EMBEDDINGS[1] not in shards[0] or gate not in shards[0]:
         raise WeightFileError(f"{folder / names[0]} does not hold Meta's LLaMA: output or feed_forward.w1 is missing.")
@@ -213,10 +187,10 @@ def open_meta(folder: Path, *, allow_unknown: bool = False) -> Model:
         "max_position_embeddings": params.get("max_seq_len") or 2048,
     }  # fmt: skip
     shapes, tensors = shapes_of(config), {}
+    cut = {k: tuple(n // n_files if i == axis_of(k) else n for i, n in enumerate(s)) for k, s in shapes.items()}
     for name, shard in zip(names, shards):
-        parts = {k: tuple(n // n_files if i == axis_of(k) else n for i, n in enumerate(s)) for k, s in shapes.items()}
-        found_shapes = {key: item.shape for key, item in shard.items()}
-        account(f"LLaMA model of {n_files} files in {folder / name}", found_shapes, parts, allow_unknown=allow_unknown)
+        found = {key: item.shape for key, item in shard.items()}
+        account(f"LLaMA model of {n_files} files in {folder / name}", found, cut, allow_unknown=allow_unknown)
     for name, shape in shapes.items():
         parts, axis = [shard[name] for shard in shards], axis_of(name)
         first = parts[0]
@@ -272,9 +246,7 @@ def open_folder(folder: Path, *, allow_unknown: bool = False) -> Model:
     """A Hugging Face folder of safetensors or ``.bin`` files; reads tables of contents only."""
     names, listed = _weight_files(folder)
     raw = _read_settings(folder / "config.json", _CONFIG)
-    stored: dict[str, Stored] = {}
-    for name in names:
-        stored |= {key: item for key, item in read_index(folder / name).items() if not _IGNORED.search(key)}
+    stored = {key: item for name in names for key, item in _read(folder / name).items()}
     listed = {key: name for key, name in listed.items() if not _IGNORED.search(key)}
     if absent := [f"{key} (expected in {name})" for key, name in listed.items() if key not in stored]:
         raise WeightFileError(f"{folder}: tensors are missing: {', '.join(absent[:5])}. Fetch these files again.")
@@ -289,10 +261,13 @@ def open_folder(folder: Path, *, allow_unknown: bool = False) -> Model:
     shapes = shapes_of(config)
     found = {key: item.shape for key, item in stored.items()}
     account(f"LLaMA model in {folder}", found, shapes, allow_unknown=allow_unknown)
-    tensors = {
-        key: Tensor(item.dtype, item.shape, (item.path,), item.rows) for key, item in stored.items() if key in shapes
-    }
+    kept = {key: item for key, item in stored.items() if key in shapes}
+    tensors = {key: Tensor(item.dtype, item.shape, (item.path,), item.rows) for key, item in kept.items()}
     return Model(folder, tensors, config, (note,) if unlisted else ())
+
+
+def _read(path: Path) -> dict[str, Stored]:
+    return {key: item for key, item in read_index(path).items() if not _IGNORED.search(key)}
 
 
 def _read_settings(path: Path, wanted: Sequence[str]) -> dict[str, Any]:
@@ -302,9 +277,7 @@ def _read_settings(path: Path, wanted: Sequence[str]) -> dict[str, Any]:
     content = files.read_json(path)
     content = content.get("text_config", content) if isinstance(content, dict) else {}
     if lacking := [key for key in wanted if not isinstance(content.get(key), int | float)]:
-        raise WeightFileError(
-            f"{path} lacks {', '.join(lacking)}, which must not be guessed. Fetch the published file."
-        )
+        raise WeightFileError(f"{path} lacks {', '.join(lacking)}. Fetch the published file.")
     return content
 
 
@@ -316,12 +289,11 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str]]:
             listed = files.read_json(index).get("weight_map", {})
             names = sorted(set(listed.values()))
             if not names:
-                raise WeightFileError(f"{index} lists no tensors: an earlier tool failed silently. Fetch it again.")
+                raise WeightFileError(f"{index} lists no tensors: an earlier tool failed. Fetch it again.")
             if absent := [name for name in names if not (folder / name).exists()]:
                 there = sorted(path.name for path in folder.glob(f"*{Path(stem).suffix}"))
                 raise FileNotFoundError(
-                    f"{folder} lacks {', '.join(absent)}, which {index.name} names; it holds "
-                    f"{', '.join(there) or 'none'}. Fetch these files, or give them these names."
+                    f"{folder} lacks {', '.join(absent)} (it holds {', '.join(there) or 'none'}). Fetch or rename them."
                 )
             return names, listed
         if (folder / stem).exists():
@@ -337,15 +309,11 @@ def _check_pair(base: Model, delta: Model, version: str | None) -> str:
     kind = {0: "v1.1", 1: "v0"}.get(rows[1] - rows[0])
     ready = base.folder / folders.READY
     is_merged = (ready.exists() and files.read_json(ready)["component"] == "vicuna") or rows[0] == 32001
-    if kind is None or is_merged:
+    if kind is None or is_merged or version not in (None, kind):
         raise WeightFileError(
             f"{base.folder} has {rows[0]} token rows{' and is merged already' if is_merged else ''}, {delta.folder} "
-            f"has {rows[1]}. Allowed are LLaMA with 32000 rows and vicuna delta v0 (32001 rows) or v1.1 (32000). Check "
-            f"which delta was downloaded."
-        )
-    if version not in (None, kind):
-        raise WeightFileError(
-            f"{delta.folder} with {rows[1]} rows on a base with {rows[0]} is delta {kind}, but {version} was asked for."
+            f"has {rows[1]} (wanted: {version or 'any version'}). Allowed are LLaMA with 32000 rows and Vicuna's delta "
+            f"v0 with 32001 or v1.1 with 32000. Check which delta was downloaded."
         )
     _refuse_llama_2(base)
     return kind
@@ -358,14 +326,13 @@ def _refuse_llama_2(model: Model) -> None:
 
 
 def _compare(base: Model, delta: Model) -> tuple[float, list[str]]:
-    """Size of the delta in units of the base, from a sample of one matrix, and remarks on both."""
+    """Size of the delta in units of the base, from a few rows, and remarks on both."""
     name = "model.layers.0.mlp.down_proj.weight"
     left, right = (model.tensors[name].rows(0, 16).half() for model in (base, delta))
     ratio = float(right.float().norm() / left.float().norm().clamp_min(1e-12))
     if ratio > 0.9:
         raise WeightFileError(
-            f"{delta.folder} is not a delta: its numbers are as large as the base's (ratio {ratio:.2f}). A whole model "
-            f"was given: use it with BASE = 'merged', or give the right delta."
+            f"{delta.folder} is not a delta but a whole model (size {ratio:.2f} of the base): use BASE = 'merged'."
         )
     notes = [
         f"{model.folder.name} is stored as {str(model.tensors[name].dtype)[6:]}; rounded to float16 before adding."
@@ -394,8 +361,7 @@ def _tokenizer(candidates: Sequence[Path]) -> Path:
     for folder in map(Path, candidates):
         if any((folder / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
             return folder
-    places = ", ".join(map(str, candidates))
-    raise FileNotFoundError(f"no tokenizer.model or tokenizer.json in {places}. Copy LLaMA's tokenizer.model there.")
+    raise FileNotFoundError(f"no tokenizer.model in {', '.join(map(str, candidates))}. Copy LLaMA's there.")
 
 
 def _write_small(target: Path, *, config: Mapping[str, Any], dtype: str, tokenizer: Path) -> None:

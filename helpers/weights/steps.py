@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,8 @@ import sentencepiece
 from helpers import files
 from helpers.weights import fetch, folders, llama, mini, published
 from helpers.weights.catalog import Route, WeightFile
+from helpers.weights.folders import Log
 from helpers.weights.tensors import WeightFileError, check_records, file_hash, read_index
-
-Log = Callable[[str], None]
 
 
 def obtain_free(route: Route, *, log: Log = print) -> None:
@@ -38,14 +36,13 @@ def obtain(route: Route, *, accept_licences: bool, log: Log = print) -> None:
         places = "\n".join(f"  {file.path}  (about {file.n_bytes / 1e6:.0f} MB)" for file in by_hand)
         raise FileNotFoundError(
             f"These files cannot be fetched for you. Put them exactly here, or give their folder as LLAMA_FOLDER, or "
-            f"set BASE = 'huggingface' (Meta has not answered its LLaMA 1 form since 2023), and run this cell again:\n"
-            f"{places}"
+            f"set BASE = 'huggingface', and run this cell again:\n{places}"
         )
     restricted = sorted({f"{file.component} ({file.licence})" for file in missing if file.is_restricted})
     if restricted and not accept_licences:
         raise PermissionError(
             f"Not for commercial use: {', '.join(restricted)}. Read the licences at their sources in the table above, "
-            f"then set ACCEPT_LICENCES = True and run this cell again. Nothing was fetched."
+            f"then set ACCEPT_LICENCES = True and run this cell again."
         )
     for file in missing:
         _get(route, file, log)
@@ -60,10 +57,9 @@ def convert_base(route: Route, *, log: Log = print) -> Path:
     if route.is_ready("vicuna") or route.base != "meta" or route.is_fused:
         log("nothing to write here: the next step reads LLaMA as it is, or the merged model is ready")
         return route.llama_dir
-    return llama.convert_llama(
-        route.llama_dir, route.weights_dir / "llama", tokenizer=route.delta_dir if route.size == "mini" else None,
-        shard_bytes=route.shard_bytes, allow_unknown=route.allow_unknown, log=log,
-    )  # fmt: skip
+    tokenizer, target = route.delta_dir if route.size == "mini" else None, route.weights_dir / "llama"
+    options = {"shard_bytes": route.shard_bytes, "allow_unknown": route.allow_unknown, "log": log}
+    return llama.convert_llama(route.llama_dir, target, tokenizer=tokenizer, **options)
 
 
 def merge(route: Route, base: Path, *, log: Log = print) -> Path:
@@ -72,13 +68,12 @@ def merge(route: Route, base: Path, *, log: Log = print) -> Path:
     if route.is_ready("vicuna"):
         log("vicuna: already complete")
         folders.require(route.weights_dir, "vicuna")
-    elif route.base == "merged":
-        llama.adopt_merged(route.llama_dir, target, allow_unknown=route.allow_unknown, log=log)
     else:
-        llama.merge_delta(
-            base, route.delta_dir, target, version=route.version, shard_bytes=route.shard_bytes,
-            allow_unknown=route.allow_unknown, log=log,
-        )  # fmt: skip
+        options = {"shard_bytes": route.shard_bytes, "allow_unknown": route.allow_unknown, "log": log}
+        if route.base == "merged":
+            llama.adopt_merged(route.llama_dir, target, **options)
+        else:
+            llama.merge_delta(base, route.delta_dir, target, version=route.version, **options)
     if route.delete_raw:
         for file in route.files:
             if file.component == "vicuna":
@@ -111,10 +106,7 @@ def check(route: Route, *, log: Log = print) -> None:
     for (component, name), shape in wanted.items():
         found = read_index(folder[component] / "model.safetensors")[name].shape
         if found != shape:
-            raise WeightFileError(
-                f"{component}: {name} is {found}; the prepared Vicuna ({hidden} wide) and ImageBind ({width} wide, "
-                f"vector of {joint}) need {shape}. Prepare files of one size, and of one publication."
-            )
+            raise WeightFileError(f"{component}: {name} is {found}; Vicuna and ImageBind need {shape}. Use one size.")
     log(f"✓ they fit each other: language model {hidden} wide, image vector {joint}, image tower {width}")
     source = folders.read_ready(folder["vicuna"])["source"]
     if "delta_to_base" in source:
@@ -146,7 +138,7 @@ def _get(route: Route, file: WeightFile, log: Log) -> None:
 
 
 def _inspect(route: Route, file: WeightFile, log: Log, *, is_fetched: bool) -> None:
-    """Keys and shapes of one file or folder; of one put there by hand its hash or checksums, too, once."""
+    """Keys and shapes of one file or folder, once; of one put there by hand its hash or checksums, too."""
     note = route.raw_dir / "checked.json"
     known: dict[str, Any] = files.read_json(note) if note.exists() else {}
     paths = sorted(path for path in file.path.iterdir() if path.is_file()) if file.is_folder else [file.path]
@@ -159,15 +151,11 @@ def _inspect(route: Route, file: WeightFile, log: Log, *, is_fetched: bool) -> N
             check_records(file.path)
     except (WeightFileError, FileNotFoundError, RuntimeError) as error:
         raise WeightFileError(
-            f"{file.path} cannot be used: {str(error).partition(' Delete it (rm')[0]} It was left as it is. Two ways "
-            f"out: delete it and run this cell again (what can be fetched is), or put the right one there"
-            f"{' (or its folder as LLAMA_FOLDER)' if file.component == 'vicuna' else ''}."
+            f"{file.path} cannot be used: {str(error).partition(' Delete it (rm')[0]} It was left as it is: delete it "
+            f"and run this cell again, or put the right one there, or give its folder as LLAMA_FOLDER."
         ) from None
-    if file.checks and not is_fetched and (found := file_hash(file.path, file.checks[0])) != file.checks[1]:
-        log(
-            f"{file.path.name}: accepted, but it is not the published file ({file.checks[0]} {found[:12]}..., "
-            f"published {file.checks[1][:12]}...). Every key and shape is right; only its numbers may differ."
-        )
+    if file.checks and not is_fetched and file_hash(file.path, file.checks[0]) != file.checks[1]:
+        log(f"{file.path.name}: accepted; keys and shapes are right, but its {file.checks[0]} is not the published one")
     files.write_json(note, known | {str(file.path): stamp})
 
 
@@ -175,7 +163,8 @@ def _structure(route: Route, file: WeightFile) -> None:
     """Strict accounting of a raw file by its table of contents."""
     family, options = file.component.split("/")[0], {"allow_unknown": route.allow_unknown}
     if family != "vicuna":
-        published.inspect(family, read_index(file.path), heads=route.heads, **options)
+        shapes = {name: item.shape for name, item in read_index(file.path).items()}
+        published.inspect(family, shapes, heads=route.heads, **options)
     elif file.is_folder:
         llama.open_model(file.path, **options)
     elif file.path.name == "tokenizer.model":
@@ -190,11 +179,9 @@ def _convert(route: Route, file: WeightFile, log: Log) -> None:
         log(f"{file.component}: already complete")
     else:
         config = route.weights_dir / "vicuna" / "config.json"
-        needs_model = family in ("pandagpt", "anomalygpt")
-        published.convert(
-            family, file.path, target, language_model=files.read_json(config) if needs_model else None,
-            heads=route.heads, allow_unknown=route.allow_unknown, log=log,
-        )  # fmt: skip
+        model = files.read_json(config) if family in ("pandagpt", "anomalygpt") else None
+        options = {"heads": route.heads, "allow_unknown": route.allow_unknown, "log": log}
+        published.convert(family, file.path, target, language_model=model, **options)
         log(f"{file.component}: every key and shape as published")
     if route.delete_raw:
         _delete(route, file, log)

@@ -33,8 +33,7 @@ def self_test(folder: Path, *, device: str, log: Callable[[str], None] = print) 
     """Load a model strictly, straight to its device in its own type, and let it recognise and finish fixed texts.
 
     Args:
-        folder: a prepared ``vicuna`` folder.
-        device: torch device name.
+        folder, device: a prepared ``vicuna`` folder, and torch's name of a device.
         log: receives one line with a tick for each thing that is right.
     Returns:
         mean surprise on :data:`PASSAGE` in nats per token; small is good.
@@ -51,12 +50,10 @@ def self_test(folder: Path, *, device: str, log: Callable[[str], None] = print) 
         f"{prompt} ->{answers[prompt]!r} (expected: {word})" for prompt, word in PROMPTS if word not in answers[prompt]
     ]
     if surprise > MAX_NATS_PER_TOKEN or wrong:
-        heard = "; ".join(wrong) or "both sentences were finished as they should be"
         raise WeightFileError(
-            f"{folder} loads, but does not talk sensibly. A passage about the Mona Lisa surprises it by "
-            f"{surprise:.1f} nats per token (at most {MAX_NATS_PER_TOKEN}; about 3 means queries and keys in the wrong "
-            f"order, 10 and more a base without its delta, or a delta of another base). {heard}. Look at the notes in "
-            f"its READY.json, then delete the folder and prepare it again from other files."
+            f"{folder} loads, but does not talk sensibly: {surprise:.1f} nats per token on a text about the Mona Lisa "
+            f"(at most {MAX_NATS_PER_TOKEN}; about 3 means queries and keys in the wrong order, 10 and more a base "
+            f"without delta, or another delta). {'; '.join(wrong)} Prepare it again from other files."
         )
     log(f"✓ a passage that it should know surprises it by {surprise:.2f} nats per token (at most {MAX_NATS_PER_TOKEN})")
     for prompt, answer in answers.items():
@@ -88,18 +85,13 @@ def _load(folder: Path, device: str) -> tuple[Any, Any]:
         folder, output_loading_info=True, device_map={"": device}, **{name: "auto"}
     )
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    wrong = [f"{kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:3]}" for kind in kinds if info.get(kind)]
-    if wrong:
-        raise WeightFileError(f"{folder} is not one whole model: {'; '.join(wrong)}. Delete it and prepare it again.")
+    if wrong := {kind: sorted(map(str, info[kind]))[:3] for kind in kinds if info.get(kind)}:
+        raise WeightFileError(f"{folder} is not one whole model: {wrong}. Delete it and prepare it again.")
     return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def check_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """transformers must give the very ids of SentencePiece, which the models were trained with.
-
-    Raises:
-        WeightFileError: it does not.
-    """
+    """WeightFileError unless transformers gives the very ids of SentencePiece, which the models were trained with."""
     if not (folder / "tokenizer.model").exists():
         return  # a byte-level tokenizer; nothing else to compare with
     import sentencepiece

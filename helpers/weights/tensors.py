@@ -75,28 +75,19 @@ def read_index(path: Path) -> dict[str, Stored]:
         raise FileNotFoundError(f"{path} is missing. Put the file there, or run 01_prepare_weights to fetch it.")
     with open(path, "rb") as file:
         head = file.read(512)
-    problem = ""
-    if not head:
-        problem = "is empty (0 bytes)"
-    elif head.startswith(b"version https://git-lfs"):
-        size = head.decode(errors="replace").partition("size ")[2].split("\n")[0]
-        problem = f"is a Git-LFS pointer, a note about {size} bytes of weights"
-    elif head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        problem = "is a web page, not weights: a login, licence or quota page"
     try:
-        if not problem:
-            return _safetensors_index(path) if head[8:9] == b"{" else _torch_index(path)
+        return _safetensors_index(path) if head[8:9] == b"{" else _torch_index(path)
     except WeightFileError:
         raise
     except Exception as error:  # both libraries raise many kinds; torch's advice to switch protection off stays unseen
-        problem = (
-            f"is cut short, or cannot be read as weights ({path.stat().st_size} bytes; none from before torch 1.6)"
-        )
-        if wanted := str(error).partition("GLOBAL ")[2].split():
+        problem = f"is cut short, or cannot be read as weights ({path.stat().st_size} bytes)"
+        if head.startswith(b"version https://git-lfs"):
+            problem = "is a Git-LFS pointer, a note about weights"
+        elif head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+            problem = "is a web page, not weights: a login, licence or quota page"
+        elif wanted := str(error).partition("GLOBAL ")[2].split():
             problem = f"was refused: it asks for {wanted[0]}, which could run code"
-    raise WeightFileError(
-        f"{path} {problem}. Delete it (rm '{path}') and run 01_prepare_weights again, or put the right file there."
-    )
+    raise WeightFileError(f"{path} {problem}. Delete it (rm '{path}') and run 01_prepare_weights again.")
 
 
 def _safetensors_index(path: Path) -> dict[str, Stored]:
@@ -118,9 +109,7 @@ def _torch_index(path: Path) -> dict[str, Stored]:
     index, n_bytes = {}, path.stat().st_size
     for name, tensor in _flat(torch.load(path, map_location="meta", weights_only=True)):
         if not isinstance(tensor, torch.Tensor) or not tensor.is_contiguous() or tensor.dtype not in _CODES:
-            raise WeightFileError(
-                f"{path}: {name} is no plain tensor ({type(tensor).__name__}). Use the published file."
-            )
+            raise WeightFileError(f"{path}: {name} is no plain tensor. Use the published file.")
         start = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.dtype.itemsize
         if start + tensor.numel() * tensor.dtype.itemsize > n_bytes:
             raise WeightFileError(f"{path}: {name} claims bytes beyond the end of the file: damaged or forged.")
@@ -202,7 +191,5 @@ def _content(name: str, dtype: torch.dtype, piece: torch.Tensor) -> memoryview:
         raise WeightFileError(f"{name} was announced as {dtype}; a piece of {piece.dtype} came.")
     # the largest magnitude tells as much as isfinite, ten times as fast on halves
     if dtype.is_floating_point and piece.numel() and not torch.isfinite(piece.abs().max()):
-        raise WeightFileError(
-            f"{name} is not a finite number in the result: unfit or damaged inputs, kept as they are."
-        )
+        raise WeightFileError(f"{name} is not a finite number in the result: unfit or damaged inputs.")
     return memoryview(piece.contiguous().reshape(-1).view(torch.uint8).numpy())
