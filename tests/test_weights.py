@@ -457,14 +457,6 @@ def small_disk(tmp_path: Path):
     subprocess.run(["umount", folder], check=True)
 
 
-def test_10_disk_too_small_is_known_before_work(small_disk: Path, pair: tuple) -> None:
-    (small_disk / "ballast").write_bytes(b"0" * 900_000)
-    with pytest.raises(OSError, match="GB are missing.*Free some") as caught:
-        weights.merge_delta(*pair, small_disk / "out", log=quiet)
-    assert caught.value.errno == errno.ENOSPC
-    assert [path.name for path in (small_disk / "out").iterdir()] == [folders.LOCK]
-
-
 def test_10_disk_that_fills_up_during_the_run_keeps_what_is_done(
     small_disk: Path, tmp_path: Path, base: dict, pair: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -539,14 +531,6 @@ def test_15_bfloat16_rounded_and_float32_bases_are_recorded(tmp_path: Path, base
 
 
 # --- what people have on disk ------------------------------------------------------------------------------------
-
-
-def test_numbers_inside_text_config_are_found(pair: tuple, tmp_path: Path, base: dict) -> None:
-    path = pair[0] / "config.json"  # LLaVA's way
-    path.write_text(json.dumps({"text_config": json.loads(path.read_text())}))
-    assert_same_bits(
-        read_all(weights.merge_delta(*pair, tmp_path / "out", log=quiet)), fastchat(base, make_delta(base, 1))
-    )
 
 
 def test_an_input_is_never_the_target(pair: tuple, tmp_path: Path) -> None:

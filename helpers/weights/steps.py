@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import sentencepiece
 
@@ -138,13 +137,7 @@ def _get(route: Route, file: WeightFile, log: Log) -> None:
 
 
 def _inspect(route: Route, file: WeightFile, log: Log, *, is_fetched: bool) -> None:
-    """Keys and shapes of one file or folder, once; of one put there by hand its hash or checksums, too."""
-    note = route.raw_dir / "checked.json"
-    known: dict[str, Any] = files.read_json(note) if note.exists() else {}
-    paths = sorted(path for path in file.path.iterdir() if path.is_file()) if file.is_folder else [file.path]
-    stamp = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
-    if known.get(str(file.path)) == stamp:
-        return
+    """Keys and shapes of one file or folder; of one put there by hand its hash or checksums, too."""
     try:
         _structure(route, file)
         if not (is_fetched or file.checks or file.is_folder):
@@ -156,7 +149,6 @@ def _inspect(route: Route, file: WeightFile, log: Log, *, is_fetched: bool) -> N
         ) from None
     if file.checks and not is_fetched and file_hash(file.path, file.checks[0]) != file.checks[1]:
         log(f"{file.path.name}: accepted; keys and shapes are right, but its {file.checks[0]} is not the published one")
-    files.write_json(note, known | {str(file.path): stamp})
 
 
 def _structure(route: Route, file: WeightFile) -> None:
