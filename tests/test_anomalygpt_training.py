@@ -378,3 +378,18 @@ def test_feedback_never_teaches_the_test(model, dataset, confirmed, tmp_path):
     for given, words in (([*confirmed, test], "1 test pictures among the 4.*test.png"), ([], "0 confirmed")):
         with pytest.raises(ValueError, match=words):
             t.learn_from_feedback(model, dataset, given, folder=tmp_path, settings=SMALL)
+
+
+def test_a_second_head_learns_from_a_map_that_may_be_missing(model, dataset, tmp_path, capsys):
+    def nothing(folder):
+        raise FileNotFoundError("Run notebook 05.")
+
+    assert t.map_or_say(nothing, tmp_path) is None and "Run notebook 05." in capsys.readouterr().out
+    settings = dataclasses.replace(SMALL, n_epochs=1, max_pairs=2, checkpoint_every=0)
+    t.train_head(model, dataset, folder=tmp_path / "first", settings=settings)
+    second = anomalygpt.with_head(model, tmp_path, tmp_path / "first")
+    flat = type("Fitted", (), {"unit_map": lambda self, picture, category: np.full((224, 224), 0.5, np.float32)})
+    map_of = t.map_or_say(lambda folder: flat(), tmp_path)
+    t.train_head(second, dataset, folder=tmp_path / "second", settings=settings, map_of=map_of)
+    first = model.head.state_dict()
+    assert any(not tensor.equal(first[name]) for name, tensor in second.head.state_dict().items())

@@ -156,7 +156,8 @@ class _Bench:
     """A chain in front of a dataset: references, maps and answers, one category at a time."""
 
     def __init__(self, model: AnomalyGPT, dataset: Dataset, settings: EvaluationSettings, map_of: MapOf | None) -> None:
-        self._model, self._dataset, self._settings, self._map_of = model, dataset, settings, map_of
+        self._model, self._dataset, self._settings = model, dataset, settings
+        self._map_of = map_of and _remembered(map_of)
         self._banks: dict[tuple[str, int, int], torch.Tensor] = {}
 
     def calibration(self) -> dict[str, list[float]]:
@@ -290,6 +291,19 @@ class _Bench:
         return np.concatenate(scores), [text for batch in texts for text in batch]
 
 
+def _remembered(map_of: MapOf) -> MapOf:
+    """Each map is made once: a picture is looked at for the row and again for the tables."""
+    known: dict[tuple[str, str], np.ndarray] = {}
+
+    def remembered(picture: np.ndarray, category: str) -> np.ndarray:
+        key = category, images.pixel_hash(picture)
+        if key not in known:
+            known[key] = map_of(picture, category)
+        return known[key]
+
+    return remembered
+
+
 def _map_rows(look: Look, samples: Sequence[Sample]) -> list[dict[str, Any]]:
     """What the maps of a category are worth; an anomaly without a known mask says nothing about pixels."""
     labels = [sample.is_anomalous for sample in samples]
@@ -337,6 +351,15 @@ def answer_table(run: TestRun) -> pd.DataFrame:
             }
         )  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def beside(run: TestRun, published: TestRun) -> str:
+    """One sentence: right answers of a row beside those of the published way."""
+    told = []
+    for result in (run.result, published.result):
+        right = sum(conversations.answers_say(p.answer) == p.sample.is_anomalous for p in result.predictions)
+        told.append(f"{right} of {len(result.predictions)}")
+    return f"{results.method_label(run.result.method)}: {told[0]} answers are right; the published way: {told[1]}."
 
 
 def shot_lines(run: TestRun) -> tuple[pd.DataFrame, str]:

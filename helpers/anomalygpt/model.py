@@ -15,7 +15,7 @@ import itertools
 import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -324,6 +324,13 @@ def load(
     model = AnomalyGPT(tower, head.eval().to(device), projection, speaker, text, checkpoint_id)
     _loaded = weakref.ref(model)
     return model
+
+
+def with_head(model: AnomalyGPT, weights_dir: Path, checkpoint: str | Path) -> AnomalyGPT:
+    """A loaded chain with another head beside its own one: nothing else is loaded again, see :func:`load_head`."""
+    head, checkpoint_id = load_head(weights_dir, checkpoint)
+    check_widths(model.image_tower, head, model.projection, model.language.hidden)
+    return replace(model, head=head.eval().to(model.device), checkpoint_id=checkpoint_id)
 
 
 def _empty(model: AnomalyGPT) -> None:

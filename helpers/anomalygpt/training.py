@@ -222,6 +222,15 @@ def training_samples(dataset: Dataset) -> tuple[list[Sample], list[Sample]]:
     return learnt, tuning
 
 
+def map_or_say(load: Callable[[Path], Any], folder: Path) -> MapOf | None:
+    """``unit_map`` of the detector that ``load(folder)`` gives; None and a printed sentence where it was not fitted."""
+    try:
+        return load(folder).unit_map
+    except FileNotFoundError as error:
+        print(f"Left out, it is optional: {error}")
+        return None
+
+
 def train_head(
     model: AnomalyGPT,
     dataset: Dataset,
@@ -255,7 +264,8 @@ def train_head(
     collate = Collate(model, settings.wording, map_of)
     evaluate, before = None, []
     if kept_back and settings.n_tuning:
-        evaluate = _TuningScore(model, PairDataset(kept_back, settings, kinds=kinds, fixed=True), collate, settings)
+        fixed = PairDataset(kept_back, settings, kinds=kinds, fixed=True)
+        evaluate = _TuningScore(model, fixed, collate, settings.micro_batch)
         before = [{"epoch": 0, "step": 0, "score": evaluate(model.head)}]
     optimizer, schedule = _optimiser(model.head, settings, len(pairs))
     identity = {
@@ -380,20 +390,19 @@ def losses(result: training.TrainingResult) -> tuple[pd.DataFrame, str]:
 
 
 class _TuningScore:
-    """Minus the mean loss on fixed simulated pairs: higher is better, and smooth even with few pairs (an AUROC of
-    four pairs moves in steps of 1/16, and early stopping would follow its luck)."""
+    """Minus the mean loss on fixed pairs, seen once: higher is better, and smoother than an AUROC of few pairs."""
 
-    def __init__(self, model: AnomalyGPT, pairs: PairDataset, collate: Collate, settings: HeadTraining) -> None:
-        self._model, self._pairs, self._collate, self._size = model, pairs, collate, settings.micro_batch
+    def __init__(self, model: AnomalyGPT, pairs: PairDataset, collate: Collate, size: int) -> None:
+        self._model, self._n, chosen = model, len(pairs), [pairs[i] for i in range(len(pairs))]
+        self._batches = [collate(chosen[start : start + size]) for start in range(0, self._n, size)]
 
     @torch.no_grad()
     def __call__(self, head: nn.Module) -> float:
         total = 0.0
-        for start in range(0, len(self._pairs), self._size):
-            chosen = [self._pairs[i] for i in range(start, min(start + self._size, len(self._pairs)))]
-            batch = {name: tensor.to(self._model.device) for name, tensor in self._collate(chosen).items()}
-            total += float(head_loss(self._model, head, batch)["loss"]) * len(chosen)
-        return -total / len(self._pairs)
+        for seen in self._batches:
+            batch = {name: tensor.to(self._model.device) for name, tensor in seen.items()}
+            total += float(head_loss(self._model, head, batch)["loss"]) * (len(batch["ids"]) // 2)
+        return -total / self._n
 
 
 def _export(
