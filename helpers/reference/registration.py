@@ -86,23 +86,15 @@ def matches(query: Features, reference: Features) -> tuple[np.ndarray, np.ndarra
     return rows[keep], best[keep]
 
 
-def register(
-    query: Features, references: Sequence[Features], order: Sequence[int] | None = None
-) -> Registration | None:
+def register(query: Features, references: Sequence[Features]) -> Registration | None:
     """The reference on which a picture lies best, or None: it lies on no one.
 
     The first reference is asked first, the others only while no match is clear; then the mirror image is tried.
-
-    Args:
-        query: the picture.
-        references: features of each reference.
-        order: which are asked, in order; all of them by default.
     """
     for is_mirrored in (False, True):
-        asked = query.mirrored if is_mirrored else query
         best: Registration | None = None
-        for index in range(len(references)) if order is None else order:
-            found = _homography(asked, references[index], index, is_mirrored)
+        for index, reference in enumerate(references):
+            found = _homography(query, reference, index, is_mirrored)
             if found is not None and (best is None or found.n_inliers > best.n_inliers):
                 best = found
             if best is not None and best.n_inliers >= CLEAR_INLIERS:
@@ -113,12 +105,10 @@ def register(
 
 
 def _homography(query: Features, reference: Features, index: int, is_mirrored: bool) -> Registration | None:
+    query = query.mirrored if is_mirrored else query
     first, second = matches(query, reference)
-    if len(first) < MIN_INLIERS:
-        return None
-    matrix, n_inliers = _fitted(
-        query.points[first], reference.points[second], max(1.0, _TOLERANCE * max(reference.shape))
-    )
+    tolerance = max(1.0, _TOLERANCE * max(reference.shape))
+    matrix, n_inliers = _fitted(query.points[first], reference.points[second], tolerance)
     if n_inliers < MIN_INLIERS or not _is_plausible(matrix, query.shape, reference.shape):
         return None
     top_left, top_right, bottom_right, bottom_left = corners_of(matrix, query.shape)
@@ -131,6 +121,8 @@ def _homography(query: Features, reference: Features, index: int, is_mirrored: b
 
 def _fitted(points: np.ndarray, targets: np.ndarray, tolerance: float) -> tuple[np.ndarray | None, int]:
     """Robust homography and how many points agree with it; 0 when there is none."""
+    if len(points) < MIN_INLIERS:
+        return None, 0
     matrix, inliers = cv2.findHomography(points, targets, cv2.USAC_MAGSAC, tolerance, maxIters=4000, confidence=0.999)
     return matrix, 0 if matrix is None else int(inliers.sum())
 
@@ -148,16 +140,12 @@ def _is_plausible(matrix: np.ndarray, shape: tuple[int, int], target: tuple[int,
 def refined(matrix: np.ndarray, points: np.ndarray, targets: np.ndarray, tolerance: float) -> np.ndarray:
     """A homography fitted again to all matches near it, ``points`` -> ``targets``; the old one when few agree."""
     near = np.linalg.norm(moved(points, matrix) - targets, axis=1) < 4 * tolerance
-    if near.sum() < MIN_INLIERS:
-        return matrix
     again, n_inliers = _fitted(points[near], targets[near], tolerance)
-    return matrix if 2 * n_inliers < near.sum() else again
+    return again if n_inliers and 2 * n_inliers >= near.sum() else matrix
 
 
 def moved(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Points ``(n, 2)`` after a homography, float32."""
-    if not len(points):
-        return np.zeros((0, 2), np.float32)
+    """Points ``(n, 2)``, at least one, after a homography; float32."""
     return cv2.perspectiveTransform(np.float64(points)[:, None], matrix)[:, 0].astype(np.float32)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from helpers import files
 from helpers.data.images import pixel_hash
-from helpers.reference.aligned import SAME, Comparison
+from helpers.reference.aligned import DIFFERENT, Comparison
 
 _INK = (193, 68, 14)
 _LEAST_AREA = 2e-4  # share of the picture; smaller specks are not listed
@@ -23,42 +23,33 @@ _MOST = 12
 
 @dataclass(frozen=True)
 class Difference:
-    """A place that differs: ``mask``, bool ``(H, W)``, place in words, share of the picture, strength (x the limit)."""
+    """A place that differs: ``mask``, bool ``(H, W)``, and the highest value there, as a multiple of the limit."""
 
     mask: np.ndarray
-    place: str
-    area: float
     strength: float
+
+    @property
+    def area(self) -> float:
+        """Share of the picture."""
+        return float(self.mask.mean())
+
+    @property
+    def place(self) -> str:
+        """The cell of a 3 x 3 grid that the middle of the mask lies in, in words."""
+        (y, x), (height, width) = np.argwhere(self.mask).mean(axis=0), self.mask.shape
+        words = (("top", "", "bottom")[int(3 * y / height)], ("left", "", "right")[int(3 * x / width)])
+        return " ".join(filter(None, words)) or "centre"
 
 
 def differences(comparison: Comparison) -> list[Difference]:
     """The connected places above the limit, strongest first; none where the answer is not "different"."""
-    if comparison.answer == SAME or comparison.registration is None:
+    if comparison.answer != DIFFERENT:
         return []
     above = (comparison.anomaly_map > comparison.limit).astype(np.uint8)
-    joined = cv2.morphologyEx(above, cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))
-    n, labels = cv2.connectedComponents(joined)
-    found = []
-    for label in range(1, n):
-        mask = labels == label
-        area = float(mask.mean())
-        if area >= _LEAST_AREA:
-            strength = float(comparison.anomaly_map[mask].max() / comparison.limit)
-            found.append(Difference(mask, place_of(mask), area, strength))
-    return sorted(found, key=lambda one: -one.strength)[:_MOST]
-
-
-def place_of(mask: np.ndarray) -> str:
-    """The cell of a 3 x 3 grid that the middle of a mask lies in, in words.
-
-    >>> mask = np.zeros((30, 30), bool)
-    >>> mask[2, 27] = True
-    >>> place_of(mask)
-    'top right'
-    """
-    (y, x), (height, width) = np.argwhere(mask).mean(axis=0), mask.shape
-    words = (("top", "", "bottom")[int(3 * y / height)], ("left", "", "right")[int(3 * x / width)])
-    return " ".join(filter(None, words)) or "centre"
+    n, labels = cv2.connectedComponents(cv2.morphologyEx(above, cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8)))
+    masks = [labels == label for label in range(1, n)]
+    found = [Difference(mask, float(comparison.anomaly_map[mask].max() / comparison.limit)) for mask in masks]
+    return sorted((one for one in found if one.area >= _LEAST_AREA), key=lambda one: -one.strength)[:_MOST]
 
 
 def marked(comparison: Comparison, found: Sequence[Difference], *, side: int = 900) -> np.ndarray:
@@ -81,7 +72,7 @@ def marked(comparison: Comparison, found: Sequence[Difference], *, side: int = 9
 
 def blink_html(comparison: Comparison, *, side: int = 420) -> str:
     """Suspect and reference on top of each other, taking turns; a still pair where a page moves nothing. No script."""
-    return _rendered("blink.html", suspect=_uri(comparison.picture, side), reference=_uri(comparison.reference, side))
+    return _PAGES.get_template("blink.html").render(comparison=comparison, side=side)
 
 
 def write(path: Path, comparison: Comparison, *, title: str, others: Sequence[dict] = ()) -> Path:
@@ -95,36 +86,22 @@ def write(path: Path, comparison: Comparison, *, title: str, others: Sequence[di
     Returns:
         ``path``.
     """
-    found = differences(comparison)
-    reference = comparison.reference
-    page = _rendered(
-        "sheet.html",
-        title=title,
-        date=datetime.date.today().isoformat(),
-        answer=comparison.describe(),
-        score=comparison.score,
-        limit=comparison.limit,
-        suspect=_uri(comparison.picture, 520),
-        reference=None if reference is None else _uri(reference, 520),
-        is_laid=comparison.registration is not None,
-        marked=_uri(marked(comparison, found), 900),
-        found=[(n, one.place, one.area, one.strength) for n, one in enumerate(found, start=1)],
-        suspect_hash=pixel_hash(comparison.picture),
-        reference_hash="" if reference is None else comparison.reference_hash,
-        others=others,
+    found, date = differences(comparison), datetime.date.today().isoformat()
+    page = _PAGES.get_template("sheet.html").render(
+        title=title, date=date, comparison=comparison, found=found, marked=marked(comparison, found), others=others
     )
     files.write_text(path, page)
     return path
 
 
-def _rendered(name: str, **values: object) -> str:
-    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    return jinja2.Environment(loader=loader, autoescape=True).get_template(name).render(**values)
-
-
 def _uri(image: np.ndarray, side: int) -> str:
+    """A picture of this longer side as the address of an ``<img>``."""
     scale = side / max(image.shape[:2])
     method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
     image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=method)
     _, encoded = cv2.imencode(".jpg", np.ascontiguousarray(image[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 90])
     return "data:image/jpeg;base64," + base64.b64encode(encoded.tobytes()).decode()
+
+
+_PAGES = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True)
+_PAGES.filters |= {"uri": _uri, "pixel_hash": pixel_hash}
