@@ -2,7 +2,7 @@
 
 Code written for a GPU runs through it unchanged, with real numbers and real control flow. Found are tensors of two
 devices in one operation, pinned GPU tensors, ``.numpy()`` of a GPU tensor, and CPU data indexed by GPU indices. Not
-found are missing kernels, full memory and everything about speed.
+found are missing kernels, full memory, inference tensors that training touches, and everything about speed.
 
 For autograd a tensor lies on the ``meta`` device, as in torch's own FakeTensor: its engine would open a CUDA context
 for a tensor of device ``cuda``. So an operation that asks for ``meta`` while one of our tensors takes part, or inside a
@@ -43,8 +43,9 @@ class GpuTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held: torch.Tensor, requires_grad: bool = False) -> GpuTensor:
-        shape = torch.empty_strided(held.size(), held.stride(), dtype=held.dtype, device="meta")
-        made = torch.Tensor._make_subclass(cls, shape, requires_grad, device_for_backend_keys=GPU)
+        with torch.inference_mode(False):  # a view of a tensor with a version counter must have one
+            shape = torch.empty_strided(held.size(), held.stride(), dtype=held.dtype, device="meta")
+            made = torch.Tensor._make_subclass(cls, shape, requires_grad, device_for_backend_keys=GPU)
         made.held = held
         return made
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
+import open_clip
 import pytest
+import timm
 import tiny_anomalygpt as tiny
 import torch
 from fake_cuda import GpuTensor, fake_cuda
 
-from helpers import profiles
+from helpers import data, files, profiles
+from helpers.anomalyclip import model as anomalyclip
+from helpers.clip import backbones
 from helpers.colab import session
 
 HERE = Path(__file__).parent
@@ -57,7 +62,9 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     tiny.write_weights(home / "weights", HERE / "golden" / "anomalygpt_seed0.safetensors")
     (home / "data" / "embedded").mkdir(parents=True)
-    tiny.write_dataset(home / "data" / "embedded")
+    dataset = tiny.write_dataset(home / "data" / "embedded")
+    samples = [replace(s, visibility=1.0 if s.mask_path else None) for s in dataset.samples]  # notebook 04 shows one
+    data.write_manifest(dataset.folder / "manifest.csv", samples)
     return home
 
 
@@ -73,7 +80,8 @@ def run_notebook(name: str, profile: profiles.Profile) -> dict:
     return namespace
 
 
-def test_notebooks_06_and_07(home):
+def mini(home: Path) -> profiles.Profile:
+    """A profile of tiny sizes on the fake GPU."""
     settings = profiles.AnomalyGptSettings(
         training={
             "n_epochs": 2, "batch_size": 4, "micro_batch": 2, "n_tuning": 2, "wording": "short", "checkpoint_every": 1,
@@ -83,12 +91,68 @@ def test_notebooks_06_and_07(home):
             "n_sentences": 3, "n_controls": 2, "max_new_tokens": 4,
         },
     )  # fmt: skip
-    profile = profiles.Profile("mini", "fake GPU", home, None, "cuda", anomalygpt=settings)
+    clip = profiles.ClipSettings(
+        model="ViT-B-32-quickgelu", pretrained=None, image_size=32, cnn_model="test_resnet", batch_size=8, n_trials=1,
+        max_epochs=5, n_synthetic=24, max_bank_rows=500,
+    )  # fmt: skip
+    prompts = profiles.AnomalyClipSettings(image_size=40, auxiliary="packages", n_epochs=1, row="own")
+    return profiles.Profile("mini", "fake GPU", home, None, "cuda", clip=clip, anomalyclip=prompts, anomalygpt=settings)
+
+
+@pytest.fixture(scope="module")
+def walked(home):
+    """Notebooks 06 and 07, whose head and results notebook 08 reads, too."""
+    profile = mini(home)
     with fake_cuda():
-        trained = run_notebook("06_anomalygpt_train", profile)
-        tested = run_notebook("07_anomalygpt_test", profile)
-    for notebook in (trained, tested):
+        return profile, [run_notebook(name, profile) for name in ("06_anomalygpt_train", "07_anomalygpt_test")]
+
+
+def test_notebooks_06_and_07(walked):
+    profile, notebooks = walked
+    for notebook in notebooks:
         parts = notebook["model"]
         for tensor in (parts.language.model.lm_head.weight, parts.image_tower.visual.proj, parts.projection.weight):
             assert isinstance(tensor, GpuTensor)
     assert (profile.results_dir("anomalygpt") / "manifest.json").exists()
+
+
+@pytest.fixture
+def tiny_networks(monkeypatch):
+    """What the real loaders of CLIP and of the CNN get for any name: networks with random weights."""
+
+    def make_clip(_name: str, **_options) -> torch.nn.Module:
+        vision = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 4, "head_width": 32}
+        text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 3}
+        torch.manual_seed(0)
+        return open_clip.CLIP(24, vision, text, quick_gelu=True)
+
+    make_cnn = timm.create_model
+    monkeypatch.setattr(open_clip, "create_model", make_clip)
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: make_cnn(name, pretrained=False))
+
+
+def write_prompts(profile: profiles.Profile) -> None:
+    """AnomalyCLIP's "published" prompts, as notebook 01 leaves them."""
+    size, component = profile.clip, f"anomalyclip/{profile.anomalyclip.prompts}"
+    clip = backbones.load_clip(size.model, pretrained=None, image_size=size.image_size, device="cpu")
+    path = profile.weights_dir / component / "model.safetensors"
+    files.write_bytes(path, anomalyclip.as_bytes(anomalyclip.PromptLearner(clip.model, clip.tokenizer, seed=1)))
+    there = {path.name: {"bytes": path.stat().st_size, "sha256": files.sha256_file(path)}}
+    ready = {"component": component, "files": there, "source": {}, "notes": [], "details": {}, "format": 1}
+    files.write_json(path.with_name("READY.json"), ready)
+
+
+def test_notebooks_03_04_and_08(walked, tiny_networks):
+    profile = walked[0]
+    write_prompts(profile)
+    with fake_cuda():
+        fitted = run_notebook("03_clip", profile)
+        prompted = run_notebook("04_anomalyclip", profile)
+        asked = run_notebook("08_anomalygpt_chat", profile)
+    for notebook in (fitted, prompted, asked):
+        assert isinstance(notebook["clip"].model.visual.proj, GpuTensor)
+    assert isinstance(next(fitted["cnn"].model.parameters()), GpuTensor)
+    assert isinstance(prompted["own"].ctx_pos, GpuTensor) and isinstance(prompted["ready"].text, GpuTensor)
+    assert isinstance(asked["model"].language.model.lm_head.weight, GpuTensor)
+    judged = [one.method for one in asked["talk"].verdicts if one.is_anomalous is not None]
+    assert set(judged) >= {*fitted["found"], "anomalyclip", "anomalygpt"}
