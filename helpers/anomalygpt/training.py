@@ -268,11 +268,8 @@ def train_head(
         evaluate = _TuningScore(model, fixed, collate, settings.micro_batch)
         before = [{"epoch": 0, "step": 0, "score": evaluate(model.head)}]
     optimizer, schedule = _optimiser(model.head, settings, len(pairs))
-    identity = {
-        "kinds": kinds,
-        "map_of": map_of is not None,
-        **_identity(model, settings, learnt + kept_back, confirmed),
-    }
+    identity = _identity(model, settings, learnt + kept_back, confirmed)
+    identity |= {"kinds": kinds, "map_of": map_of is not None}
     if model.device.type == "cuda":
         _recompute(model.language.model, True)
     try:
@@ -283,8 +280,7 @@ def train_head(
                 n_accumulation=settings.batch_size // settings.micro_batch, scheduler=schedule, collate=collate,
                 evaluate=evaluate, patience=settings.patience, max_grad_norm=1.0,
                 checkpoint_every=settings.checkpoint_every, seed=settings.seed, device=model.device.type,
-                on_checkpoint=on_checkpoint, identity=identity,
-                title="AnomalyGPT head",
+                on_checkpoint=on_checkpoint, identity=identity, title="AnomalyGPT head",
             )  # fmt: skip
     finally:
         if model.device.type == "cuda":
