@@ -96,8 +96,8 @@ def execute(path: Path, show: Callable[[str], None]) -> tuple[nbformat.NotebookN
         """The cell, the heading it stands under, and the time left if the others take as long as those before."""
         nonlocal place, heading
         if not is_code[cell_index]:
-            first = cell.source.splitlines()[0]
-            heading = f", {first.lstrip('#0123456789.· ')}" if first.startswith("#") else heading
+            headings = [line for line in cell.source.splitlines() if line.startswith("#")]
+            heading = f", {headings[-1].lstrip('#0123456789.· ')}" if headings else heading
             return
         n_done, n = sum(is_code[:cell_index]), sum(is_code)
         place = f"cell {n_done + 1} of {n}{heading}"

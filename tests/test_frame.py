@@ -336,7 +336,7 @@ def test_notebooks_run_in_order_and_stop_at_the_failing_cell(home: Path, capsys,
     monkeypatch.setattr(runner.sys.stdout, "isatty", lambda: True, raising=False)
     assert runner.main(["02"]) == 0
     out = capsys.readouterr().out
-    assert "[2/3] 02_second: cell 2 of 2" in out
+    assert "[2/3] 02_second: cell 1 of 1, Five detectors" in out
     assert len([line for line in out.split("\n") if "02_second" in line]) == 1, "one line a notebook on a terminal"
     assert runner.main(["7"]) == 2
     assert "There are: 01_first, 02_second" in capsys.readouterr().out
