@@ -1,7 +1,7 @@
 """Keeps the README's results table equal to the last recorded ``mini`` run (a maintainer's tool).
 
-python tests/record_results.py --record   # take the rows of workspace/mini/report/comparison.csv, rewrite its table
-python tests/record_results.py --check    # exit 1 when the README shows anything else
+python -m tests.record_results --record   # take the rows of workspace/mini/report/comparison.csv, rewrite its table
+python -m tests.record_results --check    # exit 1 when the README shows anything else
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from helpers.results import METHODS, category_label, method_label
 
 README = profiles.REPOSITORY / "README.md"
 RECORDED = profiles.REPOSITORY / "tests" / "golden" / "mini_comparison.csv"
-_BEGIN, _END = "<!-- results: begin (python tests/record_results.py --record) -->", "<!-- results: end -->"
+_BEGIN, _END = "<!-- results: begin (python -m tests.record_results --record) -->", "<!-- results: end -->"
 
 
 def with_table(text: str, table: str) -> str:
@@ -55,7 +55,7 @@ def as_markdown(path: Path) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Record or check; 0 when README and recorded run agree afterwards."""
-    parser = argparse.ArgumentParser(prog="python tests/record_results.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.record_results", description=__doc__.splitlines()[0])
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--record", action="store_true", help="take the last mini run and rewrite the table")
     task.add_argument("--check", action="store_true", help="compare only")
