@@ -154,13 +154,13 @@ _GENUINE = {
     "jpeg": (_jpeg, "JPEG at quality 45 to 89: pictures on the web are compressed"),
 }
 _ANOMALOUS = {
-    "different_colour": (_different_colour, "hues turned by 80 to 280 degrees: the report names it an anomaly"),
+    "different_colour": (_different_colour, "hues turned by 80 to 280 degrees: an anomaly in the 2024 study"),
     "fuzziness": (
         partial(_blurred, limits=(0.015, 0.04)),
-        "blurred by 1.5 to 4 % of the shorter side: the report names it an anomaly",
+        "blurred by 1.5 to 4 % of the shorter side: an anomaly in the 2024 study",
     ),
     "invert": (lambda image, rng: 255 - image, "negative: no photograph of the genuine artwork looks so"),
-    "flip": (_flip, "mirrored or upside down: the genuine artwork has one handedness"),
+    "flip": (_flip, "mirrored or upside down: that is not the artwork"),
     "strong_tilt": (partial(_turned, limits=(12, 35)), "turned by 12 to 35 degrees: no longer upright"),
     "strong_saturation": (
         partial(_saturated, limits=[(0.0, 0.2), (2.2, 3.5)]),

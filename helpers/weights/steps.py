@@ -174,7 +174,8 @@ def _convert(route: Route, file: WeightFile, log: Log) -> None:
         model = files.read_json(config) if family in ("pandagpt", "anomalygpt") else None
         options = {"heads": route.heads, "allow_unknown": route.allow_unknown, "log": log}
         published.convert(family, file.path, target, language_model=model, **options)
-        log(f"{file.component}: every key and shape as published")
+        made = "a stand-in, in the published format" if file.source == "mini" else "every key and shape as published"
+        log(f"{file.component}: {made}")
     if route.delete_raw:
         _delete(route, file, log)
 

@@ -55,9 +55,9 @@ def self_test(folder: Path, *, device: str, log: Callable[[str], None] = print) 
             f"(at most {MAX_NATS_PER_TOKEN}; about 3 means queries and keys in the wrong order, 10 and more a base "
             f"without delta, or another delta). {'; '.join(wrong)} Prepare it again from other files."
         )
-    log(f"✓ a passage that it should know surprises it by {surprise:.2f} nats per token (at most {MAX_NATS_PER_TOKEN})")
+    log(f"✓ it reads English: surprise {surprise:.1f} a token (a broken conversion is above {MAX_NATS_PER_TOKEN})")
     for prompt, answer in answers.items():
-        log(f"✓ {prompt} ->{answer.rstrip()!r}")
+        log(f"✓ {prompt} … {' '.join(answer.split())}")
     return surprise
 
 
