@@ -11,12 +11,12 @@ import json
 import os
 import platform
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -25,186 +25,106 @@ import skimage
 from tqdm.auto import tqdm
 
 from helpers import files, synthesis
-from helpers.data import images, manifest, sources, splits
-from helpers.data.names import DatasetError
+from helpers.data import images, manifest, sources
+from helpers.data.names import DatasetError, clean
 from helpers.data.reading import read_folder
 from helpers.records import NORMAL_KIND, SPLITS, Sample
+from helpers.results import category_label
 
 RECORDS = "synthesis.jsonl"
 TEST_KINDS = synthesis.LOCAL_KINDS + synthesis.REPORT_VARIATIONS
 """Kinds of synthetic anomalies in a test set by default."""
+ORIGINS = GENUINE, REPHOTOGRAPHED, REAL, SYNTHETIC = "genuine", "rephotographed", "real anomaly", "synthetic anomaly"
+"""How a picture of the dataset came about; ``origin`` in the records."""
 MIN_SIDE = 64
 """Shorter side in pixels that slender pictures (scrolls) keep, at up to four times the longer side of the others."""
+MOST_TIMES = 3  # genuine pictures beyond this many times the number asked for are left out, at random
+CALIBRATION_SHARE = 0.3  # of the source pictures set thresholds, when there are test pictures of its own
+OWN_TEST_SHARES = (0.2, 0.3)  # of calibration and test when there are none; the rest is learnt from
+_KINDS = (*synthesis.LOCAL_KINDS, *synthesis.ANOMALOUS_VARIATIONS)
+_NUMBERS = ("n_train", "n_calibration", "n_test_normal")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Source:
     """Pictures to make a dataset of.
 
     Attributes:
-        samples: absolute paths; splits as the source has them.
+        samples: absolute paths, with hashes; splits as the source has them.
         description: the source in words, several lines.
-        notes: what the user should know about it.
+        left_out: files that cannot be used, and why.
         count_real: True when the source's anomalous pictures count towards the number of anomalies asked for.
-        identity: what stands for the pictures when a frozen dataset is compared with its source; by default the
-            files' hashes. Built-in pictures have a name, so that no other machine or library remakes a dataset.
+        identity: what a frozen dataset is compared by, instead of pictures, labels, masks and groups.
     """
 
-    samples: tuple[Sample, ...]
+    samples: Sequence[Sample]
     description: str = ""
-    notes: tuple[str, ...] = ()
+    left_out: Sequence[tuple[Path | str, str]] = ()
     count_real: bool = False
     identity: str = ""
 
 
 def source_for(
-    data_source: Path | str | None,
-    *,
-    builtin: str,
-    target: Path | str,
-    max_side: int,
-    seed: int,
-    is_genuine: Callable[[np.ndarray, np.ndarray], bool] | None = None,
-) -> Source:
+    data_source: Path | str | None, *, builtin: str, target: Path, max_side: int, seed: int,
+    difference: sources.Difference | None = None,
+) -> Source:  # fmt: skip
     """The user's pictures (a folder or CSV file), or built-in ones, written to ``target``, when there are none.
 
-    Args:
-        builtin: ``"embedded"`` (two paintings, offline; ``max_side`` pixels and ``seed`` are of their photographs) or
-            ``"wikimedia"`` (the Mona Lisa and Girl with a Pearl Earring, network).
-        is_genuine: see :func:`helpers.data.sources.wikimedia`.
-    Raises:
-        FileNotFoundError, DatasetError: the folder is missing or not understood (:func:`helpers.data.read_folder`).
-        helpers.data.sources.SourceError: the network is missing.
+    ``builtin`` is ``"embedded"`` (two paintings, offline; ``max_side`` pixels and ``seed`` are of their photographs) or
+    ``"wikimedia"`` (Mona Lisa and Girl with a Pearl Earring, network; ``difference`` sorts further pictures of them).
     """
     if data_source is not None:
         reading = read_folder(data_source)
-        return Source(reading.samples, reading.describe(), reading.notes)
+        return Source(reading.samples, reading.describe(), reading.bad_files)
     if builtin == "embedded":
         found = sources.embedded_artworks(target, max_side=max_side, seed=seed)
         words = "two painted pictures that ship with the suite, photographed by simulated cameras"
-        identity = f"embedded {max_side} {seed}"
-    else:
-        found = sources.wikimedia(target, is_genuine=is_genuine)
-        asked_for = [[work.file for work in sources.WORKS], is_genuine is not None]  # what Commons holds may drift
-        words, identity = "public-domain reproductions from Wikimedia Commons", files.sha256_json(asked_for)
-    for category in sorted({sample.category for sample in found}):
-        kinds = Counter("genuine" if s.kind == NORMAL_KIND else s.kind for s in found if s.category == category)
-        words += f"\n  {category}: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items())
-    return Source(tuple(found), words, count_real=builtin == "embedded", identity=identity)
+        return Source(found, words, count_real=True, identity=f"embedded {max_side} {seed}")
+    found, left_out = sources.wikimedia(target, difference=difference)
+    identity = files.sha256_json(sources.titles(difference))  # not what came: what Commons holds may drift
+    return Source(found, "public-domain reproductions from Wikimedia Commons", left_out, identity=identity)
 
 
 def build_dataset(
-    source: Source,
-    target: Path | str,
-    sizes: Any,
-    *,
-    seed: int,
-    kinds: Sequence[str] = TEST_KINDS,
+    source: Source, target: Path | str, sizes: Any, *, seed: int, kinds: Sequence[str] = TEST_KINDS,
     kinds_held_out: Sequence[str] = synthesis.HELD_OUT_KINDS,
-) -> Path:
+) -> Path:  # fmt: skip
     """Make and freeze a dataset. A frozen one of the same source and settings is kept, whatever library or machine
     made it; it is made again, and that is said, when source pictures or settings changed or a file is gone.
 
     Pictures of one source picture (``group``) stay in one split; with one or two of them splits share one, and
     ``limits`` in ``manifest.json`` says so. Damage is done to test normals only, to each source picture about equally
     often, so that an anomalous picture differs from a normal one by the damage. The source's own anomalous pictures
-    are all kept, for testing only. An artwork or a file that cannot be used is left out by name.
+    are all kept, for testing only. What cannot be used is named in ``left_out`` there.
 
     Args:
         sizes: has ``max_image_side`` (pixels) and, per artwork, ``n_train``, ``n_calibration``, ``n_test_normal`` and
             ``n_test_anomalous``: synthetic anomalies, spread over ``kinds``, the report's five with the largest share.
         seed: decides about splits and every synthetic picture.
         kinds: local kinds, and anomalous changes of the whole picture (which have no mask).
-        kinds_held_out: local kinds that no training may use (recorded for the later notebooks).
+        kinds_held_out: those of them that no training may use (recorded for the later notebooks).
     Returns:
         path of ``manifest.csv``.
     Raises:
         ValueError: a kind is unknown.
         DatasetError: there is no readable genuine picture, or ``target`` holds something else.
     """
-    settings = _settings(sizes, seed, kinds, kinds_held_out, source.count_real)
-    target = Path(os.path.abspath(target))
-    samples = [_completed(sample) for sample in source.samples]
-    identity = source.identity or files.sha256_json(_fingerprints(samples))
-    reason = _reason_to_make(target, samples, settings, identity)
+    unknown = [kind for kind in (*kinds, *kinds_held_out) if kind not in _KINDS]
+    if unknown or not kinds:
+        raise ValueError(f"Kinds {', '.join(unknown) or 'are none'}: allowed are {', '.join(_KINDS)}.")
+    settings = {name: getattr(sizes, name) for name in ("max_image_side", *_NUMBERS, "n_test_anomalous")}
+    settings |= {"seed": seed, "count_real": source.count_real, "kinds": list(kinds)}
+    settings["kinds_held_out"] = sorted(kinds_held_out, key=_KINDS.index)
+    target, identity = Path(os.path.abspath(target)), source.identity or manifest.dataset_hash(source.samples)
+    info = {"made_by": "build_dataset", "settings": settings, "sources_hash": identity, "machine": _machine()}
+    reason = _reason_to_make(target, info)
     if reason is None:
         print(f"{target} is complete: nothing to do.")
-        _print_outcome(files.read_json(target / manifest.MANIFEST_JSON))
-        return target / manifest.MANIFEST_CSV
-    if reason:
-        print(f"The dataset in {target} is made again: {reason}.")
-    problems = list(_in_threads(lambda sample: _problem(sample, sizes.max_image_side), samples, "reading sources"))
-    left_out = [{"path": str(s.image_path), "reason": why} for s, why in zip(samples, problems) if why]
-    jobs, notes, limits = splits.plan([s for s, why in zip(samples, problems) if not why], settings)
-    if not jobs:
-        raise DatasetError(
-            f"None of the {len(samples)} source pictures is a readable normal one, so there is nothing to learn from."
-            + "".join(f"\n  {file['path']}: {file['reason']}" for file in left_out[:12])
-        )
-    training_kinds = [kind for kind in synthesis.LOCAL_KINDS if kind not in kinds_held_out]
-    info = {"made_by": "build_dataset", "settings": settings, "sources_hash": identity, "machine": _machine()}
-    info |= {"kinds_held_out": settings["kinds_held_out"], "training_kinds": training_kinds, "test_kinds": list(kinds)}
-    info |= {"notes": notes, "source_notes": list(source.notes), "limits": limits, "left_out": left_out}
-    _write(jobs, target, info)
-    _print_outcome(info)
+    else:
+        print(f"The dataset in {target} is made again: {reason}." if reason else f"The dataset is made in {target}.")
+        _write(source, target, info)
+    print(_outcome(files.read_json(target / manifest.MANIFEST_JSON)))
     return target / manifest.MANIFEST_CSV
-
-
-def _settings(
-    sizes: Any, seed: int, kinds: Sequence[str], kinds_held_out: Sequence[str], count_real: bool
-) -> dict[str, Any]:
-    names = ("max_image_side", "n_train", "n_calibration", "n_test_normal", "n_test_anomalous")
-    settings = {name: getattr(sizes, name) for name in names}
-    known = (*synthesis.LOCAL_KINDS, *synthesis.ANOMALOUS_VARIATIONS)
-    unknown = [kind for kind in (*kinds, *kinds_held_out) if kind not in known]
-    if unknown or not kinds:
-        raise ValueError(f"Kinds {', '.join(unknown) or 'are none'}: allowed are {', '.join(known)}.")
-    held_out = sorted(kinds_held_out, key=known.index)
-    return settings | {"seed": seed, "count_real": count_real, "kinds": list(kinds), "kinds_held_out": held_out}
-
-
-def _completed(sample: Sample) -> Sample:
-    """A sample with absolute paths and with a group that names its artwork."""
-    group = f"{sample.category}/{(sample.group or sample.image_path.stem).removeprefix(f'{sample.category}/')}"
-    mask = sample.mask_path and Path(os.path.abspath(sample.mask_path))
-    return replace(sample, image_path=Path(os.path.abspath(sample.image_path)), group=group, mask_path=mask)
-
-
-def _fingerprints(samples: Sequence[Sample]) -> list[list[Any]]:
-    """What of the source pictures decides about the dataset: not folders or names of groups, but who shares one."""
-    first: dict[str, str] = {}
-    rows = []
-    for sample in sorted(samples, key=lambda s: (s.image_path.name, s.image_path)):
-        masks = [] if sample.mask_path is None else images.mask_files(sample.mask_path)
-        hashes = [files.sha256_file(p) if p.is_file() else "missing" for p in (sample.image_path, *masks)]
-        leader = first.setdefault(sample.group, hashes[0])
-        rows.append([sample.category, sample.split, sample.kind, sample.image_path.name, leader, *hashes])
-    return sorted(rows)
-
-
-def _reason_to_make(target: Path, samples: Sequence[Sample], settings: Mapping[str, Any], identity: str) -> str | None:
-    """None when the frozen dataset is to be kept, "" when there is none, else why it is made again."""
-    inside = next((s.image_path for s in samples if s.image_path.is_relative_to(target)), None)
-    if inside is not None:
-        raise DatasetError(f"{inside} lies in the folder of the dataset that would replace it. Choose another folder.")
-    mark = target / manifest.MANIFEST_JSON
-    info = files.read_json(mark) if mark.exists() else {}
-    if not str(info.get("made_by")).endswith("build_dataset"):
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise DatasetError(f"{target} holds other files. Give an empty folder for the dataset, or move them away.")
-        return ""
-    try:
-        manifest.open_dataset(target)
-        files.sha256_file(target / RECORDS)
-    except (FileNotFoundError, DatasetError) as error:
-        return str(error).rstrip(".")
-    old = info["settings"]
-    changed = [f"{name} was {old.get(name)}, is {new}" for name, new in settings.items() if old.get(name) != new]
-    if changed:
-        return f"other settings ({'; '.join(changed)})"
-    if info.get("sources_hash") != identity:
-        return "the source pictures (files, labels, masks or groups) are not those it was made of"
-    return None
 
 
 def _machine() -> dict[str, str]:
@@ -213,20 +133,202 @@ def _machine() -> dict[str, str]:
     return {**versions, "python": platform.python_version(), "machine": platform.processor() or platform.machine()}
 
 
-def _print_outcome(info: Mapping[str, Any]) -> None:
+def _reason_to_make(target: Path, info: Mapping[str, Any]) -> str | None:
+    """None when the frozen dataset is to be kept, "" when there is none, else why it is made again."""
+    mark = target / manifest.MANIFEST_JSON
+    old = files.read_json(mark) if mark.exists() else {}
+    if not str(old.get("made_by")).endswith("build_dataset"):
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise DatasetError(f"{target} holds other files. Give an empty folder for the dataset, or move them away.")
+        return ""
+    was, now = ({**one["settings"], "hash of the source pictures": one["sources_hash"]} for one in (old, info))
+    changed = [f"{name} was {was.get(name)}, is {value}" for name, value in now.items() if was.get(name) != value]
+    try:
+        manifest.open_dataset(target)
+        files.sha256_file(target / RECORDS)
+    except (FileNotFoundError, DatasetError) as error:
+        changed.append(str(error).rstrip("."))
+    return "; ".join(changed) or None
+
+
+def _outcome(info: Mapping[str, Any]) -> str:
     now, left_out = _machine(), info["left_out"]
     other = [f"{name} {value}, here {now[name]}" for name, value in info["machine"].items() if now[name] != value]
     lines = [f"It was made with {'; '.join(other)}, and is kept as it is."] if other else []
     lines += [f"Note: {note}" for note in info["notes"]] + [f"Limit: {limit}" for limit in info["limits"].values()]
     lines += [f"Left out: {file['path']}: {file['reason']}" for file in left_out[:12]]
-    lines += [f"... and {len(left_out) - 12} more (all in {manifest.MANIFEST_JSON})"] if len(left_out) > 12 else []
-    for line in lines:
-        print(line)
+    return "\n".join(lines + [f"... and {len(left_out) - 12} more (all in manifest.json)"] * (len(left_out) > 12))
 
 
-def _in_threads(work: Callable[[Any], Any], items: Sequence[Any], words: str) -> Iterable[Any]:
+# --- Which picture goes into which split, and what is made of it -----------------------------------------------------
+
+
+class Job(NamedTuple):
+    """One picture to write: what it is, and the file or the picture of the dataset that it is made of."""
+
+    image_path: str
+    category: str
+    split: str
+    kind: str
+    group: str
+    origin: str
+    source_path: str
+    mask_source: Path | None = None
+
+
+def plan(samples: Sequence[Sample], settings: Mapping[str, Any]) -> tuple[list[Job], list[str], dict[str, str]]:
+    """All pictures of a dataset, notes, and a sentence on the limits of each artwork with few source pictures.
+
+    ``samples`` are usable source pictures, ``settings`` those of ``manifest.json``; the same input gives the same plan.
+    """
+    jobs, notes, limits, taken = [], [], {}, set()
+    for category in sorted({sample.category for sample in samples}):
+        mine = sorted((s for s in samples if s.category == category), key=lambda sample: sample.group)
+        normals, real = ([s for s in mine if s.is_anomalous == is_anomalous] for is_anomalous in (False, True))
+        if not normals:
+            notes.append(f"{category} is left out: {len(real)} anomalous pictures and no genuine one to learn from.")
+            continue
+        copied = {sample.group for sample in real}
+        groups = _split(normals, copied, category, settings["seed"], notes)
+        n = {split: len(found) for split, found in groups.items()}
+        head = (
+            f"{category_label(category)} has few genuine pictures ({n['train']} to learn from, {n['calibration']} for "
+        )
+        head += f"thresholds, {n['test']} to test)"
+        if copied & (groups["train"] | groups["calibration"]):
+            limits[category] = f"{head}, and test pictures show what is learnt from: every number is optimistic."
+        elif 0 in n.values():
+            limits[category] = f"{head}; re-photographs of the same ones stand in for others: numbers are optimistic."
+        elif min(n["calibration"], n["test"]) < 3:
+            limits[category] = f"{head}: thresholds and false-alarm rates are rough."
+        parts = {split: [s for s in normals if s.group in found] for split, found in groups.items()}
+        jobs += _jobs(category, parts, real, settings, notes, taken)
+    return jobs, notes, limits
+
+
+def _split(
+    normals: Sequence[Sample], copied: set[str], category: str, seed: int, notes: list[str]
+) -> dict[str, set[str]]:
+    """Source pictures of each split; ``copied`` are those that anomalous pictures show."""
+    train, calibration, test = ({s.group for s in normals if s.split == split} for split in SPLITS)
+    if not train | calibration:
+        notes.append(f"{category}: no pictures to learn from; the source's normal test pictures are split.")
+        train, test = test, set()
+    if not (train and test):
+        train, calibration = train | calibration, set()
+    shown = (train | calibration) & (test | copied)
+    if shown and len(train - shown) >= 2:
+        why = "because a test picture shows the same photograph (or is named as its copy)"
+        notes.append(f"{category}: {len(shown)} source pictures for learning became test pictures, {why}.")
+        train, calibration, test = train - shown, calibration - shown, test | shown
+    calibration, test = calibration - train, test - train - calibration
+    # A split without pictures of its own takes a share of those to learn from; at least one stays.
+    order = [sorted(train)[i] for i in synthesis.rng_for(seed, f"{category}/splits").permutation(len(train))]
+    share = CALIBRATION_SHARE if test else OWN_TEST_SHARES[0]
+    n_calibration = 0 if calibration else _part(share, len(order), len(order) - 1)
+    n_test = 0 if test else _part(OWN_TEST_SHARES[1], len(order), len(order) - 1 - n_calibration)
+    calibration |= set(order[:n_calibration])
+    test |= set(order[n_calibration : n_calibration + n_test])
+    if not calibration:  # one picture to learn from beside test pictures
+        calibration = set(sorted(test - copied)[: _part(CALIBRATION_SHARE, len(test), len(test) - 1)])
+    return {"train": train - calibration - test, "calibration": calibration, "test": test - calibration}
+
+
+def _part(share: float, n: int, most: int) -> int:
+    """How many of ``n`` groups a share is: at least one, where ``most`` allows it."""
+    return max(0, min(max(round(share * n), 1), most))
+
+
+def _jobs(
+    category: str, parts: Mapping[str, Sequence[Sample]], real: Sequence[Sample], settings: Mapping[str, Any],
+    notes: list[str], taken: set[str],
+) -> list[Job]:  # fmt: skip
+    """Every picture of one artwork: genuine ones, re-photographs, real anomalies, synthetic anomalies."""
+    jobs, folder = [], _unique(clean(category), taken)
+
+    def add(split: str, kind: str, stem: str, made_of: Sample | Job, origin: str, mask: Path | None = None) -> None:
+        # Calibration normals lie in train/good, as MVTec has no such folder; the manifest knows.
+        path = _unique(f"{folder}/{'test' if split == 'test' else 'train'}/{clean(kind)}/{stem}", taken)
+        source = str(made_of.image_path)
+        jobs.append(Job(f"{path}.png", category, split, kind, made_of.group, origin, source, mask))
+
+    n_asked = dict(zip(SPLITS, (settings[name] for name in _NUMBERS)))
+    rng = synthesis.rng_for(settings["seed"], f"{category}/limits")
+    for split, found in parts.items():
+        most = MOST_TIMES * n_asked[split]
+        if len(found) > most:
+            notes.append(f"{category}: {most} of {len(found)} genuine pictures for {split} are used.")
+        for index in sorted(rng.permutation(len(found))[:most]):
+            add(split, NORMAL_KIND, clean(found[index].image_path.stem), found[index], GENUINE)
+    genuine = {split: [job for job in jobs if job.split == split] for split in SPLITS}
+    lender = next(found for found in reversed(genuine.values()) if found)  # for a split without a picture of its own
+    for split, found in genuine.items():
+        for index, model in enumerate(_turns(found or lender, n_asked[split] - len(found))):
+            add(split, NORMAL_KIND, f"{Path(model.image_path).stem}~{index:03d}", model, REPHOTOGRAPHED)
+    for sample in sorted(real, key=lambda s: (s.kind, s.image_path)):
+        add("test", sample.kind, clean(sample.image_path.stem), sample, REAL, sample.mask_path)
+    models = [job for job in jobs if job.split == "test" and job.kind == NORMAL_KIND]
+    order = synthesis.rng_for(settings["seed"], f"{category}/damage").permutation(len(models))
+    n_made = settings["n_test_anomalous"] - len(real) * settings["count_real"]
+    of_report = [kind for kind in settings["kinds"] if kind in synthesis.REPORT_KINDS]
+    others = [kind for kind in settings["kinds"] if kind not in of_report]
+    kinds = cycle([*of_report, *others, *of_report])  # the report's have the largest share
+    for index, model in enumerate(_turns([models[i] for i in order], n_made)):
+        add("test", next(kinds), f"synthetic_{index:03d}", model, SYNTHETIC)
+    return jobs
+
+
+def _turns(items: Sequence[Job], n: int) -> list[Job]:
+    """``n`` items, one of each group after the other, again and again; within a group, one after the other."""
+    groups = dict.fromkeys(item.group for item in items)
+    cycles = [cycle([item for item in items if item.group == group]) for group in groups]
+    return [next(one) for one in islice(cycle(cycles), max(0, n))]
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    """The name, with a number when it is taken; remembered in ``taken`` (file systems may ignore letter case)."""
+    candidate = next(c for c in (name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))) if c.lower() not in taken)
+    taken.add(candidate.lower())
+    return candidate
+
+
+# --- Making it -------------------------------------------------------------------------------------------------------
+
+
+def _write(source: Source, target: Path, info: Mapping[str, Any]) -> None:
+    """Make every picture in a folder beside ``target``, then records, manifest and mark; put it in the place."""
+    settings, usable, left_out = info["settings"], [], list(source.left_out)
+    problems = _in_threads(lambda s: _problem(s, settings["max_image_side"]), source.samples, "reading sources")
+    for sample, problem in zip(source.samples, problems):
+        group = (sample.group or sample.image_path.stem).removeprefix(f"{sample.category}/")
+        if problem:
+            left_out.append((sample.image_path, problem))
+        else:
+            usable.append(replace(sample, group=f"{sample.category}/{group}"))
+    jobs, notes, limits = plan(usable, settings)
+    if not jobs:
+        listed = "".join(f"\n  {path}: {reason}" for path, reason in left_out[:12])
+        raise DatasetError(f"No genuine picture can be used, so there is nothing to learn from.{listed}")
+    partial, made = target.with_name(f"{target.name}.partial"), {}
+    shutil.rmtree(partial, ignore_errors=True)
+    # Each stage is made of pictures of the stages before it.
+    for stage in ((GENUINE, REAL), (REPHOTOGRAPHED,), (SYNTHETIC,)):
+        todo = [job for job in jobs if job.origin in stage]
+        made |= zip(todo, _in_threads(lambda job: _make(job, partial, settings), todo, f"writing {stage[0]}"))
+    in_order = sorted(jobs, key=lambda job: (job.category, SPLITS.index(job.split)))
+    lines = [json.dumps(made[job][1], ensure_ascii=False, sort_keys=True) for job in in_order]
+    files.write_text(partial / RECORDS, "\n".join(lines) + "\n")
+    listed = [{"path": str(path), "reason": reason} for path, reason in left_out]
+    about = {"kinds_held_out": settings["kinds_held_out"], "notes": notes, "limits": limits, "left_out": listed}
+    manifest.write_manifest(partial, [made[job][0] for job in in_order], info={**info, **about})
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(partial, target)
+
+
+def _in_threads(work: Callable[[Any], Any], items: Sequence[Any], words: str) -> list[Any]:
     with ThreadPoolExecutor(4) as pool:
-        yield from tqdm(pool.map(work, items), total=len(items), desc=words, unit="picture", delay=10)
+        return list(tqdm(pool.map(work, items), total=len(items), desc=words, unit="picture", delay=10))
 
 
 def _problem(sample: Sample, max_side: int) -> str:
@@ -246,63 +348,32 @@ def _at_resolution(path: Path | str, max_side: int) -> np.ndarray:
         slender = max(image.shape[:2]) / min(image.shape[:2])
         image = images.resize(image, max(max_side, round(MIN_SIDE * slender)))
     if min(image.shape[:2]) < MIN_SIDE // 2:
-        raise images.ImageError(
-            f"{path} is {image.shape[1]} x {image.shape[0]} px here; at least {MIN_SIDE // 2} a side are needed. Give "
-            "a larger picture, or cut a long scroll into parts."
-        )
+        what = f"{path} is {image.shape[1]} x {image.shape[0]} px here; at least {MIN_SIDE // 2} a side are needed"
+        raise images.ImageError(f"{what}. Give a larger picture, or cut a long scroll into parts.")
     return image
 
 
-def _write(jobs: Sequence[splits.Job], target: Path, info: Mapping[str, Any]) -> None:
-    """Make every picture in a folder beside ``target``, then records, manifest and mark; put it in the place."""
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    rows = {}
-    # Each stage is made of pictures of the stages before it.
-    for stage in ((splits.GENUINE, splits.REAL), (splits.REPHOTOGRAPHED,), (splits.SYNTHETIC,)):
-        todo = [job for job in jobs if job.origin in stage]
-        for row in _in_threads(lambda job: _make(job, partial, info["settings"]), todo, f"writing {stage[0]}"):
-            rows[row["image_path"]] = row
-    ordered = sorted((rows[job.image_path] for job in jobs), key=lambda r: (r["category"], SPLITS.index(r["split"])))
-    lines = [json.dumps(row, ensure_ascii=False, sort_keys=True) for row in ordered]
-    files.write_text(partial / RECORDS, "\n".join(lines) + "\n")
-    manifest.write_manifest(partial, [_sample(row, partial) for row in ordered], info=info)
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(partial, target)
-
-
-def _sample(row: Mapping[str, Any], folder: Path) -> Sample:
-    same = {name: row[name] for name in ("category", "split", "kind", "group", "synthesis_seed")}
-    mask = row["mask_path"] and folder / row["mask_path"]
-    is_anomalous = row["kind"] != NORMAL_KIND
-    return Sample(
-        folder / row["image_path"], is_anomalous=is_anomalous, mask_path=mask, **same, visibility=row.get("visibility")
-    )
-
-
-def _make(job: splits.Job, folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Make one picture (and mask) and return its record."""
-    record: dict[str, Any] = {**job._asdict(), "mask_source": None, "synthesis_seed": None, "mask_path": None}
-    mask = None
-    if job.origin in (splits.GENUINE, splits.REAL):
+def _make(job: Job, folder: Path, settings: Mapping[str, Any]) -> tuple[Sample, dict[str, Any]]:
+    """Make one picture (and mask); how it came about is its record."""
+    record, path, seed = {**job._asdict(), "mask_source": None}, folder / job.image_path, None
+    mask = mask_path = None
+    if job.origin in (GENUINE, REAL):
         image = _at_resolution(job.source_path, settings["max_image_side"])
         if job.mask_source is not None:
             mask = images.load_mask(job.mask_source, image.shape[:2], picture=job.source_path)
     else:
-        record["synthesis_seed"] = synthesis.seed_for(settings["seed"], job.image_path)
-        rng = np.random.default_rng(record["synthesis_seed"])
-        image = images.load_image(folder / job.source_path)
-        if job.origin == splits.REPHOTOGRAPHED:
+        seed = synthesis.seed_for(settings["seed"], job.image_path)
+        rng, image = np.random.default_rng(seed), images.load_image(folder / job.source_path)
+        if job.origin == REPHOTOGRAPHED:
             image, record["variations"] = synthesis.rephotograph(image, rng)
         elif job.kind in synthesis.LOCAL_KINDS:
             image, mask, more = synthesis.synthesize(image, job.kind, rng)
             record |= more
         else:
             image = synthesis.vary(image, job.kind, rng)
-    images.save_png(folder / job.image_path, image)
+    images.save_png(path, image)
     if mask is not None and mask.any():
-        artwork, _, kind, name = job.image_path.split("/")
-        record["mask_path"] = f"{artwork}/ground_truth/{kind}/{name.removesuffix('.png')}_mask.png"
-        images.save_png(folder / record["mask_path"], mask)
-    return record
+        mask_path = path.parents[2] / "ground_truth" / path.parent.name / f"{path.stem}_mask.png"
+        images.save_png(mask_path, mask)
+    known = (job.category, job.kind != NORMAL_KIND, mask_path, job.split, job.kind, job.group)
+    return Sample(path, *known, visibility=record.get("visibility"), synthesis_seed=seed), record

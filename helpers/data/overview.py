@@ -11,9 +11,8 @@ import pandas as pd
 
 from helpers import results, synthesis
 from helpers.data import images
-from helpers.data.build import RECORDS, TEST_KINDS, Source
+from helpers.data.build import ORIGINS, RECORDS, SYNTHETIC, TEST_KINDS, Source
 from helpers.data.manifest import Dataset, mask_of
-from helpers.data.splits import ORIGINS, SYNTHETIC
 from helpers.records import SPLITS
 
 
