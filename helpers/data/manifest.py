@@ -81,7 +81,7 @@ def write_manifest(path: Path | str, samples: Sequence[Sample], *, info: Mapping
 def load_manifest(path: Path | str) -> list[Sample]:
     """The pictures in a ``manifest.csv`` (or in its folder's), in its order, with absolute paths.
 
-    ``FileNotFoundError``: there is none. ``DatasetError``: a column is missing, or a row (which is named) is unreadable.
+    ``FileNotFoundError``: there is none. ``DatasetError``: a column is missing, or a row (it is named) is unreadable.
     """
     path, samples = _table_in(path), []
     if not path.exists():
