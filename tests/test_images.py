@@ -148,25 +148,27 @@ def test_one_page_of_several_is_chosen_and_said(tmp_path: Path, suffix: str, num
     assert np.abs(loaded.astype(int) - RAMP).mean() < 9 and f"number {number}" in notes  # a GIF has a palette
 
 
-@pytest.mark.parametrize(
-    "name, content, words",
-    [
-        ("zero.png", b"", "0 bytes"),
-        ("text.jpg", b"this is a shopping list, not a picture\n" * 40, "no picture"),
-        ("noise.jpg", b"\xff\xd8\xff\xe0" + bytes(range(256)), "no picture|damaged"),
-        ("half.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n", "no picture"),
-        ("script.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no picture"),
-        ("phone.jpg", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "HEIC|damaged|no picture"),
-        ("raw.tif", b"II*\0" + bytes(range(200)), "camera raw|damaged"),
-    ],
-)
-def test_what_is_no_picture_is_refused_in_words(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+# What is in a file -> a word of the reason.
+NO_PICTURES = {
+    "zero.png": (b"", "0 bytes"),
+    "text.jpg": (b"this is a shopping list, not a picture\n" * 40, "cannot be read as a picture"),
+    "noise.jpg": (b"\xff\xd8\xff\xe0" + bytes(range(256)), "cannot be read"),
+    "half.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n", "cannot be read"),
+    "phone.jpg": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "HEIC, as iPhones"),
+    "raw.tif": (b"II*\0" + bytes(range(200)), "camera raw"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("name", NO_PICTURES)
+def test_what_is_no_picture_is_refused_in_words(tmp_path: Path, name: str) -> None:
+    content, words = NO_PICTURES[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(images.ImageError, match=words) as caught:
         images.load_image(tmp_path / name)
     assert name in str(caught.value)
     put(tmp_path / "float.tif", RAMP[..., 0] / np.float32(255))
-    with pytest.raises(images.ImageError, match="float32 values from 0 to 1. Save it as an 8-bit PNG"):
+    with pytest.raises(images.ImageError, match="float32 values from 0 to 1"):
         images.load_image(tmp_path / "float.tif")
 
 
@@ -184,7 +186,7 @@ def test_truncated_files_are_refused(tmp_path: Path, suffix: str, part: float) -
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_bit_flips_are_read_or_refused_but_never_crash(tmp_path: Path) -> None:
     rng, outcomes = np.random.default_rng(1), set()
-    for number, suffix in enumerate(60 * (".jpg", ".png", ".webp", ".tif", ".gif")):
+    for number, suffix in enumerate(30 * (".jpg", ".png", ".webp", ".tif", ".gif")):
         broken = np.fromfile(put(tmp_path / f"good{suffix}", RAMP), np.uint8)
         broken[rng.integers(0, len(broken), 6)] ^= 1 << rng.integers(0, 8, 6, np.uint8)
         broken.tofile(tmp_path / "flipped.bin")
@@ -203,22 +205,13 @@ def test_links_folders_pipes_and_missing_files(tmp_path: Path) -> None:
     (tmp_path / "broken.png").symlink_to("gone.png")
     (tmp_path / "loop.png").symlink_to("loop.png")
     os.mkfifo(tmp_path / "pipe.png")
-    reasons = {
-        "broken.png": r"link to gone\.png",
-        "loop.png": "link",
-        "pipe.png": "ordinary",
-        ".": "folder",
-        "x": "exist",
-    }
-    for name, words in reasons.items():
-        with pytest.raises(images.ImageError, match=words):
+    for name in ("broken.png", "loop.png", "pipe.png", ".", "x"):
+        with pytest.raises(images.ImageError, match="does not exist or is no ordinary file"):
             images.load_image(tmp_path / name)
 
 
-@pytest.mark.parametrize(
-    "width, height, words", [(20_000, 20_000, "400000000|20000 x 20000"), (10_000, 8_001, "at most 80,000")]
-)
-def test_huge_png_is_refused_from_its_header(tmp_path: Path, width: int, height: int, words: str) -> None:
+@pytest.mark.parametrize("width, height", [(20_000, 20_000), (10_000, 8_001)])
+def test_huge_png_is_refused_from_its_header(tmp_path: Path, width: int, height: int) -> None:
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
@@ -226,19 +219,19 @@ def test_huge_png_is_refused_from_its_header(tmp_path: Path, width: int, height:
     row = chunk(b"IDAT", zlib.compress(b"\0" * (1 + 3 * width)))
     (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + row + chunk(b"IEND", b""))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(images.ImageError, match=words):
+    with pytest.raises(images.ImageError, match="at most 80,000,000"):
         images.load_image(tmp_path / "huge.png", max_side=288)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KB
 
 
-def test_huge_jpegs_are_decoded_at_reduced_size_or_refused(tmp_path: Path) -> None:
-    Image.new("L", (20_000, 20_000), 90).save(tmp_path / "huge.jpg", quality=20)
-    assert images.load_image(tmp_path / "huge.jpg").shape == (5000, 5000, 3)
-    assert images.load_image(tmp_path / "huge.jpg", max_side=288).shape == (288, 288, 3)
-    content = (tmp_path / "huge.jpg").read_bytes()
+def test_huge_jpegs_are_decoded_at_reduced_size_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_PIXELS", 100_000)
+    content = put(tmp_path / "huge.jpg", np.full((480, 1000), 90, np.uint8)).read_bytes()
+    assert images.load_image(tmp_path / "huge.jpg").shape == (120, 250, 3)
+    assert images.load_image(tmp_path / "huge.jpg", max_side=50).shape == (24, 50, 3)
     start = content.index(b"\xff\xc0")  # baseline frame header; 0xC2 announces a progressive one
     (tmp_path / "progressive.jpg").write_bytes(content[: start + 1] + b"\xc2" + content[start + 2 :])
-    with pytest.raises(images.ImageError, match="20000 x 20000"):
+    with pytest.raises(images.ImageError, match="1000 x 480 pixels"):
         images.load_image(tmp_path / "progressive.jpg", max_side=64)
 
 
@@ -258,12 +251,9 @@ def test_save_then_load_is_identity(tmp_path_factory: pytest.TempPathFactory, ar
 def test_resize_never_enlarges_and_meets_the_longer_side(height: int, width: int, max_side: int) -> None:
     small = images.resize(np.zeros((height, width, 3), np.uint8), max_side)
     assert max(small.shape[:2]) == min(max(height, width), max_side) and min(small.shape[:2]) >= 1
-    assert images.resize(np.ones((height, width), bool), max_side).all()
 
 
-def test_resize_and_save_refuse_in_words(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="max_side is 0"):
-        images.resize(RAMP, 0)
+def test_save_refuses_what_is_no_picture(tmp_path: Path) -> None:
     for wrong in (RAMP.astype(np.float32), np.zeros((4, 4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8)):
         with pytest.raises(ValueError, match="Cannot save"):
             images.save_png(tmp_path / "wrong.png", wrong)
@@ -343,10 +333,10 @@ def test_mask_is_brought_to_the_size_of_its_picture(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("thickness", [1, 2])
 @pytest.mark.parametrize("slope", [0, 700])
-def test_a_hairline_stays_whole_when_its_mask_shrinks(thickness: int, slope: int) -> None:
+def test_a_hairline_stays_whole_when_its_mask_shrinks(tmp_path: Path, thickness: int, slope: int) -> None:
     line = np.zeros((2048, 2048), np.uint8)
     cv2.line(line, (100, 900), (1900, 900 + slope), 1, thickness)
-    small = images.resize(line.astype(bool), 288)
+    small = images.load_mask(put(tmp_path / "line.png", line), (288, 288))
     assert small[:, 20:260].any(axis=0).all()  # no gap along the line
     assert small.sum() < 3 * 1800 / 7.1  # and no broad band
 
@@ -358,8 +348,8 @@ def test_a_folder_of_masks_is_joined(tmp_path: Path) -> None:
     images.save_png(tmp_path / "000" / "000.png", first)
     images.save_png(tmp_path / "000" / "001.png", second.astype(np.uint8) * 250)
     np.testing.assert_array_equal(images.load_mask(tmp_path / "000"), first | second)
-    with pytest.raises(images.ImageError, match="no mask"):
+    with pytest.raises(images.ImageError, match="masks of one size"):
         images.load_mask(tmp_path / "empty")
     images.save_png(tmp_path / "000" / "002.png", first[:, :5])
-    with pytest.raises(images.ImageError, match="differ in size"):
+    with pytest.raises(images.ImageError, match="masks of one size"):
         images.load_mask(tmp_path / "000")

@@ -173,7 +173,7 @@ def test_a_busy_server_is_asked_again(commons: Commons, tmp_path: Path, behaviou
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "words"), [("status 400", "answered 400"), ("status 404", "answered 404"), ("html", "no picture")]
+    ("behaviour", "words"), [("status 400", "answered 400"), ("status 404", "answered 404"), ("html", "cannot be read")]
 )
 def test_one_broken_file_is_left_out_with_a_line(commons, tmp_path, behaviour, words) -> None:
     commons.trouble[COPY] = [behaviour]

@@ -40,7 +40,10 @@ def tree(root: Path, *places: str, start: int = 0) -> Path:
         for name in names:
             seed += 1
             put(root / folder / name, mask() if n.startswith("m") else picture(seed))
-        if not names:
+        if not names and Path(place).suffix not in (".png", ".jpg"):
+            (root / place).parent.mkdir(parents=True, exist_ok=True)
+            (root / place).write_bytes(b"no picture")
+        elif not names:
             seed += 1
             put(root / place, mask() if "mask" in Path(place).name else picture(seed))
     return root

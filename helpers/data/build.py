@@ -75,7 +75,7 @@ def source_for(
     """
     if data_source is not None:
         reading = read_folder(data_source)
-        return Source(reading.samples, reading.describe(), reading.bad_files)
+        return Source(reading.samples, reading.describe(), reading.left_out)
     if builtin == "embedded":
         found = sources.embedded_artworks(target, max_side=max_side, seed=seed)
         words = "two painted pictures that ship with the suite, photographed by simulated cameras"

@@ -4,164 +4,91 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
+from tqdm.auto import tqdm
 
 from helpers import files
 from helpers.data import images, layouts, tables
-from helpers.data.manifest import COLUMNS, MANIFEST_CSV, MANIFEST_JSON, counts, shared_groups, write_manifest
-from helpers.data.names import DatasetError, plain
+from helpers.data.layouts import FolderReading, few
+from helpers.data.manifest import MANIFEST_CSV, MANIFEST_JSON, shared_groups, write_manifest
+from helpers.data.names import DatasetError, meaning_of, plain, says_forged
 from helpers.records import SPLITS, Sample
 
-HASH_SIDE = 16
 NEAR_DUPLICATE_LIMIT = 0.02
 """Share of differing bits up to which two pictures show one scan. Measured on the 139 real paintings: JPEG at quality
 30, other sizes, brightness x 1.3 and noise give 0, a box over 2.5 % of the picture 0.02, a crop of 1 % per side 0.04,
 tiles of different roads at least 0.37; other scans of the same painting spread from 0.01 upwards. A crop of 2 %, a
 border or a tilt of 1 degree is not noticed."""
-_SHOWN = 12
-
-
-@dataclass(frozen=True)
-class FolderReading:
-    """What :func:`read_folder` understood of a folder."""
-
-    source: Path
-    layout: str
-    samples: tuple[Sample, ...]
-    """Readable pictures by category, split and kind; ``group`` joins copies of one picture."""
-    bad_files: tuple[tuple[Path, str], ...]
-    """Files left out, and why."""
-    exact_duplicates: tuple[tuple[Path, Path], ...]
-    """Pairs of byte-identical pictures that may stay (same split, or different categories)."""
-    near_duplicates: tuple[tuple[Path, Path], ...]
-    """Pairs of an artwork in different splits, or with different labels, that show one scan."""
-    notes: tuple[str, ...]
-
-    def describe(self) -> str:
-        """The tree in words, then notes, copies and files left out."""
-        tree, about = counts(self.samples), self.as_json()
-        n_words = f"{_count(len(self.samples), 'picture')} of {_count(len(tree), 'artwork')}"
-        lines = [f"{self.source}: {self.layout}, {n_words}"]
-        for category, splits in tree.items():
-            lines.append(f"  {category}")
-            for split, kinds in splits.items():
-                lines.append(f"    {split:<12}{', '.join(f'{kind} {n}' for kind, n in kinds.items())}")
-            masks = [s.mask_path is not None for s in self.samples if s.category == category and s.is_anomalous]
-            lines += [f"    {'masks':<12}{sum(masks)} of {_count(len(masks), 'anomalous picture')}"] if masks else []
-        lines += [f"Note: {note}" for note in self.notes]
-        lines += _shown("Same file more than once", map(" = ".join, about["exact_duplicates"]))
-        near = "Near duplicates (one scan in two splits or under two labels)"
-        lines += _shown(near, map(" ~ ".join, about["near_duplicates"]))
-        lines += _shown("Files left out", (f"{file['path']}: {file['reason']}" for file in about["bad_files"]))
-        return "\n".join(lines)
-
-    def as_json(self) -> dict:
-        """Layout, source, notes, copies and files left out, as ``manifest.json`` keeps them."""
-        root = self.source if self.source.is_dir() else self.source.parent
-        return {
-            "layout": self.layout,
-            "source": str(self.source),
-            "notes": list(self.notes),
-            "bad_files": [{"path": _short(path, root), "reason": reason} for path, reason in self.bad_files],
-            "exact_duplicates": [[_short(a, root), _short(b, root)] for a, b in self.exact_duplicates],
-            "near_duplicates": [[_short(a, root), _short(b, root)] for a, b in self.near_duplicates],
-        }
 
 
 def read_folder(folder: Path | str) -> FolderReading:
     """Understand a folder in any supported layout, decode every picture once and look for copies; write nothing.
 
-    Raises:
-        FileNotFoundError: the folder does not exist.
-        DatasetError: the layout is not understood, no normal picture can be read, or one picture stands in two splits
-            of an artwork or under two labels.
+    ``FileNotFoundError``: there is no such folder. ``DatasetError``: no normal picture can be read, a table is not
+    understood, or one picture stands in two splits of an artwork or under two labels.
     """
-    from tqdm.auto import tqdm
-
-    layout = _layout_of(Path(os.path.abspath(Path(folder).expanduser())))
+    reading = _understood(Path(os.path.abspath(Path(folder).expanduser())))
     # Decoders release the interpreter lock; four at a time keep the memory of four largest pictures below 1 GB.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        work = pool.map(_check, layout.found)
-        checks = list(tqdm(work, total=len(layout.found), desc="reading pictures", unit="file", delay=3))
-    bad = [*layout.problems, *(problem for check in checks for problem in check.problems)]
-    checks = [check for check in checks if check.sample is not None]
-    samples = [check.sample for check in checks]
-    root = layout.source if layout.source.is_dir() else layout.source.parent
+        work = pool.map(_checked, reading.samples)
+        checks = list(tqdm(work, total=len(reading.samples), desc="reading pictures", unit="file", delay=3))
+    reading.left_out += [problem for *_, problems, _ in checks for problem in problems]
+    reading.samples = samples = [sample for sample, *_ in checks if sample]
     if all(sample.is_anomalous for sample in samples):
-        what = f"all {len(samples)} readable pictures are anomalous" if samples else "no picture can be used"
-        lines = [f"{layout.source} ({layout.name}): {what}; detectors learn from normal ones. Add some as train/good."]
-        lines += _shown("Files left out", [f"{_short(path, root)}: {why}" for path, why in bad])
-        raise DatasetError("\n".join([*lines, layouts.EXPECTED]))
-    pairs = near_duplicates([check.perceptual_hash for check in checks])
-    exact = [(i, j) for i, j in pairs if samples[i].sha256 == samples[j].sha256]
-    near = [(i, j) for i, j in pairs if samples[i].sha256 != samples[j].sha256 and _contradict(samples, i, j)]
-    wrong = [[samples[index] for index in pair] for pair in exact if _contradict(samples, *pair)]
-    if wrong:
-        lines = [" = ".join(f"{_short(s.image_path, root)} ({s.split}, {s.kind})" for s in pair) for pair in wrong]
-        why = "Equal pictures stand in two splits or have two labels; a test would be on what was learnt."
-        raise DatasetError("\n".join([why, *_shown("Equal files", lines), "Delete one of each pair."]))
-    noted: dict[str, list[str]] = defaultdict(list)
-    for name, note in (said for check in checks for said in check.notes):
-        noted[note].append(name)
-    notes = [*layout.notes, *_gaps(samples)]
-    notes += [f"{n[0]}{f' and {len(n) - 1} more' * (len(n) > 1)}: {note}." for note, n in noted.items()]
-    samples = _grouped(samples, pairs, root, notes)
-    copies = [tuple((samples[i].image_path, samples[j].image_path) for i, j in found) for found in (exact, near)]
-    return FolderReading(layout.source, layout.name, tuple(samples), tuple(bad), *copies, tuple(notes))
+        way = "No normal picture is left, and detectors learn from normal ones: add some as train/good."
+        raise DatasetError(f"{reading.describe()}\n{way}\n{layouts.EXPECTED}")
+    noted: dict[str, dict[str, None]] = defaultdict(dict)
+    for name, note in (one for *_, notes in checks for one in notes):
+        noted[note][name] = None
+    for s in samples:
+        if not s.is_anomalous and says_forged(s.image_path.stem):
+            noted["taken for genuine, though their names say otherwise"][s.image_path.name] = None
+        if s.is_anomalous and meaning_of(s.kind).kind is None:
+            noted["anomalous by the names of their folders; genuine ones belong into good/"][s.kind] = None
+    without = {s.category for s in samples if s.is_anomalous}
+    without -= {s.category for s in samples if s.split == "test" and not s.is_anomalous}
+    noted["no normal pictures in test/, so false alarms cannot be counted"].update(dict.fromkeys(sorted(without)))
+    reading.notes += [f"{few([*names])}: {note}." for note, names in noted.items() if names]
+    _group([look for sample, look, *_ in checks if sample], reading)
+    return reading
 
 
-def build_manifest(folder: Path | str, *, output: Path | str | None = None) -> Path:
-    """Make ``manifest.csv`` (and ``manifest.json``) for a folder in any supported layout; print what was understood.
+def build_manifest(folder: Path | str) -> Path:
+    """Make ``manifest.csv`` (and ``manifest.json``) in a folder of any supported layout; print what was understood.
 
-    A folder that this suite froze itself (notebook 02) is not read again: its manifest is returned.
-
-    Args:
-        folder: folder of pictures, or a CSV file; see :data:`helpers.data.layouts.EXPECTED`.
-        output: manifest file (``*.csv``) or its folder; the folder itself by default.
-    Raises:
-        FileNotFoundError, DatasetError: as :func:`read_folder`, or a foreign ``manifest.csv`` would be overwritten.
+    Errors as :func:`read_folder`; a ``manifest.csv`` that was not made by this function is left as it is.
     """
     source = Path(os.path.abspath(Path(folder).expanduser()))
-    place = source if source.is_dir() else source.parent
-    target = Path(os.path.abspath(place if output is None else output))
-    target = target if target.suffix.lower() == ".csv" else target / MANIFEST_CSV
-    if output is None and target.exists():
-        about = files.read_json(place / MANIFEST_JSON) if (place / MANIFEST_JSON).exists() else {}
-        if source in (place, target) and "dataset_hash" in about and "layout" not in about:
-            print(f"{target} is a frozen dataset and was left as it is.")
-            return target
-        if not target.read_bytes().startswith(",".join(COLUMNS).encode()):
-            raise DatasetError(f"{target} exists and is not a manifest of this suite. Rename it, or give output=... .")
+    target = (source if source.is_dir() else source.parent) / MANIFEST_CSV
+    mark = target.with_name(MANIFEST_JSON)
+    if target.exists() and "layout" not in (files.read_json(mark) if mark.exists() else {}):
+        raise DatasetError(f"{target} is a frozen dataset, or a table of yours, and is left as it is. Rename it first.")
     reading = read_folder(source)
-    limits = {
-        category: f"{_count(len(groups), 'picture')} in two splits show one scan (near duplicates): optimistic numbers."
-        for category, groups in shared_groups(reading.samples).items()
-    }
     print(f"{reading.describe()}\nManifest: {target}")
-    return write_manifest(target, reading.samples, info={**reading.as_json(), "limits": limits})
+    why = "pictures show one scan in two splits (near duplicates): optimistic numbers"
+    limits = {name: f"{len(groups)} {why}." for name, groups in shared_groups(reading.samples).items()}
+    left_out = [{"path": reading.short(path), "reason": reason} for path, reason in reading.left_out]
+    info = {"layout": reading.layout, "notes": reading.notes, "left_out": left_out, "limits": limits}
+    return write_manifest(target, reading.samples, info=info)
 
 
 def perceptual_hash(image: np.ndarray) -> np.ndarray | None:
-    """256 signs that survive other sizes, JPEG and brightness: those of low frequencies of the grey picture.
+    """Signs of the lowest 16 x 16 frequencies of a picture (uint8 RGB ``(H, W, 3)``), for :func:`near_duplicates`.
 
-    Args:
-        image: uint8 RGB ``(H, W, 3)``.
-    Returns:
-        int8 ``(256,)``: -1, 1, or 0 for a frequency too weak to have a sign (in a smooth picture many are); None for
-        an almost uniform picture, whose signs would be noise.
-    Source: the "pHash" idea of Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010.
+    Returns int8 ``(256,)``: -1, 1, or 0 for a frequency too weak to have a sign (in a smooth picture many are); None
+    for an almost uniform picture, whose signs would be noise. Source: the "pHash" of Zauner, "Implementation and
+    Benchmarking of Perceptual Image Hash Functions", 2010.
     """
-    side = 4 * HASH_SIDE
-    grey = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (side, side), interpolation=cv2.INTER_AREA)
+    grey = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (64, 64), interpolation=cv2.INTER_AREA)
     if grey.std() < 2:
         return None
-    low = cv2.dct(grey.astype(np.float32))[:HASH_SIDE, :HASH_SIDE].ravel()
+    low = cv2.dct(grey.astype(np.float32))[:16, :16].ravel()
     low[0] = 0  # the mean brightness has no say
     return np.where(np.abs(low) > 0.003 * np.abs(low).max(), np.sign(low), 0).astype(np.int8)
 
@@ -170,8 +97,7 @@ def near_duplicates(hashes: Sequence[np.ndarray | None]) -> list[tuple[int, int]
     """Pairs ``(i, j)``, ``i < j``, of pictures that show one scan, by the :func:`perceptual_hash` of each picture."""
     known = [index for index, value in enumerate(hashes) if value is not None]
     signs = np.array([hashes[index] for index in known], float)  # (n, 256)
-    strong = np.abs(signs)
-    pairs = []
+    strong, pairs = np.abs(signs), []
     for row in range(len(known) - 1):
         n_both = strong[row + 1 :] @ strong[row]
         n_different = (n_both - signs[row + 1 :] @ signs[row]) / 2
@@ -181,122 +107,76 @@ def near_duplicates(hashes: Sequence[np.ndarray | None]) -> list[tuple[int, int]
     return pairs
 
 
-def _layout_of(source: Path) -> layouts.Layout:
+def _understood(source: Path) -> FolderReading:
     """What every picture of a folder or table is, before any is decoded."""
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist. Give the folder (or CSV file) of your pictures.")
-    if source.is_file() and source.suffix.lower() not in (".csv", ".tsv"):
-        raise DatasetError(f"{source} is neither a folder nor a CSV (an archive: unpack it first).\n{layouts.EXPECTED}")
     visa = sorted(source.glob("split_csv/*.csv"), key=lambda path: path.name != "1cls.csv")
-    found = [source] if source.is_file() else [] if layouts.has_roles(source) else tables.tables_in(source)
     if visa:
-        layout = tables.read_table(visa[0], source, layouts.VISA)
-    elif len(found) > 1:
-        names = ", ".join(table.name for table in found)
-        raise DatasetError(f"{source} holds several tables of pictures: {names}. Give the path of the one to use.")
+        reading = tables.read_table(visa[0], source)
+    elif source.is_file():
+        if source.suffix.lower() not in (".csv", ".tsv"):
+            raise DatasetError(f"{source} is neither a folder nor a CSV (an archive: unpack it).\n{layouts.EXPECTED}")
+        reading = tables.read_table(source, source.parent)
     else:
-        layout = tables.read_table(found[0], found[0].parent) if found else layouts.read_tree(source)
+        reading, found = layouts.read_tree(source), tables.tables_in(source)
+        if found[1:] and not reading.is_labelled:
+            names = few([path.name for path in found])
+            raise DatasetError(f"{source} holds several tables of pictures: {names}. Give the path of one.")
+        if found and not reading.is_labelled:  # folders with labels say more than a table that was not asked for
+            reading = tables.read_table(found[0], source)
     spelling: dict[str, str] = {}  # kinds that differ in case or separators only become one
-    layout.found = [replace(s, kind=spelling.setdefault(plain(s.kind), s.kind)) for s in layout.found]
-    layout.found.sort(key=lambda s: (s.category, SPLITS.index(s.split), s.is_anomalous, s.kind))
-    return layout
+    samples = [replace(s, kind=spelling.setdefault(plain(s.kind), s.kind)) for s in reading.samples]
+    reading.samples = sorted(samples, key=lambda s: (s.category, SPLITS.index(s.split), s.is_anomalous, s.kind))
+    return reading
 
 
-@dataclass
-class _Check:
-    """What decoding one picture and its mask showed; ``sample`` is None when the picture cannot be used."""
-
-    sample: Sample | None
-    problems: list[tuple[Path, str]]
-    notes: Sequence[tuple[str, str]] = ()  # which file, and the sentence
-    perceptual_hash: np.ndarray | None = None
-
-
-def _check(sample: Sample) -> _Check:
-    path, mask_path, problem = sample.image_path, sample.mask_path, ""
-    notes: list[str] = []
-    mask_notes: list[str] = []
-    if _printable(str(path)) != str(path):
-        return _Check(None, [(path, "the file name is not valid UTF-8: rename the file")])
+def _checked(sample: Sample) -> tuple[Sample | None, np.ndarray | None, list, list]:
+    """The sample (None when it cannot be used), its look, files left out with why, sentences about files."""
+    path, mask_path, notes, mask_notes = sample.image_path, sample.mask_path, [], []
     try:
-        image = images.load_image(path, max_side=8 * HASH_SIDE, notes=notes)
-        sample = replace(sample, sha256=files.sha256_file(path))
-    except (images.ImageError, OSError) as error:
-        return _Check(None, [(path, _reason(error, path))])
+        image = images.load_image(path, max_side=128, notes=notes)
+    except images.ImageError as error:
+        return None, None, [(path, str(error).replace(f"{path} ", ""))], []
+    sample, look, problems = replace(sample, sha256=files.sha256_file(path)), perceptual_hash(image), []
     try:
         if mask_path and not images.load_mask(mask_path, image.shape[:2], picture=path, notes=mask_notes).any():
-            problem = "the mask is empty although the picture is anomalous"
-    except (images.ImageError, OSError) as error:
-        problem = _reason(error, mask_path)
-    if problem:
+            raise images.ImageError("the mask is empty although the picture is anomalous")
+    except images.ImageError as error:
+        problems.append((mask_path, f"{error} (mask not used)".replace(f"{mask_path} ", "")))
         sample = replace(sample, mask_path=None)
-    said = [*((path.name, note) for note in notes), *((f"mask of {path.name}", note) for note in mask_notes)]
-    problems = [(mask_path, f"{problem} (mask not used)")] if problem else []
-    return _Check(sample, problems, said, perceptual_hash(image))
+    said = [(path.name, note) for note in notes] + [(f"mask of {path.name}", note) for note in mask_notes]
+    return sample, look, problems, said
 
 
-def _contradict(samples: Sequence[Sample], i: int, j: int) -> bool:
-    """Whether copies of one picture make the numbers of their artwork wrong: two splits, or two labels."""
-    a, b = samples[i], samples[j]
-    return a.category == b.category and (a.split, a.is_anomalous) != (b.split, b.is_anomalous)
-
-
-def _grouped(samples: Sequence[Sample], pairs: Sequence[tuple[int, int]], root: Path, notes: list[str]) -> list[Sample]:
-    """Samples with their groups: as a table states, else by file name, joined over copies."""
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
-
-    # MVTec calls a picture 000 in every folder: the shortest name that no other picture has.
-    spellings = []
-    for s in samples:
-        tails = (s.image_path.stem, f"{s.split}/{s.kind}/{s.image_path.stem}", _short(s.image_path, root))
-        spellings.append([f"{s.category}/{tail}" for tail in tails])
-    uses = Counter(name for found in spellings for name in found)
-    names = [s.group or next((n for n in f if uses[n] == 1), f[-1]) for s, f in zip(samples, spellings)]
-    first: dict[tuple[str, str], int] = {}
-    joined = [(i, first.setdefault((s.category, name), i)) for i, (s, name) in enumerate(zip(samples, names))]
-    joined += [(i, j) for i, j in pairs if samples[i].category == samples[j].category]
-    graph = coo_matrix((np.ones(len(joined)), np.transpose(joined)), shape=(len(samples), len(samples)))
-    components = connected_components(graph, directed=False)[1]
-    sizes = Counter(component for component, _ in set(zip(components, names)))
-    totals = Counter(s.category for s in samples)
-    alike = {s.category for s, c in zip(samples, components) if sizes[c] >= 8 and sizes[c] > totals[s.category] / 2}
-    for category in sorted(alike):
+def _group(looks: Sequence[np.ndarray | None], reading: FolderReading) -> None:
+    """Give samples their groups, as a table states, else by file name, joined over copies; tell of copies."""
+    samples, equal, wrong, near, pairs = reading.samples, [], [], [], []
+    short = [reading.short(s.image_path) for s in samples]
+    for i, j in near_duplicates(looks):
+        a, b = samples[i], samples[j]
+        is_same, is_file = a.category == b.category, a.sha256 == b.sha256
+        contradict = is_same and (a.split, a.is_anomalous) != (b.split, b.is_anomalous)
+        pairs += [(i, j)] if is_same else []
+        told = wrong if contradict and is_file else equal if is_file else near if contradict else []
+        told.append(f"{short[i]} ({a.split}, {a.kind}) = {short[j]} ({b.split}, {b.kind})")
+    if wrong:
+        why = "Equal files stand in two splits or have two labels, so a test would be on what was learnt"
+        raise DatasetError(f"{why}: {few(wrong)}. Delete one of each pair.")
+    reading.notes += [f"The same file more than once: {few(equal)}."] if equal else []
+    reading.notes += [f"One scan in two splits or with two labels: {few(near)}."] if near else []
+    # MVTec calls a picture 000 in every folder: the stem where no other picture has it, else the path.
+    n_stems = Counter((s.category, s.image_path.stem) for s in samples)
+    keys = []
+    for s, path in zip(samples, short):
+        name = s.image_path.stem if n_stems[s.category, s.image_path.stem] == 1 else path
+        keys.append((s.category, s.group or f"{s.category}/{name}"))
+    n_twins, n_pictures = Counter(index for pair in pairs for index in pair), Counter(s.category for s in samples)
+    alike = {samples[i].category for i, n in n_twins.items() if n >= 7 and n > n_pictures[samples[i].category] / 2}
+    if alike:
         why = "most pictures look the same to the duplicate test (a fixed camera, perhaps), so each counts on its own"
-        notes.append(f"{category}: {why}. Give a CSV with a column `group` if some are copies.")
-    leader = dict(reversed(list(zip(components, names))))
-    return [replace(s, group=n if s.category in alike else leader[c]) for s, n, c in zip(samples, names, components)]
-
-
-def _gaps(samples: Sequence[Sample]) -> list[str]:
-    parts = {(sample.category, sample.split, sample.is_anomalous) for sample in samples}
-    notes = []
-    for category in sorted({category for category, *_ in parts}):
-        if (category, "train", False) not in parts:
-            notes.append(f"{category}: no pictures to learn from (train/good).")
-        if (category, "test", True) in parts and (category, "test", False) not in parts:
-            notes.append(f"{category}: test/ has no normal pictures, so false alarms cannot be counted.")
-    return notes
-
-
-def _reason(error: Exception, path: Path) -> str:
-    return _printable(str(error).replace(f"{path} ", "").replace(str(path), path.name))
-
-
-def _short(path: Path, root: Path) -> str:
-    return _printable(path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix())
-
-
-def _printable(text: str) -> str:
-    """Text that can be written as UTF-8: file systems allow names that cannot."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _count(n: int, thing: str) -> str:
-    return f"{n} {thing}" + ("" if n == 1 else "s")
-
-
-def _shown(title: str, lines: Iterable[str]) -> list[str]:
-    lines = list(lines)
-    more = [f"  ... and {len(lines) - _SHOWN} more (all in {MANIFEST_JSON})"] if len(lines) > _SHOWN else []
-    return [f"{title}: {len(lines)}", *(f"  {line}" for line in lines[:_SHOWN]), *more] if lines else []
+        reading.notes.append(f"{few(sorted(alike))}: {why}. Give a CSV with a column `group` if some are copies.")
+    for i, j in pairs:
+        if samples[i].category not in alike:
+            keys = [keys[i] if key == keys[j] else key for key in keys]
+    reading.samples = [replace(s, group=group) for s, (_, group) in zip(samples, keys)]

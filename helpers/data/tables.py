@@ -7,128 +7,119 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from helpers.data.layouts import CSV, EXPECTED, Layout, apart, own_name
-from helpers.data.names import ANOMALY_KIND, DatasetError, kind_of, label_of, plain, roles_of
-from helpers.records import NORMAL_KIND, SPLITS, Sample
+import pandas as pd
+
+from helpers.data.layouts import EXPECTED, File, FolderReading, Tree, Unclear, own_name
+from helpers.data.names import ANOMALY_KIND, DatasetError, Meaning, kind_of, meaning_of, plain
+from helpers.records import NORMAL_KIND, Sample
 
 _COLUMNS = {
-    "image_path": "image_path image path file filename file_name filepath file_path img_path image_file image_name img",
-    "category": "category object painting artwork cls_name",
-    "split": "split phase subset",
-    "label": "is_anomalous label is_anomaly",
-    "kind": "kind anomaly_kind anomaly_type defect_type",
-    "mask_path": "mask_path mask mask_file",
-    "group": "group",
+    "image_path": "image path file filename file_name filepath file_path img_path image_file image_name img",
+    "category": "object painting artwork cls_name",
+    "split": "phase subset",
+    "label": "is_anomalous is_anomaly",
+    "kind": "anomaly_kind anomaly_type defect_type",
+    "mask_path": "mask mask_file",
+    "group": "",
 }
 _EMPTY = frozenset(("", "nan", "none", "null", "n/a", "na", "-", "<na>"))
-_YES = frozenset("1 1.0 true yes y t ja wahr positive pos".split())
-_NO = frozenset("0 0.0 false no n f nein falsch negative neg".split())
+_LABELS = dict.fromkeys("1 1.0 true yes y t ja wahr positive pos".split(), ANOMALY_KIND)
+_LABELS |= dict.fromkeys("0 0.0 false no n f nein falsch negative neg".split(), NORMAL_KIND)
 
 
-def read_table(table: Path, root: Path, name: str = CSV) -> Layout:
+def read_table(table: Path, root: Path) -> FolderReading:
     """The rows of a table; paths in it start from ``root`` (or, as VisA writes them, from the folder above).
 
     Raises:
         DatasetError: no column names the pictures, or other columns are there but none is understood as a label.
     """
-    layout = Layout(name, table if name == CSV else root)
-    rows, columns, unknown = _rows(table, layout)
-    header = f"{table} has the columns {', '.join([*columns.values(), *unknown]) or 'of an empty file'}"
-    if "image_path" not in columns:
-        raise DatasetError(f"{header}; one must name the picture: {_COLUMNS['image_path']}.\n{EXPECTED}")
-    if not {"label", "kind"} & set(columns):
-        if unknown or "mask_path" in columns:
+    reading = FolderReading(root, f"CSV table {table.name}")
+    frame = _frame(table, reading)
+    header = f"{table} has the columns {', '.join(frame.columns)}"
+    unknown = [name for name in frame.columns if name not in _COLUMNS]
+    if "image_path" not in frame:
+        raise DatasetError(f"{header}; one must name the picture: image_path, {_COLUMNS['image_path']}.\n{EXPECTED}")
+    if not {"label", "kind"} & set(frame.columns):
+        if unknown or "mask_path" in frame:
             way = "Add a column label (normal or anomaly), or remove the other columns if all pictures are genuine."
             raise DatasetError(f"{header}; none of them is understood as a label. {way}")
-        layout.notes.append(f"{table.name} has no column label: all pictures count as genuine.")
+        reading.notes.append(f"{table.name} has no column label: all pictures count as genuine.")
     if unknown:
-        layout.notes.append(f"Columns of {table.name} that were not read: {', '.join(unknown)}.")
-    says_normal = any(_stated(row.get("label", "")) == NORMAL_KIND for row in rows)
-    has_kinds = "kind" not in columns and says_normal  # labels like good, crack, tear
-    names = [row.get("category") or own_name(root) for row in rows]
-    categories = apart({name: name for name in names}, layout)
-    seen: set[tuple[Path, str]] = set()
-    for number, (row, category) in enumerate(zip(rows, map(categories.get, names)), start=2):
-        path = _resolve(root, row["image_path"])
+        reading.notes.append(f"Columns of {table.name} that were not read: {', '.join(unknown)}.")
+    if "label" not in frame:
+        frame["label"] = "" if "kind" in frame else NORMAL_KIND
+        frame["kind"] = [kind or NORMAL_KIND for kind in frame.get("kind", frame["label"])]
+    elif "kind" not in frame and NORMAL_KIND in set(map(_stated, frame["label"])):  # labels like good, crack, tear
+        frame = frame.rename(columns={"label": "kind"})
+    seen: set[tuple[str, str]] = set()
+    for number, row in enumerate(frame.to_dict("records"), start=2):
+        row = dict.fromkeys(_COLUMNS, "") | row
+        path = _resolved(root, row["image_path"])
         try:
-            if not row["image_path"] or (path, category) in seen:
-                raise ValueError("named in an earlier row already" if row["image_path"] else "no picture named")
-            layout.found.append(replace(_sample(row, path, root, has_kinds), category=category))
-            seen.add((path, category))
-        except ValueError as error:
-            layout.problems.append((path, f"row {number} of {table.name}: {error}"))
-    return layout
+            key = row["image_path"], row["category"]
+            if key in seen or not row["image_path"]:
+                raise Unclear("named in an earlier row already" if row["image_path"] else "no picture named")
+            sample = _sample(row, path)
+            mask = _resolved(root, row["mask_path"]) if sample.is_anomalous and row["mask_path"] else None
+            reading.samples.append(replace(sample, category=row["category"], mask_path=mask, group=row["group"]))
+            seen.add(key)
+        except (Unclear, DatasetError) as error:
+            reading.left_out.append((path, f"row {number} of {table.name}: {error}"))
+    names = [sample.category or own_name(root) for sample in reading.samples]
+    reading.name_categories(names, names)
+    return reading
 
 
 def tables_in(root: Path) -> list[Path]:
     """The tables in a folder that name pictures and say something about them, but for our own manifest."""
-    found = []
-    for path in sorted(root.glob("*.[ct]sv")):
-        _, columns, unknown = _rows(path, Layout(CSV, path))
-        says_something = not {"category", "label", "kind", "split"}.isdisjoint(columns)
-        if "image_path" in columns and says_something and "sha256" not in unknown:
-            found.append(path)
-    return found
+    columns = {path: {*_frame(path, FolderReading(path, "")).columns} for path in sorted(root.glob("*.[ct]sv"))}
+    has_pictures = [path for path, names in columns.items() if "image_path" in names and "sha256" not in names]
+    return [path for path in has_pictures if columns[path] & {"category", "label", "kind", "split"}]
 
 
 def _stated(value: str) -> str | None:
-    """The label that a cell states."""
-    value = value.casefold()
-    return NORMAL_KIND if value in _NO else ANOMALY_KIND if value in _YES else label_of(value)
+    """The label or kind that a cell states."""
+    return _LABELS.get(value.casefold()) or meaning_of(value).kind
 
 
-def _sample(row: dict[str, str], path: Path, root: Path, has_kinds: bool) -> Sample:
-    """One row of a table, without its category; ValueError says which cell is wrong."""
-    label, kind, mask = row.get("label", ""), row.get("kind", ""), row.get("mask_path", "")
-    stated = _stated(label) if label else _stated(kind) or ANOMALY_KIND if kind else NORMAL_KIND
-    if stated is None and has_kinds:
-        stated, kind = ANOMALY_KIND, label
-    if stated is None or ("label" in row and not label and not kind):
-        raise ValueError(f"label is {label!r}; allowed are normal, anomaly, good, 0, 1, true, false")
-    if kind and (_stated(kind) == NORMAL_KIND) != (stated == NORMAL_KIND):
-        raise ValueError(f"label says {'normal' if stated == NORMAL_KIND else 'anomalous'} but kind is {kind!r}")
-    is_anomalous = stated != NORMAL_KIND
-    split = next(iter(roles_of(row["split"])), None) if row.get("split") else "test" if is_anomalous else "train"
-    if split not in SPLITS:
-        raise ValueError(f"split is {row['split']!r}; allowed are train, calibration (or validation) and test")
-    if is_anomalous and split != "test":
-        raise ValueError(f"an anomalous picture in split {split}: detectors learn from normal pictures only")
-    if not is_anomalous:
-        return Sample(path, "", False, None, split, NORMAL_KIND, row.get("group", ""))
-    named = kind_of(kind) if kind and kind.casefold() not in _YES else ANOMALY_KIND
-    return Sample(path, "", True, _resolve(root, mask) if mask else None, split, named, row.get("group", ""))
+def _sample(row: dict[str, str], path: Path) -> Sample:
+    """One row of a table, read like the names of folders."""
+    split, label, kind = row["split"], row["label"], row["kind"]
+    said = [_stated(label), kind and (_stated(kind) or kind_of(kind))]
+    if split and not meaning_of(split).split:
+        raise Unclear(f"split is {split!r}; allowed are train, calibration (or validation) and test")
+    if not any(said) or (label and not said[0]):
+        raise Unclear(f"label is {label!r}; allowed are normal, anomaly, good, 0, 1, true, false")
+    steps = [Meaning(split, split=meaning_of(split).split), *(Meaning(label, kind=stated) for stated in said if stated)]
+    return Tree().place(File(path, steps))[1]
 
 
-def _rows(table: Path, layout: Layout) -> tuple[list[dict[str, str]], dict[str, str], list[str]]:
-    """Rows by meaning, empty cells as ""; the column of each meaning; the columns without one."""
-    import pandas as pd
-
+def _frame(table: Path, reading: FolderReading) -> pd.DataFrame:
+    """The cells as stripped text, empty ones as ""; columns that are understood have the names of their meaning."""
     content = table.read_bytes()
     try:
         text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError:
         text = content.decode("cp1252", errors="replace")
-        layout.notes.append(f"{table.name} is not UTF-8; read as Windows-1252. Check names with accents.")
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    separator = max(",;\t|", key=text.partition("\n")[0].count)
+        reading.notes.append(f"{table.name} is not UTF-8; read as Windows-1252. Check names with accents.")
+    separator = max(",;\t|", key="".join(text.splitlines()[:1]).count)
     long: list[list[str]] = []
     options = {"dtype": str, "keep_default_na": False, "index_col": False, "on_bad_lines": long.append}
     try:
-        frame = pd.read_csv(io.StringIO(text), sep=separator, engine="python", **options)
+        frame = pd.read_csv(io.StringIO(text, newline=None), sep=separator, engine="python", **options)
     except (pd.errors.EmptyDataError, pd.errors.ParserError) as error:
         raise DatasetError(f"{table} cannot be read as a table ({error}).") from error
-    layout.problems += [(table, f"a row with too many cells: {', '.join(cells)[:80]}") for cells in long]
+    reading.left_out += [(table, f"a row with too many cells: {', '.join(cells)[:80]}") for cells in long]
     frame = frame.fillna("").map(lambda cell: "" if cell.strip().casefold() in _EMPTY else cell.strip())
+    frame = frame.loc[:, [not str(column).startswith("Unnamed") for column in frame.columns]]
     header = {plain(str(column)): column for column in frame.columns}
-    aliases = {meaning: names.split() for meaning, names in _COLUMNS.items()}
-    aliases["label"] += [name for name in header if label_of(name.removeprefix("is_")) == ANOMALY_KIND]  # is_defect
-    columns = {meaning: header[next(filter(header.get, n))] for meaning, n in aliases.items() if set(n) & set(header)}
-    unknown = [c for c in map(str, frame.columns) if c not in columns.values() and not c.startswith("Unnamed")]
-    rows = frame[list(columns.values())].set_axis(list(columns), axis=1).to_dict("records")
-    return rows, columns, unknown
+    aliases = {meaning: [meaning, *names.split()] for meaning, names in _COLUMNS.items()}
+    aliases["label"] += [name for name in header if meaning_of(name.removeprefix("is_")).kind]  # is_defect
+    found = {meaning: next(filter(header.get, names), None) for meaning, names in aliases.items()}
+    return frame.rename(columns={header[name]: meaning for meaning, name in found.items() if name})
 
 
-def _resolve(root: Path, name: str) -> Path:
+def _resolved(root: Path, name: str) -> Path:
     """A path as a table writes it: relative to the table's folder, perhaps with Windows separators."""
     tries = [base / text for text in (name, name.replace("\\", "/")) for base in (root, root.parent)]
     found = next((path for path in tries if name and path.exists()), tries[0])

@@ -72,7 +72,7 @@ def _fresh(folder: Path, dataset: data.Dataset, done: set[str]) -> tuple[list[di
     found, left_out = [], []
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
-        is_hidden = any(map(names.is_hidden, parts)) or (len(parts) == 3 and names.roles_of(parts[1]) == ["mask"])
+        is_hidden = any(map(names.is_hidden, parts)) or (len(parts) == 3 and names.meaning_of(parts[1]).is_mask)
         if path.suffix.lower() not in images.IMAGE_SUFFIXES or is_hidden or len(parts) not in (2, 3):
             continue
         name, sha256 = "/".join(parts), files.sha256_file(path)
