@@ -44,7 +44,7 @@ METRICS = tuple(
     "seconds_per_image".split()
 )
 GROUPS: Mapping[str, str] = {
-    "whole": "copy or new version", "real": "real alteration", "plain": "plain mark", "moderate": "moderate mark",
+    "whole": "whole picture", "real": "real alteration", "plain": "plain mark", "moderate": "moderate mark",
     "faint": "faint mark", "mark": "mark",
 }  # fmt: skip
 """Groups of anomalous pictures. *Real* are only those that the user brought, *whole* those that differ as a whole;

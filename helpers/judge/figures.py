@@ -197,7 +197,7 @@ def map_rows(panels: Sequence[Panel], *, scale: Scale, title: str) -> Figure:
         bar.outline.set_visible(False)
         bar.ax.axhline(scale.limit, color="white", linewidth=3.2)
         bar.ax.axhline(scale.limit, color=INK, linewidth=1.4)
-        bar.set_label("anomaly score of the pixel (raw); black line: genuine pictures end here")
+        bar.set_label("black line: genuine pictures end here")
     return _finish(fig, title, f"{len(panels)} rows of picture, anomaly map and marked picture.")
 
 
@@ -322,7 +322,9 @@ def lines(frame: pd.DataFrame, *, title: str, x_label: str, y_label: str = "", l
         ax.set(title=_wrap(panel, 36), xlabel=x_label, ylabel=y_label)
         if log_x:
             ax.set_xscale("log")
+            ax.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
             ax.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+            ax.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
         elif (frame.x == frame.x.round()).all():
             ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(6, integer=True))
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}

@@ -24,7 +24,7 @@ TEMPLATES = jinja2.Environment(
 )  # fmt: skip
 """Sentences (plain text) and pages (every value is escaped)."""
 
-_MANY = {name: f"{words}s" for name, words in GROUPS.items()} | {"whole": "copies and new versions"}
+_MANY = {name: f"{words}s" for name, words in GROUPS.items()} | {"whole": "pictures that differ as a whole"}
 
 
 def verdict(comparison: Comparison) -> str:
@@ -46,11 +46,11 @@ def verdict(comparison: Comparison) -> str:
     return " ".join(say("verdict", same=same, level=others, is_guessing=is_guessing, **facts))
 
 
-def trust(comparison: Comparison) -> str:
-    """How much these pictures can decide, in a sentence or two."""
+def trust(comparison: Comparison, measure: str = "accuracy") -> str:
+    """How much these pictures can decide by a measure of the paired tests, in a sentence or two."""
     samples, tests = comparison.samples, comparison.tests
-    pooled = tests[(tests.category == "all") & (tests.measure == "accuracy")]
-    facts = {"n": len(samples), "n_sources": len({sample.group for sample in samples})}
+    pooled = tests[(tests.category == "all") & (tests.measure == measure)]
+    facts = {"n": len(samples), "n_sources": len({sample.group for sample in samples}), "measure": measure}
     return " ".join(say("trust", n_pairs=len(pooled), n_told=(pooled.p_holm < 0.05).sum(), **facts))
 
 
@@ -80,7 +80,7 @@ def findings(comparison: Comparison) -> list[str]:
         "findings", told=told, groups=groups,
         worst=min(passed, key=lambda row: row["value"], default=None),
         reach=1 - min((row["ci_low"] for row in passed), default=0),
-        partly_seen=[(method, seen[method], unseen[method]) for method in seen if method in unseen],
+        is_split=bool(seen.keys() & unseen.keys()),
         all_seen=[method for method in seen if method not in unseen],
         chance=[method for method, row in ranked.items() if row["ci_low"] <= 0.5],
     )  # fmt: skip

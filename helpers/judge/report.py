@@ -106,6 +106,7 @@ class _Pictures:
         found = []
         for role, groups in wanted.items():
             places = next((rows.index for g in groups if len(rows := self.facts[self.facts.group == g])), ())
+            places = [p for p in places if self.facts.kind[p] in ("replica", "reinterpretation")] or places
             found += [{"role": role, **self._picture(self._middle(places), 520, self.best_map)}] if len(places) else []
         return found
 
@@ -135,7 +136,9 @@ class _Pictures:
         found = []
         for method in self.c.methods:
             spoken = self.c.predictions[(self.c.predictions.method == method) & (self.c.predictions.answer != "")]
-            ordered = spoken.assign(turn=spoken.groupby("group").cumcount()).sort_values(["turn", "place"])
+            told = spoken[spoken.answer.str.contains(" ")]  # sentences, where there are any
+            told = told.sample(frac=1, random_state=0) if len(told) else spoken
+            ordered = told.assign(turn=told.groupby("group").cumcount()).sort_values("turn", kind="stable")
             cards = [
                 self._picture(row.place, 300, method)
                 | {"answer": row.answer, "is_right": None if row.says is None else row.says == row.is_anomalous}
@@ -184,7 +187,7 @@ def draw_all(comparison: Comparison, folder: Path) -> dict[str, Path]:
         rows = table[(table.metric == "image_auroc") & table.category.isin(names)]
         if len(rows):
             frame = rows.assign(panel=[figures.painting_name(name, paintings, 34) for name in rows.category])
-            title = f"Image AUROC with 95 % intervals. {findings.trust(comparison)}"
+            title = f"Image AUROC with 95 % intervals. {findings.trust(comparison, 'AUROC')}"
             found[name] = figures.intervals(frame, title=title, x_label="image AUROC", chance=0.5)
     for name, names in _pages("scores", paintings, 3):
         chosen = scored[scored.category.isin(names)]
