@@ -21,8 +21,7 @@ def lab_to_rgb(lab: np.ndarray) -> np.ndarray:
 
 
 def palette(image: np.ndarray, n_colours: int = 8) -> np.ndarray:
-    """The main colours of a picture by median cut, dark to light: CIE Lab, float64 ``(n_colours, 3)``; equal ones occur
-    when it has fewer."""
+    """The main colours (equal ones if few) by median cut, dark to light: CIE Lab, float64 ``(n_colours, 3)``."""
     reduced = Image.fromarray(sample_pixels(image, 1024)[None]).quantize(n_colours)
     found = np.array(reduced.getpalette()[: 3 * n_colours], np.uint8).reshape(-1, 3)
     lab = rgb_to_lab(np.resize(found, (n_colours, 3)))

@@ -29,7 +29,6 @@ it is seen at a glance. The square root makes four times the area count as twice
 MIN_SIDE = 16  # shortest side in pixels that a mark can be drawn into
 MIN_COVERAGE = 0.1  # share of a pixel that a change must cover to belong to the mask; weaker fringes are not painted
 MIN_DELTA_E = 2.0  # least mean CIEDE2000 difference in a mask: what nobody can see must not be labelled anomalous
-_ATTEMPTS = 6
 
 
 def synthesize(image: np.ndarray, kind: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
@@ -47,13 +46,13 @@ def synthesize(image: np.ndarray, kind: str, rng: np.random.Generator) -> tuple[
     if kind not in LOCAL_KINDS:
         raise ValueError(f"Unknown kind of anomaly {kind!r}; allowed are {', '.join(LOCAL_KINDS)}.")
     image, tinted = checked(image, MIN_SIDE), False
-    for _ in range(_ATTEMPTS):
+    for _ in range(6):
         result, mask = _composed(image, kinds.edits_of(kind, image, rng), rng)
-        if mask.any() and _delta_e(image, result, mask) >= MIN_DELTA_E:
+        if mask.any() and visibility(image, result, mask)[0] >= MIN_DELTA_E:
             break
     else:
         (result, mask), tinted = _tinted(image, mask), True
-    seen, delta_e = visibility(image, result, mask), _delta_e(image, result, mask)
+    delta_e, seen = visibility(image, result, mask)
     record = {"kind": kind, "delta_e": round(delta_e, 4), "visibility": round(seen, 4)}
     return result, mask, {**record, "visibility_bin": visibility_bin(seen), "tinted": tinted}
 
@@ -68,14 +67,12 @@ def checked(image: np.ndarray, min_side: int) -> np.ndarray:
     return np.ascontiguousarray(image)
 
 
-def visibility(original: np.ndarray, anomalous: np.ndarray, mask: np.ndarray) -> float:
-    """How visible a change is: mean CIEDE2000 difference inside the mask times the root of its area in per cent.
-
-    Pictures are uint8 RGB ``(H, W, 3)``, the mask is bool ``(H, W)``; ``ValueError`` when it is empty.
-    """
-    if not mask.any():
-        raise ValueError("The mask is empty: a change without pixels has no visibility.")
-    return _delta_e(original, anomalous, mask) * float(100 * mask.mean()) ** 0.5
+def visibility(original: np.ndarray, anomalous: np.ndarray, mask: np.ndarray) -> tuple[float, float]:
+    """Mean CIEDE2000 difference of two pictures (uint8 RGB ``(H, W, 3)``) inside a mask (bool ``(H, W)``, not empty),
+    and how visible the change is: that difference times the root of the mask's area in per cent."""
+    before, after = colours.rgb_to_lab(np.stack([original[mask], anomalous[mask]]))
+    delta_e = float(colours.delta_e2000(before, after).mean())
+    return delta_e, delta_e * float(100 * mask.mean()) ** 0.5
 
 
 def visibility_bin(value: float) -> str:
@@ -90,7 +87,7 @@ def seed_for(seed: int, name: str) -> int:
 
 
 def rng_for(seed: int, name: str) -> np.random.Generator:
-    """Generator of one picture (see :func:`seed_for`)."""
+    """Generator of one picture."""
     return np.random.default_rng(seed_for(seed, name))
 
 
@@ -134,16 +131,11 @@ def _fine(image: np.ndarray) -> np.ndarray:
     return image - cv2.GaussianBlur(image, (0, 0), 1.0)
 
 
-def _delta_e(original: np.ndarray, anomalous: np.ndarray, mask: np.ndarray) -> float:
-    before, after = colours.rgb_to_lab(np.stack([original[mask], anomalous[mask]]))
-    return float(colours.delta_e2000(before, after).mean())
-
-
 def _tinted(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Lighten (dark) or darken (light) the masked place, or a square in the middle when the mask is empty."""
-    height, width = mask.shape
     if not mask.any():
-        mask[height // 2 - 3 : height // 2 + 3, width // 2 - 3 : width // 2 + 3] = True
+        row, column = np.array(mask.shape) // 2
+        mask[row - 3 : row + 3, column - 3 : column + 3] = True
     lab = colours.rgb_to_lab(image[mask])
     lab[:, 0] += np.where(lab[:, 0].mean() > 50, -12, 12)
     result = image.copy()

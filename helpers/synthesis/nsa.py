@@ -9,7 +9,7 @@ Source: Schlueter et al., Natural Synthetic Anomalies, ECCV 2022; settings of Gu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -28,8 +28,7 @@ _CHANGE_TOLERANCE = 1.0
 _INTENSITY = (1 / 12, 24.0)  # k, x0 of the logistic function from the mean change in grey levels to the label
 
 
-@dataclass(frozen=True)
-class Simulation:
+class Simulation(NamedTuple):
     """A picture with simulated anomalies."""
 
     image: np.ndarray  # uint8 RGB (H, W, 3); the destination itself when no patch could be placed

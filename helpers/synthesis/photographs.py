@@ -48,17 +48,12 @@ def rephotograph(image: np.ndarray, rng: Rng, *, changes: Sequence[str] | None =
 def damaged_view(
     image: np.ndarray, *, seed: int, kind: str | None = None
 ) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
-    """Another photograph of a genuine picture, damaged when a kind is given: what detectors are trained and tuned on.
+    """Another photograph of a genuine picture (uint8 RGB ``(H, W, 3)``), damaged when ``kind`` is a local kind or an
+    anomalous change of the whole picture: what detectors are trained and tuned on.
 
-    Args:
-        image: uint8 RGB ``(H, W, 3)`` of the genuine artwork.
-        seed: of everything drawn, see :func:`helpers.synthesis.seed_for`; the same seed gives the same picture.
-        kind: None, a local kind of :data:`helpers.synthesis.LOCAL_KINDS`, or an anomalous change of the whole picture.
     Returns:
         uint8 RGB; the mask, bool ``(H, W)``, None unless a local kind was given; a record of JSON values with
         ``variations`` and, when damaged, ``kind`` and what :func:`helpers.synthesis.synthesize` tells.
-    Raises:
-        ValueError: unknown kind, or not such a picture.
     """
     rng = np.random.default_rng(seed)
     view, names = rephotograph(image, rng)
@@ -147,10 +142,7 @@ _GENUINE = {
     "lighting": (_lighting, "5 to 20 % darker towards one side: gallery light comes from one side"),
     "colour_jitter": (_colour_jitter, "brightness, contrast +-10 %, white balance +-6 %: cameras differ"),
     "saturation": (partial(_saturated, limits=[(0.8, 1.2)]), "colour strength x 0.8 to 1.2: screens differ"),
-    "blur": (
-        partial(_blurred, limits=(0.001, 0.003)),
-        "blurred by 0.1 to 0.3 % of the shorter side: focus and rescaling differ",
-    ),
+    "blur": (partial(_blurred, limits=(0.001, 0.003)), "blurred by 0.1 to 0.3 % of the shorter side: focus differs"),
     "jpeg": (_jpeg, "JPEG at quality 45 to 89: pictures on the web are compressed"),
 }
 _ANOMALOUS = {
