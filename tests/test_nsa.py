@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from numpy.random import RandomState
 from safetensors.numpy import load_file
 
 from helpers.synthesis import nsa
@@ -50,7 +51,7 @@ def test_same_seed_gives_the_published_sample(reference, case, monkeypatch):
     destination, source, settings = CASES[case]
     for name, value in settings.items():
         monkeypatch.setattr(nsa, name, value)
-    random = np.random.RandomState(int(reference[f"{case}.np_seed"][0]))
+    random = RandomState(int(reference[f"{case}.np_seed"][0]))
     found = nsa.simulate(picture(reference, destination), picture(reference, source), random)
     np.testing.assert_allclose(union_centers(found.patches), reference[f"{case}.centers"], atol=1e-9)
     difference = np.abs(found.image.astype(int) - reference[f"{case}.image"])
@@ -62,7 +63,7 @@ def test_same_seed_gives_the_published_sample(reference, case, monkeypatch):
 
 def test_pixels_outside_the_patches_are_untouched(reference):
     destination, source = picture(reference, "tex1"), picture(reference, "tex2")
-    found = nsa.simulate(destination, source, np.random.RandomState(5))
+    found = nsa.simulate(destination, source, RandomState(5))
     outside = np.ones(destination.shape[:2], dtype=bool)
     for top, bottom, left, right in found.patches:
         outside[top:bottom, left:right] = False
@@ -72,13 +73,13 @@ def test_pixels_outside_the_patches_are_untouched(reference):
 
 def test_no_sample_for_training_has_an_empty_mask(reference):
     destination, source = picture(reference, "tex1"), picture(reference, "obj4")
-    plain = [nsa.simulate(destination, source, np.random.RandomState(seed)).mask.any() for seed in range(40)]
-    assert not all(plain), "choose seeds among which the published procedure makes an invisible sample"
-    assert all(nsa.simulate_visible(destination, source, np.random.RandomState(s)).mask.any() for s in range(40))
+    empty = [seed for seed in range(8) if not nsa.simulate(destination, source, RandomState(seed)).mask.any()]
+    assert empty, "choose seeds among which the published procedure makes an invisible sample"
+    assert all(nsa.simulate_visible(destination, source, RandomState(seed)).mask.any() for seed in empty)
     flat = np.full_like(destination, 128)
-    assert nsa.simulate_visible(flat, flat, np.random.RandomState(0), n_tries=3) is None
+    assert nsa.simulate_visible(flat, flat, RandomState(0), n_tries=3) is None
 
 
 def test_other_size_is_refused(reference):
     with pytest.raises(ValueError, match="one size"):
-        nsa.simulate(picture(reference, "tex1"), np.zeros((10, 10, 3), np.uint8), np.random.RandomState(0))
+        nsa.simulate(picture(reference, "tex1"), np.zeros((10, 10, 3), np.uint8), RandomState(0))

@@ -47,21 +47,13 @@ _NUMBERS = ("n_train", "n_calibration", "n_test_normal")
 
 @dataclass
 class Source:
-    """Pictures to make a dataset of.
+    """Pictures to make a dataset of."""
 
-    Attributes:
-        samples: absolute paths, with hashes; splits as the source has them.
-        description: the source in words, several lines.
-        left_out: files that cannot be used, and why.
-        count_real: True when the source's anomalous pictures count towards the number of anomalies asked for.
-        identity: what a frozen dataset is compared by, instead of pictures, labels, masks and groups.
-    """
-
-    samples: Sequence[Sample]
-    description: str = ""
-    left_out: Sequence[tuple[Path | str, str]] = ()
-    count_real: bool = False
-    identity: str = ""
+    samples: Sequence[Sample]  # absolute paths; splits as the source has them
+    description: str = ""  # the source in words, several lines
+    left_out: Sequence[tuple[Path | str, str]] = ()  # files that cannot be used, and why
+    count_real: bool = False  # its anomalous pictures count towards the number of anomalies asked for
+    identity: str = ""  # what a frozen dataset is compared by, instead of pictures, labels, masks and groups
 
 
 def source_for(
@@ -89,24 +81,19 @@ def build_dataset(
     source: Source, target: Path | str, sizes: Any, *, seed: int, kinds: Sequence[str] = TEST_KINDS,
     kinds_held_out: Sequence[str] = synthesis.HELD_OUT_KINDS,
 ) -> Path:  # fmt: skip
-    """Make and freeze a dataset. A frozen one of the same source and settings is kept, whatever library or machine
-    made it; it is made again, and that is said, when source pictures or settings changed or a file is gone.
+    """Make and freeze a dataset; returns the path of ``manifest.csv``.
 
-    Pictures of one source picture (``group``) stay in one split; with one or two of them splits share one, and
-    ``limits`` in ``manifest.json`` says so. Damage is done to test normals only, to each source picture about equally
-    often, so that an anomalous picture differs from a normal one by the damage. The source's own anomalous pictures
-    are all kept, for testing only. What cannot be used is named in ``left_out`` there.
+    A frozen one of the same source and settings is kept, whatever library or machine made it; it is made again, and
+    that is said, when source pictures or settings changed or a file is gone. Pictures of one source picture (``group``)
+    stay in one split; with one or two of them splits share one, and ``limits`` in ``manifest.json`` says so. Damage is
+    done to test normals only, to each source picture about equally often, so that an anomalous picture differs from a
+    normal one by the damage. The source's own anomalous pictures are all kept, for testing only.
 
     Args:
         sizes: has ``max_image_side`` (pixels) and, per artwork, ``n_train``, ``n_calibration``, ``n_test_normal`` and
             ``n_test_anomalous``: synthetic anomalies, spread over ``kinds``, the report's five with the largest share.
-        seed: decides about splits and every synthetic picture.
-        kinds: local kinds, and anomalous changes of the whole picture (which have no mask).
-        kinds_held_out: those of them that no training may use (recorded for the later notebooks).
-    Returns:
-        path of ``manifest.csv``.
+        kinds, kinds_held_out: what the test set shows, and what of it no training may use (``ValueError``: unknown).
     Raises:
-        ValueError: a kind is unknown.
         DatasetError: there is no readable genuine picture, or ``target`` holds something else.
     """
     unknown = [kind for kind in (*kinds, *kinds_held_out) if kind not in _KINDS]
@@ -160,9 +147,6 @@ def _outcome(info: Mapping[str, Any]) -> str:
     return "\n".join(lines + [f"... and {len(left_out) - 12} more (all in manifest.json)"] * (len(left_out) > 12))
 
 
-# --- Which picture goes into which split, and what is made of it -----------------------------------------------------
-
-
 class Job(NamedTuple):
     """One picture to write: what it is, and the file or the picture of the dataset that it is made of."""
 
@@ -214,8 +198,8 @@ def _split(
     if not train | calibration:
         notes.append(f"{category}: no pictures to learn from; the source's normal test pictures are split.")
         train, test = test, set()
-    if not (train and test):
-        train, calibration = train | calibration, set()
+    if not train:
+        train, calibration = calibration, set()
     shown = (train | calibration) & (test | copied)
     if shown and len(train - shown) >= 2:
         why = "because a test picture shows the same photograph (or is named as its copy)"
@@ -290,9 +274,6 @@ def _unique(name: str, taken: set[str]) -> str:
     candidate = next(c for c in (name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))) if c.lower() not in taken)
     taken.add(candidate.lower())
     return candidate
-
-
-# --- Making it -------------------------------------------------------------------------------------------------------
 
 
 def _write(source: Source, target: Path, info: Mapping[str, Any]) -> None:

@@ -28,6 +28,19 @@ Difference = Callable[[np.ndarray, np.ndarray], str]
 N_GENUINE = 30
 """Photographs of each embedded painting."""
 PAINTINGS = Path(__file__).resolve().parent.parent / "assets" / "paintings"
+TITLES = pd.read_csv(Path(__file__).with_name("commons.csv")).values.tolist()
+"""Painting, kind and title of files seen in public use in 2026 (one that is gone is left out with a line; the first
+genuine one of a painting is its main scan), and of categories whose members may be further genuine pictures."""
+COMMONS_API = "https://commons.wikimedia.org/w/api.php"
+USER_AGENT = "art-anomaly-notebooks/1.0 (https://github.com/art-anomaly/art-anomaly-notebooks) python-requests"
+WIDTH = 1280  # pixels; Commons serves renderings of few widths only
+PAUSE = 1.0  # seconds before each request
+MOST_GENUINE = 20  # genuine pictures of a painting after which no more members of its categories are fetched
+_MEMBER = "member"
+_FREE_LICENCE = re.compile(
+    r"(?!.*\bn[cd]\b)(public domain|pd|pd-[\w-]+|cc0( [\d.]+)?|cc[ -]by([ -]sa)?[ -][\d.]+( [a-z]{2,4})?)", re.I
+)
+_OFFLINE = "Without network: ART_PROFILE=mini, or put pictures into a folder and set ART_DATA=/path/to/folder."
 
 
 class SourceError(RuntimeError):
@@ -70,23 +83,6 @@ def _kept(target: Path, name: str, settings: Mapping[str, Any]) -> list[Sample]:
     mark = target / manifest.MANIFEST_JSON
     found = manifest.load_manifest(target) if mark.exists() and files.read_json(mark).get(name) == settings else []
     return found if all(sample.image_path.exists() for sample in found) else []
-
-
-# --- Wikimedia Commons -----------------------------------------------------------------------------------------------
-
-TITLES = pd.read_csv(Path(__file__).with_name("commons.csv")).values.tolist()
-"""Painting, kind and title of files seen in public use in 2026 (one that is gone is left out with a line; the first
-genuine one of a painting is its main scan), and of categories whose members may be further genuine pictures."""
-COMMONS_API = "https://commons.wikimedia.org/w/api.php"
-USER_AGENT = "art-anomaly-notebooks/1.0 (https://github.com/art-anomaly/art-anomaly-notebooks) python-requests"
-WIDTH = 1280  # pixels; Commons serves renderings of few widths only
-PAUSE = 1.0  # seconds before each request
-MOST_GENUINE = 20  # genuine pictures of a painting after which no more members of its categories are fetched
-_MEMBER = "member"
-_FREE_LICENCE = re.compile(
-    r"(?!.*\bn[cd]\b)(public domain|pd|pd-[\w-]+|cc0( [\d.]+)?|cc[ -]by([ -]sa)?[ -][\d.]+( [a-z]{2,4})?)", re.I
-)
-_OFFLINE = "Without network: ART_PROFILE=mini, or put pictures into a folder and set ART_DATA=/path/to/folder."
 
 
 def titles(difference: Difference | None) -> list[list[str]]:
@@ -214,9 +210,6 @@ def _meta(entry: Mapping[str, Any], name: str) -> str:
     """A field of ``extmetadata``, without its HTML."""
     value = str(entry.get("extmetadata", {}).get(name, {}).get("value", ""))
     return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", value)).strip()
-
-
-# --- Kaggle ----------------------------------------------------------------------------------------------------------
 
 
 def best_artworks(*, limit: int) -> list[Sample]:
