@@ -44,7 +44,8 @@ def source_tree(folder: Path, *, train: int, good: int = 0, real: int = 0) -> li
 
 
 def make(samples: list[Sample], target: Path, *, sizes: DataSettings = SIZES, seed: int = 7) -> data.Dataset:
-    return data.open_dataset(build.build_dataset(build.Source(samples), target, sizes, seed=seed).parent)
+    source = build.Source(target.parent, "", samples=samples)
+    return data.open_dataset(build.build_dataset(source, target, sizes, seed=seed).parent)
 
 
 def information(dataset: data.Dataset) -> dict:
@@ -61,9 +62,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Sample], data.
 
 def test_counts_splits_and_layout(built: tuple[list[Sample], data.Dataset]) -> None:
     _, dataset = built
-    found = data.counts(dataset.samples)["saint"]
-    assert found["train"] == {NORMAL_KIND: 6} and found["calibration"] == {NORMAL_KIND: 4}
-    assert found["test"] == {NORMAL_KIND: 4, "overpainted": 4} | dict.fromkeys(synthesis.REPORT_KINDS, 1)
+    found = Counter((sample.split, sample.kind) for sample in dataset.samples)
+    normal = {("train", NORMAL_KIND): 6, ("calibration", NORMAL_KIND): 4, ("test", NORMAL_KIND): 4}
+    assert found == {**normal, ("test", "overpainted"): 4, **{("test", kind): 1 for kind in synthesis.REPORT_KINDS}}
     for sample in dataset.samples:
         folder = "test" if sample.split == "test" else "train"
         assert sample.image_path.parent == dataset.folder / "saint" / folder / sample.kind
@@ -287,7 +288,7 @@ def test_nothing_of_the_users_is_replaced(tmp_path: Path) -> None:
 )
 def test_impossible_kinds_are_refused(tmp_path: Path, kinds: tuple, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        build.build_dataset(build.Source(()), tmp_path / "dataset", SIZES, seed=1, kinds=kinds)
+        build.build_dataset(build.Source(tmp_path, ""), tmp_path / "dataset", SIZES, seed=1, kinds=kinds)
 
 
 def test_two_artworks_with_names_alike_stay_apart() -> None:

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def mvtec(tmp_path: Path) -> Path:
 
 
 def by_kind(samples: list[Sample] | tuple[Sample, ...]) -> dict[str, int]:
-    return {f"{c}/{s}/{k}": n for c, v in data.counts(samples).items() for s, w in v.items() for k, n in w.items()}
+    return Counter(f"{sample.category}/{sample.split}/{sample.kind}" for sample in samples)
 
 
 def info(manifest_csv: Path) -> dict:

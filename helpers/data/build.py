@@ -26,7 +26,8 @@ from tqdm.auto import tqdm
 
 from helpers import files, synthesis
 from helpers.data import images, manifest, sources
-from helpers.data.names import DatasetError, clean
+from helpers.data.layouts import FolderReading
+from helpers.data.names import DatasetError, clean, unique
 from helpers.data.reading import read_folder
 from helpers.records import NORMAL_KIND, SPLITS, Sample
 from helpers.results import category_label
@@ -46,12 +47,9 @@ _NUMBERS = ("n_train", "n_calibration", "n_test_normal")
 
 
 @dataclass
-class Source:
+class Source(FolderReading):
     """Pictures to make a dataset of."""
 
-    samples: Sequence[Sample]  # absolute paths; splits as the source has them
-    description: str = ""  # the source in words, several lines
-    left_out: Sequence[tuple[Path | str, str]] = ()  # files that cannot be used, and why
     count_real: bool = False  # its anomalous pictures count towards the number of anomalies asked for
     identity: str = ""  # what a frozen dataset is compared by, instead of pictures, labels, masks and groups
 
@@ -66,15 +64,17 @@ def source_for(
     ``"wikimedia"`` (Mona Lisa and Girl with a Pearl Earring, network; ``difference`` sorts further pictures of them).
     """
     if data_source is not None:
-        reading = read_folder(data_source)
-        return Source(reading.samples, reading.describe(), reading.left_out)
+        return Source(**vars(read_folder(data_source)))
     if builtin == "embedded":
-        found = sources.embedded_artworks(target, max_side=max_side, seed=seed)
-        words = "two painted pictures that ship with the suite, photographed by simulated cameras"
-        return Source(found, words, count_real=True, identity=f"embedded {max_side} {seed}")
-    found, left_out = sources.wikimedia(target, difference=difference)
-    identity = files.sha256_json(sources.titles(difference))  # not what came: what Commons holds may drift
-    return Source(found, "public-domain reproductions from Wikimedia Commons", left_out, identity=identity)
+        source = Source(target, "two painted pictures that ship with the suite, photographed by simulated cameras")
+        source.samples = sources.embedded_artworks(target, max_side=max_side, seed=seed)
+        source.count_real, source.identity = True, f"embedded {max_side} {seed}"
+    else:
+        source = Source(target, "public-domain reproductions from Wikimedia Commons")
+        source.samples, left_out = sources.wikimedia(target, difference=difference)
+        source.left_out = [(Path(file), reason) for file, reason in left_out]
+        source.identity = files.sha256_json(sources.titles(difference))  # not what came: what Commons holds may drift
+    return source
 
 
 def build_dataset(
@@ -166,6 +166,7 @@ def plan(samples: Sequence[Sample], settings: Mapping[str, Any]) -> tuple[list[J
     ``samples`` are usable source pictures, ``settings`` those of ``manifest.json``; the same input gives the same plan.
     """
     jobs, notes, limits, taken = [], [], {}, set()
+    samples = [replace(s, group=f"{s.category}/{s.group.removeprefix(f'{s.category}/')}") for s in samples]
     for category in sorted({sample.category for sample in samples}):
         mine = sorted((s for s in samples if s.category == category), key=lambda sample: sample.group)
         normals, real = ([s for s in mine if s.is_anomalous == is_anomalous] for is_anomalous in (False, True))
@@ -228,11 +229,11 @@ def _jobs(
     notes: list[str], taken: set[str],
 ) -> list[Job]:  # fmt: skip
     """Every picture of one artwork: genuine ones, re-photographs, real anomalies, synthetic anomalies."""
-    jobs, folder = [], _unique(clean(category), taken)
+    jobs, folder = [], unique(clean(category), taken)
 
     def add(split: str, kind: str, stem: str, made_of: Sample | Job, origin: str, mask: Path | None = None) -> None:
         # Calibration normals lie in train/good, as MVTec has no such folder; the manifest knows.
-        path = _unique(f"{folder}/{'test' if split == 'test' else 'train'}/{clean(kind)}/{stem}", taken)
+        path = unique(f"{folder}/{'test' if split == 'test' else 'train'}/{clean(kind)}/{stem}", taken)
         source = str(made_of.image_path)
         jobs.append(Job(f"{path}.png", category, split, kind, made_of.group, origin, source, mask))
 
@@ -269,27 +270,16 @@ def _turns(items: Sequence[Job], n: int) -> list[Job]:
     return [next(one) for one in islice(cycle(cycles), max(0, n))]
 
 
-def _unique(name: str, taken: set[str]) -> str:
-    """The name, with a number when it is taken; remembered in ``taken`` (file systems may ignore letter case)."""
-    candidate = next(c for c in (name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))) if c.lower() not in taken)
-    taken.add(candidate.lower())
-    return candidate
-
-
 def _write(source: Source, target: Path, info: Mapping[str, Any]) -> None:
     """Make every picture in a folder beside ``target``, then records, manifest and mark; put it in the place."""
-    settings, usable, left_out = info["settings"], [], list(source.left_out)
+    settings = info["settings"]
     problems = _in_threads(lambda s: _problem(s, settings["max_image_side"]), source.samples, "reading sources")
-    for sample, problem in zip(source.samples, problems):
-        group = (sample.group or sample.image_path.stem).removeprefix(f"{sample.category}/")
-        if problem:
-            left_out.append((sample.image_path, problem))
-        else:
-            usable.append(replace(sample, group=f"{sample.category}/{group}"))
-    jobs, notes, limits = plan(usable, settings)
+    bad = [(sample.image_path, problem) for sample, problem in zip(source.samples, problems) if problem]
+    left_out = [{"path": source.short(path), "reason": reason} for path, reason in (*source.left_out, *bad)]
+    jobs, notes, limits = plan([s for s, problem in zip(source.samples, problems) if not problem], settings)
     if not jobs:
-        listed = "".join(f"\n  {path}: {reason}" for path, reason in left_out[:12])
-        raise DatasetError(f"No genuine picture can be used, so there is nothing to learn from.{listed}")
+        why = "".join(f"\n  {file['path']}: {file['reason']}" for file in left_out[:12])
+        raise DatasetError(f"No genuine picture can be used, so there is nothing to learn from.{why}")
     partial, made = target.with_name(f"{target.name}.partial"), {}
     shutil.rmtree(partial, ignore_errors=True)
     # Each stage is made of pictures of the stages before it.
@@ -299,8 +289,7 @@ def _write(source: Source, target: Path, info: Mapping[str, Any]) -> None:
     in_order = sorted(jobs, key=lambda job: (job.category, SPLITS.index(job.split)))
     lines = [json.dumps(made[job][1], ensure_ascii=False, sort_keys=True) for job in in_order]
     files.write_text(partial / RECORDS, "\n".join(lines) + "\n")
-    listed = [{"path": str(path), "reason": reason} for path, reason in left_out]
-    about = {"kinds_held_out": settings["kinds_held_out"], "notes": notes, "limits": limits, "left_out": listed}
+    about = {"kinds_held_out": settings["kinds_held_out"], "notes": notes, "limits": limits, "left_out": left_out}
     manifest.write_manifest(partial, [made[job][0] for job in in_order], info={**info, **about})
     if target.exists():
         shutil.rmtree(target)

@@ -153,14 +153,6 @@ def mask_of(sample: Sample, shape: tuple[int, int] | None = None) -> np.ndarray 
     return np.zeros(shape, bool)
 
 
-def counts(samples: Iterable[Sample]) -> dict[str, dict[str, dict[str, int]]]:
-    """Number of pictures by category, split and kind."""
-    table = defaultdict(lambda: defaultdict(Counter))
-    for sample in samples:
-        table[sample.category][sample.split][sample.kind] += 1
-    return table
-
-
 def _table_in(path: Path | str) -> Path:
     path = Path(os.path.abspath(path))
     return path if path.suffix.lower() == ".csv" else path / MANIFEST_CSV
