@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import tiny_comparison as tiny
 
 from helpers import data, files, results
 from helpers.judge import comparison, findings, metrics, statistics
+from helpers.judge.comparison import Comparison
 
 
 @pytest.fixture(scope="module")
@@ -23,135 +23,125 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> data.Dataset:
 
 
 @pytest.fixture(scope="module")
-def results_dir(dataset: data.Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_all(tmp_path_factory.mktemp("results"), dataset)
+def compared(dataset: data.Dataset, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    return comparison.compare(dataset, tiny.write_all(tmp_path_factory.mktemp("results"), dataset), profile="mini")
 
 
-@pytest.fixture(scope="module")
-def compared(dataset: data.Dataset, results_dir: Path) -> comparison.Comparison:
-    return comparison.compare(dataset, results_dir, profile="mini")
+def compare_lof(dataset: data.Dataset, folder: Path, *methods: str, **facts: object) -> Comparison:
+    """The comparison of methods that all say what CLIP LOF says; their manifests state further facts."""
+    for method in methods or ("clip_lof",):
+        given = tiny.SCORES["clip_lof"], tiny.THRESHOLDS["clip_lof"]
+        path = tiny.write_result(folder / method, dataset, method, *given) / "manifest.json"
+        files.write_json(path, files.read_json(path) | facts)
+    return comparison.compare(dataset, folder, profile="mini")
 
 
-@pytest.fixture
-def csv(compared: comparison.Comparison, tmp_path: Path) -> Path:
-    return comparison.write(compared, tmp_path)
-
-
-def value(found: comparison.Comparison, *key: str) -> float:
-    return comparison.numbers(found.table)[key]["value"]
+def row(found: Comparison, *key: str) -> dict:
+    return comparison.numbers(found.table)[key]
 
 
 @pytest.mark.parametrize(
     ("key", "expected", "n", "n_anomalous"),
     [
         # harbour: anomalies beat 2, 4, 4 and 0 of the 4 normals
-        (("clip_lof", "harbour", "all", "image_auroc"), 10 / 16, 8, 4),
+        ("clip_lof harbour all image_auroc", 10 / 16, 8, 4),
         # recall steps at 6, 5 (precision 1), then 4 and 3 false, 2.5: 3/5, then two normals, 0: 4/8
-        (("clip_lof", "harbour", "all", "image_ap"), (1 + 1 + 3 / 5 + 4 / 8) / 4, 8, 4),
-        (("clip_lof", "harbour", "all", "accuracy"), 5 / 8, 8, 4),
-        (("clip_lof", "harbour", "all", "sensitivity"), 2 / 4, 4, 4),
-        (("clip_lof", "harbour", "all", "specificity"), 3 / 4, 4, 0),
-        (("clip_lof", "harbour", "all", "balanced_accuracy"), 5 / 8, 8, 4),
-        # kinds and groups against the normals of their painting; visibilities 1 to 3 are faint
-        (("clip_lof", "harbour", "box", "image_auroc"), 6 / 8, 6, 2),
-        (("clip_lof", "harbour", "box", "sensitivity"), 1 / 2, 2, 2),
-        (("clip_lof", "harbour", "replica", "image_auroc"), 0.0, 5, 1),
-        (("clip_lof", "harbour", "synthetic", "image_auroc"), 10 / 12, 7, 3),
-        (("clip_lof", "harbour", "found", "sensitivity"), 0.0, 1, 1),
-        (("clip_lof", "harbour", "group:plain", "sensitivity"), 2 / 3, 3, 3),
-        (("clip_lof", "harbour", "group:real", "sensitivity"), 0.0, 1, 1),
+        ("clip_lof harbour all image_ap", (1 + 1 + 3 / 5 + 4 / 8) / 4, 8, 4),
+        ("clip_lof harbour all accuracy", 5 / 8, 8, 4),
+        ("clip_lof harbour all sensitivity", 2 / 4, 4, 4),
+        ("clip_lof harbour all specificity", 3 / 4, 4, 0),
+        ("clip_lof harbour all balanced_accuracy", 5 / 8, 8, 4),
+        # kinds and groups against the normals of their painting
+        ("clip_lof harbour box image_auroc", 6 / 8, 6, 2),
+        ("clip_lof harbour box sensitivity", 1 / 2, 2, 2),
+        ("clip_lof harbour replica image_auroc", 0.0, 5, 1),
+        ("clip_lof harbour synthetic image_auroc", 10 / 12, 7, 3),
+        ("clip_lof harbour found sensitivity", 0.0, 1, 1),
+        ("clip_lof harbour group:plain sensitivity", 2 / 3, 3, 3),
+        ("clip_lof harbour group:real sensitivity", 0.0, 1, 1),
         # over the paintings: rates from pooled verdicts, rankings as means
-        (("clip_lof", "all", "all", "accuracy"), 12 / 16, 16, 8),
-        (("clip_lof", "all", "all", "sensitivity"), 5 / 8, 8, 8),
-        (("clip_lof", "all", "all", "image_auroc"), (10 / 16 + 1) / 2, 16, 8),
-        (("clip_lof", "all", "box", "sensitivity"), 3 / 4, 4, 4),
-        (("anomalyclip", "all", "all", "image_auroc"), 0.5, 16, 8),
-        (("clip_lof", "all", "all", "seconds_per_image"), 0.5, 16, 8),
+        ("clip_lof all all accuracy", 12 / 16, 16, 8),
+        ("clip_lof all all sensitivity", 5 / 8, 8, 8),
+        ("clip_lof all all image_auroc", (10 / 16 + 1) / 2, 16, 8),
+        ("clip_lof all box sensitivity", 3 / 4, 4, 4),
+        ("anomalyclip all all image_auroc", 0.5, 16, 8),
+        ("clip_lof all all seconds_per_image", 0.5, 16, 8),
         # the trivial rule
-        (("always_anomaly", "all", "all", "accuracy"), 8 / 16, 16, 8),
-        (("always_anomaly", "all", "all", "specificity"), 0.0, 8, 0),
-        (("always_anomaly", "harbour", "all", "image_auroc"), 0.5, 8, 4),
+        ("always_anomaly all all accuracy", 8 / 16, 16, 8),
+        ("always_anomaly all all specificity", 0.0, 8, 0),
+        ("always_anomaly harbour all image_auroc", 0.5, 8, 4),
     ],
 )
-def test_numbers_counted_by_hand(
-    compared: comparison.Comparison, key: tuple[str, ...], expected: float, n: int, n_anomalous: int
-) -> None:
-    row = comparison.numbers(compared.table)[key]
-    assert row["value"] == pytest.approx(expected)
-    assert (row["n_images"], row["n_anomalous"]) == (n, n_anomalous)
+def test_numbers_counted_by_hand(compared: Comparison, key: str, expected: float, n: int, n_anomalous: int) -> None:
+    found = row(compared, *key.split())
+    assert found["value"] == pytest.approx(expected)
+    assert (found["n_images"], found["n_anomalous"]) == (n, n_anomalous)
 
 
-def test_intervals_are_the_stated_ones(compared: comparison.Comparison) -> None:
-    look = comparison.numbers(compared.table)
-    accuracy = look["clip_lof", "all", "all", "accuracy"]
+def test_intervals_are_the_stated_ones(compared: Comparison) -> None:
+    accuracy, auroc = (
+        row(compared, *"clip_lof all all accuracy".split()),
+        row(compared, *"clip_lof harbour all image_auroc".split()),
+    )
     np.testing.assert_allclose([accuracy["ci_low"], accuracy["ci_high"]], statistics.wilson(12, 16))
-    auroc = look["clip_lof", "harbour", "all", "image_auroc"]
-    labels = [kind != "good" for kind in tiny.KINDS]
-    expected = statistics.auroc_interval(tiny.SCORES["clip_lof"]["harbour"], labels)
+    expected = statistics.auroc_interval(tiny.SCORES["clip_lof"]["harbour"], [kind != "good" for kind in tiny.KINDS])
     np.testing.assert_allclose([auroc["ci_low"], auroc["ci_high"]], expected)
 
 
-def test_pixel_metrics_leave_out_pictures_without_a_mask_and_lie_in_their_interval(
-    compared: comparison.Comparison, dataset: data.Dataset
-) -> None:
-    row = comparison.numbers(compared.table)["anomalyclip", "harbour", "all", "aupro"]
-    assert (row["n_images"], row["n_anomalous"]) == (7, 3)
+def test_pixel_metrics_leave_out_pictures_without_a_mask_and_have_their_own_interval(compared: Comparison) -> None:
+    found = row(compared, *"anomalyclip harbour all aupro".split())
+    assert (found["n_images"], found["n_anomalous"]) == (7, 3)
     run = compared.runs["anomalyclip"]
     used = [p for p in run.predictions if p.sample.category == "harbour" and p.sample.kind != "replica"]
     table = metrics.pixel_table([run.anomaly_map(p) for p in used], [data.mask_of(p.sample, tiny.SHAPE) for p in used])
-    assert row["value"] == pytest.approx(metrics.pixel_metrics(table)[1])
+    assert found["value"] == pytest.approx(metrics.pixel_metrics(table)[1])
     draws = statistics.redraws([p.sample.is_anomalous for p in used], [p.sample.group for p in used])
-    drawn = statistics.percentile_interval([metrics.pixel_metrics(table, counts)[1] for counts in draws])
-    np.testing.assert_allclose((row["ci_low"], row["ci_high"]), drawn)  # of the same quantity as the value
+    drawn = statistics.percentile_interval(metrics.pixel_metrics(table, draws)[:, 1])
+    np.testing.assert_allclose((found["ci_low"], found["ci_high"]), drawn)  # of the same quantity as the value
     assert not any(key[0] == "clip_lof" and key[3] == "aupro" for key in comparison.numbers(compared.table))
     assert any("leave out 1 of 4 anomalous" in note for note in compared.notes)
 
 
-def test_the_csv_is_tidy_and_comes_back(compared: comparison.Comparison, csv: Path, tmp_path: Path) -> None:
+def test_the_csv_is_tidy_and_every_table_shows_its_numbers(compared: Comparison, tmp_path: Path) -> None:
+    csv = comparison.write(compared, tmp_path)
     table = comparison.read(csv)
     assert tuple(table.columns) == comparison.COLUMNS
     assert not table.duplicated(["method", "category", "kind", "metric"]).any()
     assert set(table.metric) <= set(comparison.METRICS) and table.value.notna().all()
     pd.testing.assert_frame_equal(table, compared.table, check_dtype=False)
-    with pytest.raises(FileNotFoundError, match="09_compare"):
-        comparison.read(tmp_path / "none.csv")
-    (tmp_path / "other.csv").write_text("method,accuracy\nx,1\n")
-    with pytest.raises(ValueError, match="columns method, accuracy"):
-        comparison.read(tmp_path / "other.csv")
+    text = findings.as_text(csv)
+    line = next(line for line in text.splitlines() if line.startswith("CLIP LOF"))
+    assert "0.81 [" in line and "12/16" in line and "5/8" in line and "7/8" in line
+    lines = [line for line in record_results.as_markdown(csv).splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1 and len(lines) == 2 + len(results.METHODS)
+    assert compared.missing["anomalygpt"] == "AnomalyGPT has no results yet: run 07_anomalygpt_test."
+    assert set(compared.missing) == set(results.METHODS) - {"clip_lof", "anomalyclip", "always_anomaly"}
+    assert "missing: AnomalyGPT (run 07_anomalygpt_test)" in text
+    assert "| AnomalyGPT (run `07_anomalygpt_test`) | – |" in lines[-2]
 
 
-def test_results_on_another_dataset_are_refused_by_name(
-    compared: comparison.Comparison, results_dir: Path, tmp_path: Path
-) -> None:
+def test_results_on_another_dataset_are_refused_by_name(dataset: data.Dataset, tmp_path: Path) -> None:
+    tiny.write_all(tmp_path / "results", dataset)
     other = tiny.make_dataset(tmp_path / "other", categories=("portrait",))
-    mixed = comparison.compare(other, shutil.copytree(results_dir, tmp_path / "results"), profile="mini")
+    mixed = comparison.compare(other, tmp_path / "results", profile="mini")
     assert set(mixed.refused) == {"clip_lof", "anomalyclip"} and not mixed.runs
     assert "run the method's notebook again" in mixed.refused["clip_lof"]
-    assert compared.dataset.hash[:12] in mixed.refused["clip_lof"]
+    assert dataset.hash[:12] in mixed.refused["clip_lof"]
     assert findings.verdict(mixed).startswith("No detector has verdicts")
 
 
-def test_missing_methods_are_named_with_their_notebook(compared: comparison.Comparison, csv: Path) -> None:
-    assert compared.missing["anomalygpt"] == "AnomalyGPT has no results yet: run 07_anomalygpt_test."
-    assert set(compared.missing) == set(results.METHODS) - {"clip_lof", "anomalyclip", "always_anomaly"}
-    assert "missing: AnomalyGPT (run 07_anomalygpt_test)" in findings.as_text(csv)
-    assert "| AnomalyGPT (run `07_anomalygpt_test`) | – |" in record_results.as_markdown(csv)
-
-
-def test_results_of_another_tool_join_and_a_method_without_threshold_has_no_rates(
+def test_results_of_another_tool_join_and_without_threshold_have_no_rates(
     dataset: data.Dataset, tmp_path: Path
 ) -> None:
-    for method in ("my_detector", "clip_lof"):
-        tiny.write_result(tmp_path / method, dataset, method, tiny.SCORES["clip_lof"], tiny.THRESHOLDS["clip_lof"])
+    compare_lof(dataset, tmp_path, "my_detector", "clip_lof")
     path = tmp_path / "my_detector" / "predictions.csv"
     pd.read_csv(path).assign(threshold=math.nan, is_predicted_anomalous=False).to_csv(path, index=False)
     found = comparison.compare(dataset, tmp_path, profile="mini")
-    assert value(found, "my_detector", "harbour", "all", "image_auroc") == pytest.approx(0.625)
+    assert row(found, *"my_detector harbour all image_auroc".split())["value"] == pytest.approx(0.625)
     measured = set(found.table[found.table.method == "my_detector"].metric)
     assert not measured & {"accuracy", "sensitivity", "specificity", "balanced_accuracy"}
     assert any("my_detector gave no threshold" in note for note in found.notes)
     assert set(found.tests.measure) == {"AUROC"}
-    assert "my_detector" in findings.as_text(comparison.write(found, tmp_path))
 
 
 def test_kinds_named_like_the_tables_own_words_are_kept_apart(tmp_path: Path) -> None:
@@ -159,9 +149,8 @@ def test_kinds_named_like_the_tables_own_words_are_kept_apart(tmp_path: Path) ->
     dataset = tiny.make_dataset(tmp_path / "data", kinds=kinds, categories=("harbour",))
     tiny.write_result(tmp_path / "r" / "clip_lof", dataset, "clip_lof", {"harbour": (1, 2, 3, 0)}, {"harbour": 2.5})
     found = comparison.compare(dataset, tmp_path / "r", profile="mini")
-    assert value(found, "clip_lof", "harbour", "kind:found", "sensitivity") == 1.0
-    assert value(found, "clip_lof", "harbour", "kind:all", "sensitivity") == 0.0
-    assert value(found, "clip_lof", "harbour", "all", "sensitivity") == 0.5
+    for kind, value in {"kind:found": 1.0, "kind:all": 0.0, "all": 0.5}.items():
+        assert row(found, "clip_lof", "harbour", kind, "sensitivity")["value"] == value
     assert ("clip_lof", "harbour", "found", "sensitivity") not in comparison.numbers(found.table)
 
 
@@ -184,76 +173,56 @@ def test_groups_of_pictures(dataset: data.Dataset, change: dict, rendered: bool,
     assert comparison.picture_group(sample, rendered=rendered) == group
 
 
-def test_few_sources_count_as_sources_and_one_gives_no_interval(tmp_path: Path) -> None:
-    whole = tiny.make_dataset(tmp_path / "data")
+def test_few_sources_count_as_sources_and_one_gives_no_interval(dataset: data.Dataset, tmp_path: Path) -> None:
     words = "Harbour has one genuine picture: its numbers are optimistic."
 
-    def limited(n_sources: int) -> comparison.Comparison:
-        samples = [
-            dataclasses.replace(s, group=f"{s.category}/{place % n_sources}") if s.category == "harbour" else s
-            for place, s in enumerate(whole.samples)
-        ]
-        dataset = dataclasses.replace(whole, samples=tuple(samples), limits={"harbour": words})
-        tiny.write_all(tmp_path / str(n_sources), dataset)
-        return comparison.compare(dataset, tmp_path / str(n_sources), profile="mini")
+    def limited(n_sources: int) -> Comparison:
+        samples = [dataclasses.replace(s, group=str(place % n_sources)) if s.category == "harbour" else s
+                   for place, s in enumerate(dataset.samples)]  # fmt: skip
+        few = dataclasses.replace(dataset, samples=tuple(samples), limits={"harbour": words})
+        return comparison.compare(few, tiny.write_all(tmp_path / str(n_sources), few), profile="mini")
 
     one, two = limited(1), limited(2)
     rows = one.table[(one.table.category == "harbour") & (one.table.method == "clip_lof")]
     assert rows.ci_low.isna().all() and words in one.notes
-    assert math.isnan(comparison.numbers(one.table)["clip_lof", "all", "all", "accuracy"]["ci_low"])
-    rate = comparison.numbers(two.table)["clip_lof", "harbour", "all", "accuracy"]
+    assert math.isnan(row(one, *"clip_lof all all accuracy".split())["ci_low"])
+    rate = row(two, *"clip_lof harbour all accuracy".split())
     np.testing.assert_allclose((rate["ci_low"], rate["ci_high"]), statistics.wilson(5 / 8 * 2, 2))
     assert len(one.tests) == 2 and (one.tests.n_images == 8).all()  # the paired tests are of the other painting only
 
 
-def compared_with(dataset: data.Dataset, folder: Path, **facts: object) -> comparison.Comparison:
-    """The comparison of CLIP LOF alone, whose manifest states further facts."""
-    given = tiny.SCORES["clip_lof"], tiny.THRESHOLDS["clip_lof"]
-    path = tiny.write_result(folder / "clip_lof", dataset, "clip_lof", *given) / "manifest.json"
-    files.write_json(path, files.read_json(path) | facts)
-    return comparison.compare(dataset, folder, profile="mini")
-
-
-def test_seen_and_unseen_kinds_are_judged_apart(dataset: data.Dataset, tmp_path: Path) -> None:
-    found = compared_with(dataset, tmp_path, trained_on_kinds=["box"])
-    assert value(found, "clip_lof", "all", "seen", "sensitivity") == 3 / 4
-    assert value(found, "clip_lof", "all", "unseen", "sensitivity") == 1.0
-    assert any("counted apart" in text for text in findings.findings(found))
-
-
-def test_what_a_chat_model_says_comes_from_the_manifest(dataset: data.Dataset, tmp_path: Path) -> None:
+def test_seen_kinds_and_what_a_chat_model_says_come_from_the_manifest(dataset: data.Dataset, tmp_path: Path) -> None:
     paths = [results.relative_path(sample, dataset.folder) for sample in dataset.select(split="test")]
     says = dict.fromkeys(paths, True) | {paths[0]: None}  # the first is genuine; unclear words are wrong
-    found = compared_with(dataset, tmp_path, answers_say=says)
-    assert value(found, "clip_lof", "all", "all", "answer_accuracy") == 8 / 16
+    found = compare_lof(dataset, tmp_path, trained_on_kinds=["box"], answers_say=says)
+    assert row(found, *"clip_lof all seen sensitivity".split())["value"] == 3 / 4
+    assert row(found, *"clip_lof all unseen sensitivity".split())["value"] == 1.0
+    assert any("counted apart" in text for text in findings.findings(found))
+    assert row(found, *"clip_lof all all answer_accuracy".split())["value"] == 8 / 16
     assert not ((found.table.method == "always_anomaly") & (found.table.metric == "answer_accuracy")).any()
 
 
-def test_pairs_are_of_detectors_only_with_one_family_a_question(compared: comparison.Comparison) -> None:
-    tests = compared.tests
+def test_pairs_are_of_detectors_only_with_one_family_a_question(compared: Comparison) -> None:
+    tests = compared.tests.assign(sentence=findings.pairs(compared.tests))
     assert len(tests) == 2 * 3  # measures, and all paintings or each of two
     assert "always_anomaly" not in {*tests.method_a, *tests.method_b}
     each = tests[(tests.category != "all") & (tests.measure == "AUROC")]
     np.testing.assert_allclose(each.p_holm, statistics.holm(each.p_value))
     # clip_lof errs on 3 of 8 pictures where anomalyclip is right, never the other way round: p = 2 / 2^3
-    row = tests[(tests.category == "harbour") & (tests.measure == "accuracy")].iloc[0]
-    assert row.p_value == pytest.approx(0.25)
-    assert "cannot tell AnomalyCLIP from CLIP LOF on Harbour" in row.sentence
-    pooled = tests[(tests.category == "all") & (tests.measure == "accuracy")].iloc[0]
-    assert pooled.n_images == 16
+    found = tests[(tests.category == "harbour") & (tests.measure == "accuracy")].iloc[0]
+    assert found.p_value == pytest.approx(0.25)
+    shown = "(accuracy 1.000 and 0.625, p = 0.50)"  # corrected for two paintings
+    assert found.sentence == f"These 8 images cannot tell AnomalyCLIP from CLIP LOF on Harbour {shown}."
+    assert tests[(tests.category == "all") & (tests.measure == "accuracy")].iloc[0].n_images == 16
 
 
 def test_ties_are_said_as_ties(dataset: data.Dataset, tmp_path: Path) -> None:
-    for method in ("clip_lof", "clip_patch_knn"):
-        tiny.write_result(tmp_path / method, dataset, method, tiny.SCORES["clip_lof"], tiny.THRESHOLDS["clip_lof"])
-    found = comparison.compare(dataset, tmp_path, profile="mini")
-    assert found.tests.sentence.str.contains("are tied").all() and (found.tests.p_holm == 1).all()
+    found = compare_lof(dataset, tmp_path, "clip_lof", "clip_patch_knn")
+    assert all("are tied" in words for words in findings.pairs(found.tests)) and (found.tests.p_holm == 1).all()
     assert findings.verdict(found).startswith("CLIP LOF and CLIP patch k-NN each find 5 of 8")
 
 
-def test_the_sentences_say_what_the_numbers_allow(
-    compared: comparison.Comparison, dataset: data.Dataset, tmp_path: Path
-) -> None:
+def test_the_sentences_say_what_the_numbers_allow(compared: Comparison, dataset: data.Dataset, tmp_path: Path) -> None:
     words = "CLIP LOF finds 5 of 8 forged or altered pictures and raises 1 false alarm on 8 genuine ones."
     assert findings.verdict(compared) == f"{words} Level with that in balanced accuracy: AnomalyCLIP."
     text = " ".join(findings.findings(compared))
@@ -262,10 +231,3 @@ def test_the_sentences_say_what_the_numbers_allow(
     tiny.write_result(tmp_path / "clip_lof", dataset, "clip_lof", level, dict.fromkeys(level, 9.0))
     guessing = comparison.compare(dataset, tmp_path, profile="mini")
     assert findings.verdict(guessing).startswith("No detector is shown to be better than guessing")
-
-
-def test_text_and_markdown_tables_show_the_same_numbers(csv: Path) -> None:
-    line = next(line for line in findings.as_text(csv).splitlines() if line.startswith("CLIP LOF"))
-    assert "0.81 [" in line and "12/16" in line and "5/8" in line and "7/8" in line
-    lines = [line for line in record_results.as_markdown(csv).splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in lines}) == 1 and len(lines) == 2 + len(results.METHODS)

@@ -23,12 +23,12 @@ VOID = {"meta", "img", "br", "hr", "link", "input"}
 class Reader(HTMLParser):
     """Collects tags, attributes and text, and checks that every element is closed in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, page: Path | str) -> None:
         super().__init__(convert_charrefs=True)
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str, str]] = []
-        self.text = ""
-        self._open: list[str] = []
+        self.tags, self.attributes, self.text, self._open = [], [], "", []
+        self.feed(page if isinstance(page, str) else page.read_text(encoding="utf-8"))
+        self.close()
+        assert not self._open
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
@@ -42,16 +42,11 @@ class Reader(HTMLParser):
     def handle_data(self, data):
         self.text += data
 
-    def close(self):
-        super().close()
-        assert not self._open
-
-
-def read(page: Path | str) -> Reader:
-    reader = Reader()
-    reader.feed(page if isinstance(page, str) else page.read_text(encoding="utf-8"))
-    reader.close()
-    return reader
+    def assert_asks_nothing_and_runs_nothing(self) -> None:
+        assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & set(self.tags)
+        for tag, name, value in self.attributes:
+            assert not name.startswith("on") and name not in ("href", "action", "srcset"), (tag, name, value[:40])
+            assert name != "src" or value.startswith("data:image/"), (tag, value[:40])
 
 
 def compare(folder: Path, dataset: data.Dataset, *, with_maps: bool = True, answer: str = "") -> comparison.Comparison:
@@ -68,56 +63,44 @@ def write(folder: Path, compared: comparison.Comparison) -> Path:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compared(tmp_path_factory: pytest.TempPathFactory) -> comparison.Comparison:
     folder = tmp_path_factory.mktemp("page")
-    return write(folder, compare(folder, tiny.make_dataset(folder / "data")))
+    return compare(folder, tiny.make_dataset(folder / "data"))
 
 
 @pytest.fixture(scope="module")
-def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hostile")
-    kinds = tuple(HOSTILE_KIND if kind == "stain" else kind for kind in tiny.KINDS)
-    dataset = tiny.make_dataset(folder / "data", kinds=kinds, categories=(HOSTILE_CATEGORY, "zeta"))
-    return write(folder, compare(folder, dataset, with_maps=False, answer=HOSTILE_ANSWER))
+def page(compared: comparison.Comparison, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("page"), compared)
 
 
-def test_the_page_loads_nothing_and_runs_nothing(page: Path) -> None:
-    reader = read(page)
-    assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & set(reader.tags)
-    for tag, name, value in reader.attributes:
-        assert not name.startswith("on"), (tag, name)
-        if name in ("src", "srcset", "poster", "data"):
-            assert value.startswith("data:image/"), (tag, name, value[:40])
-        assert name not in ("href", "action"), (tag, name, value[:40])
+def test_the_page_asks_nothing_describes_its_pictures_and_filters_without_a_script(page: Path) -> None:
+    reader = Reader(page)
+    reader.assert_asks_nothing_and_runs_nothing()
     style = re.search(r"<style>(.*?)</style>", page.read_text(encoding="utf-8"), re.S).group(1)
     assert "url(" not in style and "@import" not in style
+    words = [value for tag, name, value in reader.attributes if tag == "img" and name == "alt"]
+    assert len(words) > 16 and all(len(one) > 8 for one in words)
+    ids = {value for tag, name, value in reader.attributes if tag == "input" and name == "id"}
+    assert ids == {value for tag, name, value in reader.attributes if tag == "label" and name == "for"} and len(ids) > 3
 
 
-def test_hostile_names_and_answers_stay_text(hostile: Path) -> None:
-    reader = read(hostile)
-    assert not {"script", "iframe"} & set(reader.tags)
-    assert not any(name.startswith("on") for _, name, _ in reader.attributes)
-    assert all(value.startswith("data:") for _, name, value in reader.attributes if name == "src")
+def test_hostile_names_and_answers_stay_text(tmp_path: Path) -> None:
+    kinds = tuple(HOSTILE_KIND if kind == "stain" else kind for kind in tiny.KINDS)
+    dataset = tiny.make_dataset(tmp_path / "data", kinds=kinds, categories=(HOSTILE_CATEGORY, "zeta"))
+    reader = Reader(write(tmp_path, compare(tmp_path, dataset, with_maps=False, answer=HOSTILE_ANSWER)))
+    reader.assert_asks_nothing_and_runs_nothing()
     assert "alert('kind')" in reader.text and HOSTILE_ANSWER in reader.text
     assert "onerror=alert(1)" in reader.text.lower()  # labels begin with capitals
 
 
 def test_the_first_screen_says_what_was_found_where_by_whom_and_how_far_to_trust_it(page: Path) -> None:
-    text = " ".join(read(page).text.split())
+    text = " ".join(Reader(page).text.split())
     first = text[: text.index("One click down")]
     assert "CLIP LOF finds 5 of 8 forged or altered pictures" in first
     assert "They can tell none of 1 pairs of detectors apart" in first
     assert "A genuine picture" in first and "of 2 found it" in first and "real alteration" in first
     assert "AnomalyGPT has no results yet: run 07_anomalygpt_test." in first
     assert "say nothing about the published models" in first
-
-
-def test_pictures_have_words_and_the_gallery_filters_without_a_script(page: Path) -> None:
-    reader = read(page)
-    words = [value for tag, name, value in reader.attributes if tag == "img" and name == "alt"]
-    assert len(words) > 16 and all(len(one) > 8 for one in words)
-    ids = {value for tag, name, value in reader.attributes if tag == "input" and name == "id"}
-    assert ids == {value for tag, name, value in reader.attributes if tag == "label" and name == "for"} and len(ids) > 3
 
 
 def test_published_figures_stand_apart_with_their_denominators(page: Path) -> None:
@@ -132,12 +115,10 @@ def test_published_figures_stand_apart_with_their_denominators(page: Path) -> No
 
 
 def test_limits_of_few_sources_stand_beside_the_numbers(tmp_path: Path) -> None:
-    dataset = tiny.make_dataset(tmp_path / "data")
-    words = "Harbour has one genuine picture: every number is optimistic."
+    dataset, words = tiny.make_dataset(tmp_path / "data"), "Harbour has one genuine picture: all is optimistic."
     object.__setattr__(dataset, "limits", {"harbour": words})
     compared = compare(tmp_path, dataset)
-    html = write(tmp_path, compared).read_text(encoding="utf-8")
-    assert html.count(words) == 3  # the small table, the painting's own, the list of limits
+    assert write(tmp_path, compared).read_text(encoding="utf-8").count(words) == 3  # both tables, the list of limits
     assert words in report.table_html(compared)
 
 
@@ -147,31 +128,30 @@ def test_odd_test_sets_still_make_a_page(kinds: tuple[str, ...], tmp_path: Path)
     dataset = tiny.make_dataset(tmp_path / "data", kinds=kinds, categories=("harbour",))
     scores = {"harbour": range(len(kinds))}
     tiny.write_result(tmp_path / "results" / "anomalyclip", dataset, "anomalyclip", scores, {"harbour": 0.5})
-    text = read(write(tmp_path, comparison.compare(dataset, tmp_path / "results", profile="full"))).text
+    text = Reader(write(tmp_path, comparison.compare(dataset, tmp_path / "results", profile="full"))).text
     assert "AnomalyCLIP" in text and "say nothing about the published models" not in text
     assert not re.search(r"\bnan\b", text.lower())
 
 
 def test_no_results_at_all_make_a_page_that_says_so(tmp_path: Path) -> None:
     compared = comparison.compare(tiny.make_dataset(tmp_path / "data"), tmp_path / "results", profile="mini")
-    assert "No detector has verdicts on these 16 test pictures yet" in read(write(tmp_path, compared)).text
-    read(report.table_html(compared))
+    assert "No detector has verdicts on these 16 test pictures yet" in Reader(write(tmp_path, compared)).text
+    Reader(report.table_html(compared))
 
 
 def test_many_paintings_with_long_and_foreign_names_stay_readable(tmp_path: Path) -> None:
     names = ("洛神赋图", *(f"painting_{n:02d}_{'with_a_very_long_name_' * 4}"[:98] for n in range(6)))
-    dataset = tiny.make_dataset(tmp_path / "data", kinds=("good", "good", "box", "replica"), categories=names)
+    dataset = tiny.make_dataset(tmp_path / "data", kinds=("good", "box", "replica"), categories=names)
     compared = compare(tmp_path, dataset)
     drawn = report.draw_all(compared, tmp_path / "figures")
     assert {"auroc", "auroc_2", "scores", "scores_2", "scores_3"} <= set(drawn)
-    text = read(report.write_report(compared, tmp_path / "index.html", drawn)).text
+    text = Reader(report.write_report(compared, tmp_path / "index.html", drawn)).text
     assert "洛神赋图" in text and "Figures" in text
     assert figures.painting_name(names[0], names) in ("洛神赋图", f"painting {sorted(names).index(names[0]) + 1}")
     assert max(map(len, figures.painting_name(names[1], names).split("\n"))) <= 26
 
 
-def test_checks_pass_and_fail_on_a_request(page: Path, tmp_path: Path) -> None:
-    compared = compare(tmp_path, tiny.make_dataset(tmp_path / "data"))
+def test_checks_pass_and_fail_on_a_request(compared: comparison.Comparison, page: Path, tmp_path: Path) -> None:
     csv = comparison.write(compared, tmp_path)
     report.check(compared, csv, page)
     (tmp_path / "bad.html").write_text('<img src="http://evil.example">')
@@ -180,14 +160,11 @@ def test_checks_pass_and_fail_on_a_request(page: Path, tmp_path: Path) -> None:
 
 
 def test_a_verdict_tints_only_what_exceeds_the_limit_and_keeps_the_rest() -> None:
-    image = np.full((80, 60, 3), 120, np.uint8)
-    anomaly_map = np.zeros((8, 6), np.float32)
+    image, anomaly_map, mask = np.full((80, 60, 3), 120, np.uint8), np.zeros((8, 6)), np.zeros((80, 60), bool)
     anomaly_map[1:3, 1:3] = 1
     assert (figures.marked(image, anomaly_map, 2.0) == image).all()
-    assert (figures.marked(image, None, 0.0) == image).all()
     marked = figures.marked(image, anomaly_map, 0.5)
     assert (marked[20, 20] != image[20, 20]).any() and (marked[60:, 40:] == image[60:, 40:]).all()
-    mask = np.zeros((80, 60), bool)
     mask[50:70, 30:50] = True
     dashed = figures.marked(image, None, 0.0, mask)
     assert (dashed[55:65, 35:45] == image[55:65, 35:45]).all()
@@ -195,18 +172,14 @@ def test_a_verdict_tints_only_what_exceeds_the_limit_and_keeps_the_rest() -> Non
     assert edge.max() > 200 and edge.min() < 60  # light and dark dashes, readable on any ground
 
 
-def test_figures_are_saved_with_words_and_hold_what_they_were_given(tmp_path: Path) -> None:
+def test_figures_are_saved_with_words_and_ring_what_is_wrong(tmp_path: Path) -> None:
     frame = pd.DataFrame({"series": ["clip_lof"] * 3, "x": [1, 2, 3], "value": [0.5, 0.7, 0.6], "ring": [0, 0, 1]})
     fig = figures.lines(frame, title="A finding", x_label="epoch", y_label="loss")
     path = figures.save_figure(fig, "loss", tmp_path, "profile mini", close=True)
     assert figures.alt_text(path) == "loss against epoch, 1 lines. A finding"
     scores = pd.DataFrame({"method": "clip_lof", "category": "harbour", "anomaly_score": [1.0, 2, 3, 4],
                            "is_anomalous": [False, True, False, True], "threshold": 2.5})  # fmt: skip
-    ax = figures.scores(scores, title="t").axes[0]
-    rings = [line for line in ax.lines if line.get_fillstyle() == "none"]
+    rings = [line for line in figures.scores(scores, title="t").axes[0].lines if line.get_fillstyle() == "none"]
     assert [list(line.get_xdata()) for line in rings] == [[3.0], [2.0]]  # a false alarm and a miss
     panel = figures.Panel(np.zeros((30, 20, 3), np.uint8), anomaly_map=np.ones((3, 2)), caption="one")
     assert figures.map_rows([panel], scale=figures.Scale(0, 0.5, 1), title="t").get_label().endswith("t")
-    for draw in (figures.picture_grid, lambda panels, title: figures.map_rows(panels, scale=None, title=title)):
-        with pytest.raises(ValueError, match="at least one"):
-            draw([], title="t")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.special import ndtri
+from scipy.special import ndtr, ndtri
 from scipy.stats import binom
 
 from helpers.judge import metrics, statistics
@@ -35,28 +35,28 @@ def test_wilson_of_the_source_reports_counts(successes: int, n: int, low: float,
     assert [round(100 * (1 - limit), 1) for limit in mirrored] == [high, low]
 
 
+def test_wilson_at_the_edges() -> None:
+    assert statistics.wilson(7, 7).high == 1.0 and statistics.wilson(0, 7).low == 0.0
+    assert all(map(math.isnan, statistics.wilson(0, 0)))
+    with pytest.raises(ValueError, match="5 successes among 4"):
+        statistics.wilson(5, 4)
+
+
 @pytest.mark.parametrize("auroc", [0.8, 0.95])
 def test_logit_delong_covers_what_it_promises(auroc: float) -> None:
     """Nominal 95 % at 34 + 16; simulated elsewhere: 94.7 at 0.80, 94.9 at 0.95 (plain DeLong 91.7, 83.7)."""
     generator = np.random.default_rng(1)
-    hits = []
-    for _ in range(1000):
-        low, high = statistics.auroc_interval(binormal(generator, auroc), LABELS)
-        hits.append(low <= auroc <= high)
-    assert 0.93 <= np.mean(hits) <= 0.98
+    intervals = [statistics.auroc_interval(binormal(generator, auroc), LABELS) for _ in range(600)]
+    assert 0.93 <= np.mean([low <= auroc <= high for low, high in intervals]) <= 0.98
 
 
 def test_newcombe_covers_what_it_promises() -> None:
     """Simulated elsewhere: 97.4 at 0.98 for method 5. Used where the estimate is 1, about 8 % of these draws."""
     generator = np.random.default_rng(2)
-    hits, perfect = [], 0
-    for _ in range(800):
-        auroc = metrics.image_auroc(binormal(generator, 0.98), LABELS)
-        low, high = statistics._newcombe(auroc, 34, 16)
-        hits.append(low <= 0.98 <= high)
-        perfect += auroc == 1
-    assert 0.95 <= np.mean(hits) <= 1
-    assert 0.04 <= perfect / 800 <= 0.13
+    aurocs = [metrics.image_auroc(binormal(generator, 0.98), LABELS) for _ in range(500)]
+    intervals = [statistics._newcombe(auroc, 34, 16) for auroc in aurocs]
+    assert 0.95 <= np.mean([low <= 0.98 <= high for low, high in intervals]) <= 1
+    assert 0.04 <= np.mean(np.array(aurocs) == 1) <= 0.13
 
 
 def test_a_perfect_auroc_is_no_certainty() -> None:
@@ -80,32 +80,33 @@ def test_degenerate_scores_have_wide_intervals_not_points() -> None:
         statistics.auroc_interval([1.0, math.nan], [0, 1])
 
 
+def test_photographs_of_few_sources_have_the_interval_of_the_sources() -> None:
+    scores = binormal(np.random.default_rng(9), 0.9)
+    few = statistics.auroc_interval(scores, LABELS, sources=(np.arange(50) % 5).tolist())
+    plain = statistics.auroc_interval(scores, LABELS)
+    assert few == statistics._newcombe(metrics.image_auroc(scores, LABELS), 5, 5)
+    assert few.high - few.low > 1.5 * (plain.high - plain.low)
+    assert all(map(math.isnan, statistics.auroc_interval(scores, LABELS, sources=["one"] * 50)))
+
+
 def test_paired_delong_equals_its_definition() -> None:
     generator = np.random.default_rng(5)
     a = binormal(generator, 0.9)
     b = np.round(0.5 * a + binormal(generator, 0.75), 1)
-    values = []
-    for scores in (a, b):
-        x, y = scores[LABELS], scores[~LABELS]
-        values.append((x[:, None] > y) + 0.5 * (x[:, None] == y))
-    gap = values[0] - values[1]
+    wins = [(s[LABELS][:, None] > s[~LABELS]) + 0.5 * (s[LABELS][:, None] == s[~LABELS]) for s in (a, b)]
+    gap = wins[0] - wins[1]
     error = math.sqrt(gap.mean(axis=1).var(ddof=1) / 34 + gap.mean(axis=0).var(ddof=1) / 16)
     test = statistics.delong_paired(a, b, LABELS)
     assert test.difference == pytest.approx(gap.mean(), abs=1e-12)
-    assert test.p_value == pytest.approx(2 * (1 - binormal_cdf(abs(gap.mean()) / error)), rel=1e-6)
+    assert test.p_value == pytest.approx(2 * ndtr(-abs(gap.mean()) / error), rel=1e-6)
     swapped = statistics.delong_paired(b, a, LABELS)
     assert (swapped.difference, swapped.p_value) == pytest.approx((-test.difference, test.p_value))
-    scaled = statistics.delong_paired(np.exp(a), b * 7 - 3, LABELS)
-    assert scaled.p_value == pytest.approx(test.p_value)
-
-
-def binormal_cdf(z: float) -> float:
-    return 0.5 * (1 + math.erf(z / math.sqrt(2)))
+    assert statistics.delong_paired(np.exp(a), b * 7 - 3, LABELS).p_value == pytest.approx(test.p_value)
 
 
 def test_paired_delong_rejects_at_its_level() -> None:
     generator, p = np.random.default_rng(6), []
-    for _ in range(600):
+    for _ in range(400):
         shared = generator.normal(size=50)
         a, b = (binormal(generator, 0.85) + 0.7 * shared for _ in range(2))
         p.append(statistics.delong_paired(a, b, LABELS).p_value)
@@ -119,32 +120,11 @@ def test_paired_delong_edges() -> None:
     assert statistics.delong_paired(np.ones(50), np.zeros(50), LABELS).p_value == 1
     assert math.isnan(statistics.delong_paired([1, 2], [2, 1], [1, 1]).p_value)
     # Perfect against constant: DeLong's variance is 0. Plainly different with 50 pictures, not with 3.
-    perfect = LABELS.astype(float)
-    assert statistics.delong_paired(perfect, np.ones(50), LABELS).p_value < 0.01
+    assert statistics.delong_paired(LABELS.astype(float), np.ones(50), LABELS).p_value < 0.01
     few = statistics.delong_paired([1.0, 0.0, 0.0], [1.0, 1.0, 1.0], [1, 0, 0])
     assert few.difference == 0.5 and few.p_value > 0.2
     opposite = statistics.delong_paired([1.0, 1, 0, 0], [0.0, 0, 1, 1], [1, 1, 0, 0])
     assert 0.05 < opposite.p_value < 1  # 2 of the 16 swaps are as extreme
-
-
-@pytest.mark.parametrize(("only_a", "only_b"), [(5, 0), (6, 0), (9, 2), (3, 3), (0, 0)])
-def test_mcnemar_equals_the_binomial_tail(only_a: int, only_b: int) -> None:
-    a = np.repeat([True, False, True, False], [only_a, only_b, 20, 4])
-    b = np.repeat([False, True, True, False], [only_a, only_b, 20, 4])
-    test = statistics.mcnemar_exact(a, b)
-    n = only_a + only_b
-    assert test.p_value == pytest.approx(min(1, 2 * binom.cdf(min(only_a, only_b), n, 0.5)))
-    assert (test.p_value < 0.05) == (only_a == 6)  # six one-sided disagreements are the fewest that can tell
-    assert test.difference == pytest.approx((only_a - only_b) / len(a)) and test.n_images == len(a)
-
-
-def test_holm() -> None:
-    # Worked example: 0.005 * 4, 0.01 * 3, then 0.03 * 2, and 0.04 * 1 raised to the one before.
-    assert statistics.holm([0.01, 0.04, 0.03, 0.005]).tolist() == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    np.testing.assert_allclose(statistics.holm([0.02, math.nan, 0.9]), [0.04, math.nan, 0.9])
-    assert statistics.holm([]).shape == (0,)
-    with pytest.raises(ValueError, match="0 to 1"):
-        statistics.holm([0.2, 1.2])
 
 
 def test_over_paintings_the_differences_average_and_their_variances_add() -> None:
@@ -160,18 +140,41 @@ def test_over_paintings_the_differences_average_and_their_variances_add() -> Non
     assert whole.p_value == pytest.approx(expected, rel=1e-6)
     alone = statistics.delong_paired(a, b, np.concatenate([LABELS, np.ones(50, bool)]), paintings)
     assert alone.n_images == 50  # a painting with one class only is left out
-    perfect = statistics.delong_paired(labels * 1.0, np.ones(100), labels, paintings)
-    assert perfect.p_value < 0.001
+    assert statistics.delong_paired(labels * 1.0, np.ones(100), labels, paintings).p_value < 0.001
 
 
-def test_photographs_of_few_sources_have_the_interval_of_the_sources() -> None:
-    scores = binormal(np.random.default_rng(9), 0.9)
-    groups = np.arange(50) % 5
-    few = statistics.auroc_interval(scores, LABELS, sources=groups.tolist())
-    plain = statistics.auroc_interval(scores, LABELS)
-    assert few == statistics._newcombe(metrics.image_auroc(scores, LABELS), 5, 5)
-    assert few.high - few.low > 1.5 * (plain.high - plain.low)
-    assert all(map(math.isnan, statistics.auroc_interval(scores, LABELS, sources=["one"] * 50)))
+@pytest.mark.parametrize(("only_a", "only_b"), [(5, 0), (6, 0), (9, 2), (3, 3), (0, 0)])
+def test_mcnemar_equals_the_binomial_tail(only_a: int, only_b: int) -> None:
+    a = np.repeat([True, False, True, False], [only_a, only_b, 20, 4])
+    b = np.repeat([False, True, True, False], [only_a, only_b, 20, 4])
+    test = statistics.mcnemar_exact(a, b)
+    assert test.p_value == pytest.approx(min(1, 2 * binom.cdf(min(only_a, only_b), only_a + only_b, 0.5)))
+    assert (test.p_value < 0.05) == (only_a == 6)  # six one-sided disagreements are the fewest that can tell
+    assert test.difference == pytest.approx((only_a - only_b) / len(a)) and test.n_images == len(a)
+
+
+@given(st.data())
+@settings(max_examples=20, deadline=None)
+def test_balanced_accuracy_test_counts_every_fall_of_the_coins(drawn: st.DataObject) -> None:
+    n = drawn.draw(st.integers(3, 7))
+    flags = st.lists(st.booleans(), min_size=n, max_size=n)
+    labels, a, b = (np.array(drawn.draw(flags)) for _ in range(3))
+    labels[:2] = True, False
+
+    def gap(x: np.ndarray, y: np.ndarray) -> float:
+        return sum((x[rows].mean() - y[rows].mean()) / 2 for rows in (labels, ~labels))
+
+    falls = [gap(np.where(swap, b, a), np.where(swap, a, b)) for swap in itertools.product([False, True], repeat=n)]
+    test = statistics.balanced_accuracy_test(a, b, labels)
+    assert test.difference == pytest.approx(gap(a, b))
+    assert test.p_value == pytest.approx(np.mean(np.abs(falls) >= abs(test.difference) - 1e-12))
+
+
+def test_holm() -> None:
+    # Worked example: 0.005 * 4, 0.01 * 3, then 0.03 * 2, and 0.04 * 1 raised to the one before.
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]).tolist() == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    np.testing.assert_allclose(statistics.holm([0.02, math.nan, 0.9]), [0.04, math.nan, 0.9])
+    assert statistics.holm([]).shape == (0,)
 
 
 def test_mean_of_independent_estimates_covers_what_it_promises() -> None:
@@ -184,14 +187,6 @@ def test_mean_of_independent_estimates_covers_what_it_promises() -> None:
     assert 0.93 <= np.mean(hits) <= 0.985
     assert statistics.mover([(0.8, 0.6, 0.9)]) == pytest.approx((0.8, 0.6, 0.9))
     assert all(map(math.isnan, statistics.mover([(0.8, 0.6, 0.9), (1.0, math.nan, math.nan)])[1:]))
-
-
-def test_wilson_at_the_edges() -> None:
-    assert statistics.wilson(7, 7).high == 1.0 and statistics.wilson(0, 7).low == 0.0
-    assert all(map(math.isnan, statistics.wilson(0, 0)))
-    for successes, n in ((5, 4), (-1, 4)):
-        with pytest.raises(ValueError, match=f"{successes} successes among {n}"):
-            statistics.wilson(successes, n)
 
 
 def test_draws_keep_sources_whole_and_strata_apart() -> None:
@@ -207,28 +202,6 @@ def test_draws_keep_sources_whole_and_strata_apart() -> None:
     error = values.std() / math.sqrt(200)
     assert alone == pytest.approx((values.mean() - 1.96 * error, values.mean() + 1.96 * error), abs=0.2 * error)
     assert all(map(math.isnan, statistics.percentile_interval([1.0, 1.0, math.nan])))
-    with pytest.raises(ValueError, match="one of each for every picture"):
-        statistics.redraws([], [])
-
-
-@given(st.data())
-@settings(max_examples=30, deadline=None)
-def test_balanced_accuracy_test_counts_every_fall_of_the_coins(drawn: st.DataObject) -> None:
-    n = drawn.draw(st.integers(3, 8))
-    flags = st.lists(st.booleans(), min_size=n, max_size=n)
-    labels, a, b = (np.array(drawn.draw(flags)) for _ in range(3))
-    labels[:2] = True, False
-
-    def balanced(correct: np.ndarray) -> float:
-        return (correct[labels].mean() + correct[~labels].mean()) / 2
-
-    falls = [
-        balanced(np.where(swap, b, a)) - balanced(np.where(swap, a, b))
-        for swap in itertools.product([False, True], repeat=n)
-    ]
-    test = statistics.balanced_accuracy_test(a, b, labels)
-    assert test.difference == pytest.approx(balanced(a) - balanced(b))
-    assert test.p_value == pytest.approx(np.mean(np.abs(falls) >= abs(test.difference) - 1e-12))
 
 
 @pytest.mark.parametrize(
@@ -241,7 +214,7 @@ def test_threshold_is_the_conformal_rank(n: int, alpha: float, rank: int) -> Non
     assert statistics.conformal_threshold(scores, alpha) == rank
 
 
-@pytest.mark.parametrize("n", [1, 8, 18])
+@pytest.mark.parametrize("n", [1, 18])
 def test_too_few_normals_warn_with_the_rate_they_can_promise(n: int) -> None:
     with pytest.warns(UserWarning, match=f"promises {1 / (n + 1):.1%}"):
         assert statistics.conformal_threshold(np.arange(n), 0.05) == n - 1

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from helpers import results
+from helpers import data, results
 from helpers.data import images
-from helpers.data import manifest as data
 from helpers.records import Sample, Scored
 
 SHAPE = (36, 24)
@@ -28,10 +27,7 @@ SCORES: Mapping[str, Mapping[str, Sequence[float]]] = {
     # harbour: 4, 4, 4, 4 -> 1; portrait: 0 -> 0
     "anomalyclip": {"harbour": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8), "portrait": (5, 6, 7, 8, 1, 2, 3, 4)},
 }
-THRESHOLDS = {
-    "clip_lof": {"harbour": 3.5, "portrait": 30.0},
-    "anomalyclip": {"harbour": 0.45, "portrait": 8.5},
-}
+THRESHOLDS = {"clip_lof": {"harbour": 3.5, "portrait": 30.0}, "anomalyclip": {"harbour": 0.45, "portrait": 8.5}}
 
 
 def picture(seed: int) -> np.ndarray:
@@ -41,39 +37,25 @@ def picture(seed: int) -> np.ndarray:
     return np.clip(np.stack(waves, axis=-1), 0, 255).astype(np.uint8)
 
 
-def mask(seed: int) -> np.ndarray:
-    """bool mask of one 8 x 6 mark."""
-    out = np.zeros(SHAPE, bool)
-    out[8 + seed % 5 : 16 + seed % 5, 6:12] = True
-    return out
-
-
 def make_dataset(
     folder: Path, *, kinds: Sequence[str] = KINDS, categories: Sequence[str] = CATEGORIES, repeat: int = 1
 ) -> data.Dataset:
-    """Write pictures, masks and manifest; returns the opened dataset.
-
-    Kinds and categories may be any text, hostile ones too: folder names are numbered. With ``repeat`` every test
-    picture comes that often, with other pixels.
-    """
-    samples = []
-    numbers = itertools.count(1)
+    """Write pictures, masks and manifest; returns the opened dataset. Kinds and categories may be any text: folder
+    names are numbered. With ``repeat`` every test picture comes that often, with other pixels."""
+    samples, numbers = [], itertools.count(1)
     for place, category in enumerate(categories):
-        for index, kind in enumerate([*kinds] * repeat):
-            path, seed = folder / f"painting_{place}" / f"test_{index:03d}.png", next(numbers)
+        for index, kind in enumerate([*([*kinds] * repeat), "train", "train", "train"]):
+            path, seed, made = folder / f"painting_{place}" / f"{index:03d}.png", next(numbers), {}
             images.save_png(path, picture(seed))
-            made = {}
-            if kind not in ("good", "replica"):
-                made = {"mask_path": path.with_name(f"test_{index:03d}_mask.png"), "synthesis_seed": seed}
-                images.save_png(made["mask_path"], mask(seed))
-                made["visibility"] = 16.0 + index
-            group = f"{category}/test_{index}"
-            samples.append(Sample(path, category, is_anomalous=kind != "good", kind=kind, group=group, **made))
-        for index in range(3):
-            path = folder / f"painting_{place}" / f"train_{index}.png"
-            images.save_png(path, picture(next(numbers)))
-            group = f"{category}/train_{index}"
-            samples.append(Sample(path, category, is_anomalous=False, split="train", group=group))
+            if kind not in ("good", "replica", "train"):
+                made = {"mask_path": path.with_suffix(".mask.png"), "synthesis_seed": seed, "visibility": 16.0 + index}
+                mask = np.zeros(SHAPE, bool)
+                mask[8 + seed % 5 : 16 + seed % 5, 6:12] = True
+                images.save_png(made["mask_path"], mask)
+            is_normal, split = kind in ("good", "train"), "train" if kind == "train" else "test"
+            kind = "good" if is_normal else kind
+            facts = {"is_anomalous": not is_normal, "kind": kind, "split": split, "group": f"{category}/{index}"}
+            samples.append(Sample(path, category, **facts, **made))
     data.write_manifest(folder / "manifest.csv", samples)
     return data.open_dataset(folder)
 
@@ -82,19 +64,15 @@ def write_result(
     folder: Path, dataset: data.Dataset, method: str, scores: Mapping[str, Sequence[float]],
     thresholds: Mapping[str, float], *, with_maps: bool = False, answer: str = "", seconds: float = 0.5,
 ) -> Path:  # fmt: skip
-    """Write a method's predictions with :func:`results.predict`; maps are the mask, blurred, plus a little noise."""
-    rng = np.random.default_rng(0)
-    left = {category: list(values) for category, values in scores.items()}
+    """Write a method's predictions with :func:`results.predict`; maps are the mask plus a little noise."""
+    rng, left = np.random.default_rng(0), {category: list(values) for category, values in scores.items()}
 
     def score(category: str, samples: Sequence[Sample]) -> list[Scored]:
         return [Scored(float(left[category].pop(0)), a_map(sample), seconds, answer) for sample in samples]
 
     def a_map(sample: Sample) -> np.ndarray | None:
-        if not with_maps:
-            return None
-        truth = data.mask_of(sample, SHAPE) if sample.mask_path or not sample.is_anomalous else None
-        base = np.zeros(SHAPE) if truth is None else truth.astype(float)
-        return base[::3, ::3] + 0.1 * rng.random((12, 8))
+        truth = data.mask_of(sample, SHAPE) if sample.mask_path or not sample.is_anomalous else np.zeros(SHAPE)
+        return truth.astype(float)[::3, ::3] + 0.1 * rng.random((12, 8)) if with_maps else None
 
     shutil.rmtree(folder, ignore_errors=True)
     results.predict(

@@ -1,15 +1,12 @@
 """All methods on the same pictures: one tidy table of numbers with intervals, the paired tests, and what limits them.
 
-``comparison.csv`` holds one number a row, columns :data:`COLUMNS`.
-
-- ``category`` is a painting or ``"all"``. A score of one painting means nothing on another (each has its own detector
-  and threshold), so scores are never pooled: on ``"all"`` the *rates* come from pooled verdicts, each made at its own
-  painting's threshold, and every *ranking* metric (AUROC, AP, pixel AUROC, AUPRO) is the plain mean over the paintings.
-- ``kind`` is ``"all"``; one kind of anomaly against the genuine pictures of its painting; ``"synthetic"`` or
-  ``"found"`` (made by notebook 02, or not); ``"seen"`` or ``"unseen"`` (synthetic kinds that the method was trained on,
-  or not); or a group of pictures, ``"group:faint"``, see :data:`GROUPS`. A kind of the dataset that bears one of these
-  names is written ``"kind:found"``.
-- ``n_images`` and ``n_anomalous`` are the pictures behind that very number: the denominator of a rate.
+In ``comparison.csv`` (one number a row, columns :data:`COLUMNS`) ``category`` is a painting or ``"all"``. Scores of one
+painting mean nothing on another and are never pooled: over all, *rates* come from pooled verdicts, each at its own
+painting's threshold, and *rankings* (AUROC, AP, pixel AUROC, AUPRO) are plain means over the paintings.
+``kind`` is ``"all"``; one kind of anomaly against the genuine pictures of its painting; ``"synthetic"`` or ``"found"``
+(made by notebook 02, or not); ``"seen"`` or ``"unseen"`` (synthetic kinds that the method was trained on, or not); or
+a group of pictures, ``"group:faint"``, see :data:`GROUPS`. A kind that bears one of these names is ``"kind:found"``.
+``n_images`` and ``n_anomalous`` are the pictures behind that very number: the denominator of a rate.
 
 Intervals are 95 %: Wilson for rates, their MOVER combination for balanced accuracy and means over paintings,
 logit-DeLong (Newcombe at 0 and 1) for image AUROC, bootstrap over source pictures for the rest. Of a painting named in
@@ -57,36 +54,29 @@ NOTEBOOKS: Mapping[str, str] = {
     ALWAYS: "09_compare",
 }
 """Which notebook writes a method's predictions."""
+RESERVED = ("all", "synthetic", "found", "seen", "unseen")
+"""Words in the column ``kind`` that are no kind."""
 
-_RESERVED = ("all", "synthetic", "found", "seen", "unseen")
 _RATES = {"accuracy": (True, False), "sensitivity": (True,), "specificity": (False,)}
 _RANKINGS = ("image_auroc", "image_ap", "pixel_auroc", "aupro")
-_ESTIMATE = ("value", "ci_low", "ci_high")
+_ESTIMATE = ["value", "ci_low", "ci_high"]
+_COUNTS = ["n_images", "n_anomalous"]
 _NAN = (math.nan, math.nan)
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What :func:`compare` returns.
+    """What :func:`compare` returns."""
 
-    Attributes:
-        dataset, profile: the dataset all rows share, and the profile's name.
-        runs: method -> its results, for maps and settings; without the trivial rule.
-        missing, refused: method -> the notebook that makes it, or why its results are not compared.
-        predictions: one row a method and test picture (``place`` in :attr:`samples`), see ``_facts`` and ``_frame``.
-        table, tests: the tidy table, see the module's text; and :func:`paired_tests`.
-        notes: what a reader should know, in sentences.
-    """
-
-    dataset: data.Dataset
+    dataset: data.Dataset  # that all rows share
     profile: str
-    runs: Mapping[str, MethodResult]
-    missing: Mapping[str, str]
-    refused: Mapping[str, str]
-    predictions: pd.DataFrame
-    table: pd.DataFrame
-    tests: pd.DataFrame
-    notes: tuple[str, ...] = ()
+    runs: Mapping[str, MethodResult]  # by detector, in the order of the table; without the trivial rule
+    missing: Mapping[str, str]  # method -> the notebook that makes it, in a sentence
+    refused: Mapping[str, str]  # method -> why its results are not compared
+    predictions: pd.DataFrame  # a row per method and test picture (``place`` in ``samples``): ``_facts`` and ``_frame``
+    table: pd.DataFrame  # the tidy table, see the module's text
+    tests: pd.DataFrame  # see :func:`paired_tests`
+    notes: tuple[str, ...] = ()  # what a reader should know, in sentences
 
     @property
     def samples(self) -> list[Sample]:
@@ -94,7 +84,6 @@ class Comparison:
 
     @property
     def methods(self) -> list[str]:
-        """Detectors in the order of the table, without the trivial rule."""
         return list(self.runs)
 
 
@@ -116,8 +105,7 @@ def compare(dataset: data.Dataset, results_dir: Path, *, profile: str) -> Compar
     facts = _facts(samples, dataset)
     always = facts.assign(method=ALWAYS, anomaly_score=1.0, threshold=0.0, is_predicted_anomalous=True,
                           p_value=math.nan, seconds=math.nan, answer="", says=None, has_says=False)  # fmt: skip
-    frames = [_frame(run, facts, dataset.folder) for run in runs.values()]
-    predictions = pd.concat([*frames, always], ignore_index=True)
+    predictions = pd.concat([*(_frame(run, facts, dataset.folder) for run in runs.values()), always], ignore_index=True)
     notes, rows = [*dataset.limits.values()], []
     for method, frame in predictions.groupby("method", sort=False):
         if frame.threshold.isna().any():
@@ -139,26 +127,16 @@ def write(comparison: Comparison, folder: Path) -> Path:
 
 
 def read(path: Path) -> pd.DataFrame:
-    """Read a ``comparison.csv``; an error names the notebook that writes it, or the columns that it should have."""
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path} does not exist. Run 09_compare, which writes it.")
-    empty = {name: [""] for name in ("ci_low", "ci_high", "value")}
-    table = pd.read_csv(path, keep_default_na=False, na_values=empty, float_precision="round_trip")
-    if tuple(table.columns) != COLUMNS:
-        raise ValueError(f"{path} has columns {', '.join(table.columns)}; expected {', '.join(COLUMNS)}.")
-    return table
-
-
-# -------------------------------------------------------------------------------------------------------- predictions
+    """The table of a ``comparison.csv``; a painting or kind called "nan" is a name."""
+    empty = {name: [""] for name in _ESTIMATE}
+    return pd.read_csv(path, keep_default_na=False, na_values=empty, float_precision="round_trip")
 
 
 def _read_all(results_dir: Path, samples: Sequence[Sample], dataset: data.Dataset) -> tuple[dict, dict, dict]:
     """Runs in the order of the table, what is missing, and what is refused."""
     others = sorted(path.parent.name for path in results_dir.glob(f"[!.]*/{results.MANIFEST}"))
     runs, missing, refused = {}, {}, {}
-    for method in dict.fromkeys((*METHODS, *others)):
-        if method == ALWAYS:
-            continue
+    for method in dict.fromkeys(one for one in (*METHODS, *others) if one != ALWAYS):
         try:
             run = results.read(results_dir / method, samples, dataset.folder, dataset.hash)
             by_path = {prediction.sample.image_path: prediction for prediction in run.predictions}
@@ -184,7 +162,7 @@ def _facts(samples: Sequence[Sample], dataset: data.Dataset) -> pd.DataFrame:
         source=[sample.group or str(place) for place, sample in enumerate(samples)],
         is_synthetic=[sample.synthesis_seed is not None for sample in samples],
         has_truth=[not sample.is_anomalous or sample.mask_path is not None for sample in samples],
-        is_limited=[sample.category in dataset.limits for sample in samples],
+        is_limited=facts.category.isin(dataset.limits),
     )
 
 
@@ -202,14 +180,11 @@ def picture_group(sample: Sample, *, rendered: bool) -> str:
 
 
 def _frame(run: MethodResult, facts: pd.DataFrame, folder: Path) -> pd.DataFrame:
-    """The facts with a method's verdicts."""
+    """The facts with a method's verdicts, and what its words say."""
     given = run.frame().drop(columns=["category", "kind", "is_anomalous"])
     said = run.manifest.get("answers_say", {})
     says = [said.get(results.relative_path(prediction.sample, folder)) for prediction in run.predictions]
     return facts.join(given).assign(says=pd.Series(says, dtype=object), has_says=bool(said))
-
-
-# ----------------------------------------------------------------------------------------------------------- the table
 
 
 def _method_rows(
@@ -223,9 +198,8 @@ def _method_rows(
         rows += [row | {"category": category} for row in found]
     table = pd.DataFrame(rows)
     for (kind, metric), part in table[table.metric.isin(_RANKINGS)].groupby(["kind", "metric"], sort=False):
-        mean = statistics.mover(part[["value", "ci_low", "ci_high"]].to_numpy())
-        counts = part[["n_images", "n_anomalous"]].sum()
-        rows.append({"category": "all", "kind": kind, "metric": metric, **dict(zip(_ESTIMATE, mean)), **counts})
+        mean = dict(zip(_ESTIMATE, statistics.mover(part[_ESTIMATE].to_numpy())))
+        rows.append({"category": "all", "kind": kind, "metric": metric, **mean, **part[_COUNTS].sum()})
     return sorted(rows, key=lambda row: (row["category"] != "all", row["category"], METRICS.index(row["metric"])))
 
 
@@ -236,30 +210,24 @@ def _subsets(frame: pd.DataFrame, trained_on: Sequence[str]) -> Iterator[tuple[s
     if trained_on:
         found |= {"seen": made & frame.kind.isin(trained_on), "unseen": made & ~frame.kind.isin(trained_on)}
     for kind in sorted(set(frame.kind[frame.is_anomalous])):  # the table's own words are kept apart
-        is_own = kind in _RESERVED or kind.startswith(("group:", "kind:"))
+        is_own = kind in RESERVED or kind.startswith(("group:", "kind:"))
         found[f"kind:{kind}" if is_own else kind] = frame.kind == kind
     found |= {f"group:{name}": frame.group == name for name in GROUPS}
     return ((name, chosen) for name, chosen in found.items() if chosen.any())
 
 
-def is_single_kind(kind: str) -> bool:
-    """True for rows about one kind of anomaly, False for "all" and groups."""
-    return kind not in _RESERVED and not kind.startswith("group:")
-
-
 def _row(kind: str, metric: str, estimate: Sequence[float], frame: pd.DataFrame) -> dict[str, Any]:
     """A row of the table: value and ends of the interval, and the pictures behind them."""
-    counts = {"n_images": len(frame), "n_anomalous": int(frame.is_anomalous.sum())}
+    counts = dict(zip(_COUNTS, (len(frame), int(frame.is_anomalous.sum()))))
     return {"kind": kind, "metric": metric, **dict(zip(_ESTIMATE, map(float, estimate))), **counts}
 
 
 def _rate(kind: str, metric: str, right: pd.Series, frame: pd.DataFrame) -> dict[str, Any]:
     """A rate over some pictures; of paintings with few sources each source counts as one picture."""
     chosen = frame.loc[right.index]
-    paintings = [(len(part), part.source.nunique(), part.is_limited.any()) for _, part in chosen.groupby("category")]
-    n = sum(sources if is_limited else pictures for pictures, sources, is_limited in paintings)
-    one_source = any(is_limited and sources < 2 for _, sources, is_limited in paintings)
-    interval = _NAN if one_source else statistics.wilson(right.mean() * n, n)
+    few = chosen[chosen.is_limited].groupby("category").source.nunique()
+    n = (~chosen.is_limited).sum() + few.sum()
+    interval = _NAN if (few < 2).any() else statistics.wilson(right.mean() * n, n)
     return _row(kind, metric, (right.mean(), *interval), chosen)
 
 
@@ -288,13 +256,12 @@ def _rankings(frame: pd.DataFrame, trained_on: Sequence[str]) -> Iterator[dict[s
         return
     for name, chosen in [("all", frame.is_anomalous), *_subsets(frame, trained_on)]:
         kept = frame[chosen | ~frame.is_anomalous]
-        scores, labels = kept.anomaly_score.to_numpy(), kept.is_anomalous.to_numpy()
         sources = kept.source.tolist() if kept.is_limited.any() else None
-        interval = statistics.auroc_interval(scores, labels, sources=sources)
-        yield _row(name, "image_auroc", (metrics.image_auroc(scores, labels), *interval), kept)
-        if name == "all":
-            drawn = metrics.average_precisions(scores, labels, _redraws(tuple(labels), tuple(kept.source)))
-            yield _row(name, "image_ap", _bootstrap(metrics.average_precision(scores, labels), drawn, kept), kept)
+        interval = statistics.auroc_interval(kept.anomaly_score, kept.is_anomalous, sources=sources)
+        value = metrics.image_auroc(kept.anomaly_score, kept.is_anomalous)
+        yield _row(name, "image_auroc", (value, *interval), kept)
+    precisions = metrics.average_precisions(frame.anomaly_score, frame.is_anomalous, _draws(frame))
+    yield _row("all", "image_ap", _bootstrap(precisions, frame), frame)
 
 
 def _pixels(
@@ -303,38 +270,33 @@ def _pixels(
     """Pixel AUROC and AUPRO over genuine pictures and anomalous ones with a known mask."""
     usable = frame[frame.has_truth]
     maps = [] if run is None else [run.anomaly_map(run.predictions[place]) for place in usable.place]
-    n_maps, name = sum(one is not None for one in maps), category_label(frame.category.iloc[0])
-    if not n_maps or not usable.is_anomalous.any():
-        return
-    if n_maps < len(usable):
-        which = f"{method_label(run.method)} has maps for {n_maps} of {len(usable)} pictures of {name}"
-        notes.append(f"{which}, so it has no pixel metrics there.")
+    if not usable.is_anomalous.any() or not maps or any(one is None for one in maps):
         return
     if len(usable) < len(frame):
         share = f"{len(frame) - len(usable)} of {frame.is_anomalous.sum()} anomalous test pictures"
-        notes.append(f"{name}: pixel metrics leave out {share}, which have no mask because the whole picture differs.")
+        words = f"pixel metrics leave out {share}, which have no mask because the whole picture differs."
+        notes.append(f"{category_label(frame.category.iloc[0])}: {words}")
     chosen = [samples[place] for place in usable.place]
     masks = (images.load_mask(one.mask_path) if one.is_anomalous else np.zeros((1, 1)) for one in chosen)
     table = metrics.pixel_table(maps, masks)
-    draws = _redraws(tuple(usable.is_anomalous), tuple(usable.source))
-    drawn = np.array([metrics.pixel_metrics(table, counts) for counts in draws])
-    for metric, value, values in zip(("pixel_auroc", "aupro"), metrics.pixel_metrics(table), drawn.T):
-        if math.isfinite(value):
-            yield _row("all", metric, _bootstrap(value, values, usable), usable)
+    for metric, values in zip(("pixel_auroc", "aupro"), metrics.pixel_metrics(table, _draws(usable)).T):
+        if math.isfinite(values[0]):
+            yield _row("all", metric, _bootstrap(values, usable), usable)
 
 
-def _bootstrap(value: float, drawn: np.ndarray, frame: pd.DataFrame) -> tuple[float, float, float]:
-    """The value with the interval of its draws; one source gives none."""
-    return (value, *(_NAN if frame.source.nunique() < 2 else statistics.percentile_interval(drawn)))
+def _bootstrap(values: np.ndarray, frame: pd.DataFrame) -> tuple[float, float, float]:
+    """A metric of all :func:`_draws` as value and interval; one source gives no interval."""
+    return (values[0], *(_NAN if frame.source.nunique() < 2 else statistics.percentile_interval(values[1:])))
+
+
+def _draws(frame: pd.DataFrame) -> np.ndarray:
+    """How often each picture is taken: once in the first row, in the others as the bootstrap draws them."""
+    return _redraws(tuple(frame.is_anomalous), tuple(frame.source))
 
 
 @lru_cache(maxsize=128)
 def _redraws(labels: tuple[bool, ...], sources: tuple[str, ...]) -> np.ndarray:
-    """The draws of a painting's pictures, the same for every method."""
-    return statistics.redraws(labels, sources)
-
-
-# -------------------------------------------------------------------------------------------------------- paired tests
+    return np.vstack([np.ones(len(labels), int), statistics.redraws(labels, sources)])
 
 
 def paired_tests(predictions: pd.DataFrame) -> pd.DataFrame:
@@ -350,8 +312,8 @@ def paired_tests(predictions: pd.DataFrame) -> pd.DataFrame:
         family = [row for category in scope for row in _pairs(predictions, category, measure)]
         adjusted = statistics.holm([row["p_value"] for row in family])
         rows += [row | {"p_holm": float(p_holm)} for row, p_holm in zip(family, adjusted)]
-    names = "category measure method_a method_b value_a value_b difference p_value n_images p_holm sentence".split()
-    return pd.DataFrame([row | {"sentence": _sentence(row)} for row in rows], columns=names)
+    names = "category measure method_a method_b value_a value_b difference p_value n_images p_holm".split()
+    return pd.DataFrame(rows, columns=names)
 
 
 def _pairs(predictions: pd.DataFrame, category: str, measure: str) -> Iterator[dict[str, Any]]:
@@ -359,28 +321,10 @@ def _pairs(predictions: pd.DataFrame, category: str, measure: str) -> Iterator[d
     by_method = {method: part.sort_values("place") for method, part in frame.groupby("method", sort=False)}
     for (a, x), (b, y) in itertools.combinations(by_method.items(), 2):
         if measure == "AUROC":
-            labels, paintings = x.is_anomalous.to_numpy(), x.category.to_numpy()
-            test = statistics.delong_paired(x.anomaly_score, y.anomaly_score, labels, paintings)
+            test = statistics.delong_paired(x.anomaly_score, y.anomaly_score, x.is_anomalous, x.category)
         elif x.threshold.notna().all() and y.threshold.notna().all():
             right = [(part.is_predicted_anomalous == part.is_anomalous).to_numpy(bool) for part in (x, y)]
             test = statistics.mcnemar_exact(*right)
         else:
             continue
         yield {"category": category, "measure": measure, "method_a": a, "method_b": b, **vars(test)}
-
-
-def _sentence(row: Mapping[str, Any]) -> str:
-    """The test in words, "cannot tell" and ties included."""
-    names, values = [method_label(row[key]) for key in ("method_a", "method_b")], [row["value_a"], row["value_b"]]
-    place = "" if row["category"] == "all" else f" on {category_label(row['category'])}"
-    if math.isnan(row["p_holm"]):
-        return f"{names[0]} and {names[1]} cannot be compared in {row['measure']}{place}: one class is missing."
-    if abs(row["difference"]) < 1e-12:
-        return f"{names[0]} and {names[1]} are tied{place} ({row['measure']} {values[0]:.3f} both)."
-    if row["difference"] < 0:
-        names, values = names[::-1], values[::-1]
-    p_text = "p < 0.001" if row["p_holm"] < 0.001 else f"p = {row['p_holm']:.{2 if row['p_holm'] >= 0.0995 else 3}f}"
-    shown = f"({row['measure']} {values[0]:.3f} and {values[1]:.3f}, {p_text})"
-    if row["p_holm"] < 0.05:
-        return f"{names[0]} is better than {names[1]}{place} on these {row['n_images']} images {shown}."
-    return f"These {row['n_images']} images cannot tell {names[0]} from {names[1]}{place} {shown}."

@@ -1,8 +1,7 @@
 """Every figure of the suite: few kinds, one style, one colour per method, one language on pictures.
 
-The functions take frames and arrays and return a matplotlib figure; :func:`save_figure` writes it. Titles say the
-finding and are given by the caller; every figure carries a sentence for readers who cannot see it (alt text), which
-travels inside the saved PNG.
+Functions take frames and arrays, the caller's title says the finding; :func:`save_figure` writes the figure with a
+sentence for readers who cannot see it (alt text) inside the PNG.
 
 On pictures the painting keeps its colours. A *verdict* is a tint with a solid outline, only where an anomaly map
 exceeds its limit; the *truth* is a thin dashed line. A map is never stretched by its own range, which would paint a
@@ -39,15 +38,12 @@ METHOD_COLORS: Mapping[str, str] = {
     "anomalygpt_aligned": "#6f7a3a", "always_anomaly": "#9a9a9a",
 }  # fmt: skip
 """One colour per method, after Okabe and Ito (2008): distinguishable with every common kind of colour blindness."""
-
-_MARKERS = dict(zip(METHOD_COLORS, "osD^vPh<>*dX"))
-OTHER_COLOR = "#7a5195"
-GENUINE_COLOR, ANOMALOUS_COLOR = "#5b7f95", "#c1440e"
-INK, MUTED = "#1f2328", "#667077"
+OTHER_COLOR = "#7a5195"  # of methods that the suite does not know
 VERDICT_COLOR = (214, 0, 110)
 """RGB of what exceeds a limit: a magenta that paintings seldom use."""
-MAP_COLORS = "inferno"
-"""Colour map of anomaly maps: dark to bright, readable in grey print."""
+
+_MARKERS = dict(zip(METHOD_COLORS, "osD^vPh<>*dX"))
+_GENUINE_COLOR, _ANOMALOUS_COLOR, _INK, _MUTED = "#5b7f95", "#c1440e", "#1f2328", "#667077"
 _CJK_FONTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans JP", "WenQuanYi Zen Hei", "Droid Sans Fallback",
               "IPAGothic", "Hiragino Sans", "Microsoft YaHei", "Arial Unicode MS")  # fmt: skip
 plt.style.use(Path(__file__).parent / "templates" / "figures.mplstyle")
@@ -56,11 +52,10 @@ plt.style.use(Path(__file__).parent / "templates" / "figures.mplstyle")
 def save_figure(fig: Figure, name: str, folder: Path, footer: str = "", *, close: bool = False) -> Path:
     """Write the figure as ``folder/name.png`` (returned), atomically, with its alt text inside.
 
-    ``footer`` is a small line below, for example profile, dataset hash and number of images. ``close`` frees the
-    figure; notebooks leave it open, so that the cell shows it.
+    ``footer`` is a small line below. ``close`` frees the figure; notebooks leave it open, so that the cell shows it.
     """
     if footer:
-        fig.text(0.01, -0.01, footer, fontsize=8.5, color=MUTED, va="top")
+        fig.text(0.01, -0.01, footer, fontsize=8.5, color=_MUTED, va="top")
     path = Path(folder) / f"{name}.png"
     with files.atomic_path(path) as temporary:
         words = {"Description": fig.get_label() or name.replace("_", " ")}
@@ -74,11 +69,6 @@ def alt_text(path: Path) -> str:
     """The sentence stored in a PNG by :func:`save_figure`; empty for other pictures."""
     with Image.open(path) as image:
         return str(image.info.get("Description", ""))
-
-
-def method_color(method: str) -> str:
-    """The method's colour everywhere; one violet for rows the suite does not know."""
-    return METHOD_COLORS.get(method, OTHER_COLOR)
 
 
 @cache
@@ -103,19 +93,12 @@ def painting_name(category: str, categories: Sequence[str], width: int = 26) -> 
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture with what a method saw in it.
+    """One picture with what a method saw in it."""
 
-    Args:
-        image: uint8 RGB ``(H, W, 3)``.
-        mask: bool ``(h, w)``, True = anomalous; None when unknown, all False on genuine pictures.
-        anomaly_map: float ``(h, w)``, raw, any resolution; None when the method makes none.
-        caption: shown at the left of the row or below the picture.
-    """
-
-    image: np.ndarray
-    mask: np.ndarray | None = None
-    anomaly_map: np.ndarray | None = None
-    caption: str = ""
+    image: np.ndarray  # uint8 RGB (H, W, 3)
+    mask: np.ndarray | None = None  # bool (h, w), True = anomalous; None when unknown, all False on genuine pictures
+    anomaly_map: np.ndarray | None = None  # float (h, w), raw, any resolution; None when the method makes none
+    caption: str = ""  # at the left of the row or below the picture
 
 
 class Scale(NamedTuple):
@@ -127,11 +110,8 @@ class Scale(NamedTuple):
 
 
 def map_scale(genuine_maps: Iterable[np.ndarray]) -> Scale:
-    """One scale for all maps of a method, from its maps of genuine pictures, read one by one.
-
-    The limit is what 99.8 % of their pixels stay below. A scale over all pictures would be set by the loudest forgery,
-    and every small mark would stay dark.
-    """
+    """One scale for all maps of a method, from its maps of genuine pictures: its limit is what 99.8 % of their pixels
+    stay below. A scale over all pictures would be set by the loudest forgery, and every small mark would stay dark."""
     flat = [np.asarray(one, dtype=np.float32).ravel() for one in genuine_maps]
     if not flat:
         return Scale(0.0, 0.5, 1.0)
@@ -146,11 +126,8 @@ def marked(
 ) -> np.ndarray:
     """The picture in its own colours with the verdict (tint and solid outline) and, when known, the truth (dashed).
 
-    Args:
-        image: uint8 RGB ``(H, W, 3)``, as the picture returned.
-        anomaly_map: float ``(h, w)``, raw; resized bilinearly to the picture. None: no verdict is drawn.
-        limit: only what lies above it is tinted, see :func:`map_scale`.
-        mask: bool ``(h, w)``, the truth; None when unknown.
+    Arguments as in :class:`Panel`; ``limit`` is that of :func:`map_scale`: only what lies above it is tinted. Returns
+    uint8 RGB of the picture's size.
     """
     out, size = image.copy(), (image.shape[1], image.shape[0])
     width = max(1, round(max(size) / 170))
@@ -174,8 +151,6 @@ def _outlines(mask: np.ndarray) -> Sequence[np.ndarray]:
 
 def map_rows(panels: Sequence[Panel], *, scale: Scale, title: str) -> Figure:
     """Rows of picture | anomaly map | marked picture, all maps on one colour scale; at most 8 panels read well."""
-    if not panels:
-        raise ValueError("map_rows got no panel; choose at least one picture.")
     heights = [min(1.5, panel.image.shape[0] / panel.image.shape[1]) for panel in panels]
     size = (9.6, 0.8 + sum(2.25 * height + 0.1 for height in heights))
     fig, axes = plt.subplots(len(panels), 3, figsize=size, squeeze=False, gridspec_kw={"height_ratios": heights})
@@ -186,17 +161,17 @@ def map_rows(panels: Sequence[Panel], *, scale: Scale, title: str) -> Figure:
         left.set_ylabel(_wrap(panel.caption, 24), rotation=0, ha="right", va="center", labelpad=8, fontsize=10)
         _bare(right).imshow(marked(panel.image, panel.anomaly_map, scale.limit, panel.mask))
         if panel.anomaly_map is None:
-            _bare(middle).text(0.5, 0.5, "no map", transform=middle.transAxes, ha="center", color=MUTED)
+            _bare(middle).text(0.5, 0.5, "no map", transform=middle.transAxes, ha="center", color=_MUTED)
         else:
             limits = {"vmin": scale.low, "vmax": scale.high, "extent": (0, width, height, 0)}
-            drawn = _bare(middle).imshow(panel.anomaly_map, cmap=MAP_COLORS, **limits)
+            drawn = _bare(middle).imshow(panel.anomaly_map, cmap="inferno", **limits)
     for ax, name in zip(axes[0], ("picture", "anomaly map", "marked (dashed: truth)")):
         ax.set_title(name, fontsize=10.5, loc="center")
     if drawn is not None:
         bar = fig.colorbar(drawn, ax=axes, shrink=min(1.0, 2.5 / len(panels)), aspect=26, pad=0.015, extend="both")
         bar.outline.set_visible(False)
         bar.ax.axhline(scale.limit, color="white", linewidth=3.2)
-        bar.ax.axhline(scale.limit, color=INK, linewidth=1.4)
+        bar.ax.axhline(scale.limit, color=_INK, linewidth=1.4)
         bar.set_label("black line: genuine pictures end here")
     return _finish(fig, title, f"{len(panels)} rows of picture, anomaly map and marked picture.")
 
@@ -229,8 +204,6 @@ def map_examples(result: MethodResult, category: str) -> tuple[list[Panel], Scal
 
 def picture_grid(panels: Sequence[Panel], *, title: str, n_columns: int = 5, limit: float = math.inf) -> Figure:
     """Pictures with captions below; what a map holds above ``limit`` is tinted, the truth is dashed."""
-    if not panels:
-        raise ValueError("picture_grid got no picture; choose at least one.")
     n_columns = min(n_columns, len(panels))
     side = min(3.6, 11.0 / n_columns)
     ratio = min(1.5, max(panel.image.shape[0] / panel.image.shape[1] for panel in panels))
@@ -253,32 +226,31 @@ def scores(frame: pd.DataFrame, *, title: str) -> Figure:
     size = (2.4 + 4.2 * len(categories), 0.9 + 0.95 * len(methods))
     fig, axes = plt.subplots(len(methods), len(categories), figsize=size, squeeze=False)
     jitter = np.random.default_rng(0)
-    for place, ax in np.ndenumerate(axes):
-        method, category = methods[place[0]], categories[place[1]]
-        mine = frame[(frame.method == method) & (frame.category == category)]
+    for (row, column), ax in np.ndenumerate(axes):
+        mine = frame[(frame.method == methods[row]) & (frame.category == categories[column])]
         threshold = mine.threshold.max()
-        for is_anomalous, y, color in ((False, 1, GENUINE_COLOR), (True, 0, ANOMALOUS_COLOR)):
+        for is_anomalous, y, color in ((False, 1, _GENUINE_COLOR), (True, 0, _ANOMALOUS_COLOR)):
             x = mine.anomaly_score[mine.is_anomalous == is_anomalous].to_numpy(float)
             heights = y + jitter.uniform(-0.26, 0.26, len(x))
             ax.plot(x, heights, "o", color=color, alpha=0.55, markersize=5, markeredgewidth=0)
             wrong = ((x > threshold) != is_anomalous) & math.isfinite(threshold)
-            ax.plot(x[wrong], heights[wrong], "o", color=INK, fillstyle="none", markersize=6.5, markeredgewidth=1.1)
-        ax.axvline(threshold, color=INK, linewidth=1.5)
+            ax.plot(x[wrong], heights[wrong], "o", color=_INK, fillstyle="none", markersize=6.5, markeredgewidth=1.1)
+        ax.axvline(threshold, color=_INK, linewidth=1.5)
         ax.set_ylim(-0.5, 1.5)
-        ax.set_yticks([1, 0], ["genuine", "anomalous"] if place[1] == 0 else ["", ""], fontsize=9)
+        ax.set_yticks([1, 0], ["", ""] if column else ["genuine", "anomalous"], fontsize=9)
         ax.grid(axis="y", visible=False)
         ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5))
         ax.tick_params(axis="x", labelsize=8.5)
-        if place[0] == 0:
-            ax.set_title(painting_name(category, categories, 34))
-        if place[1] == 0:
-            ax.set_ylabel(_wrap(method_label(method), 15), rotation=0, ha="right", va="center", fontweight="bold")
+    for ax, category in zip(axes[0], categories):
+        ax.set_title(painting_name(category, categories, 34))
+    for ax, method in zip(axes[:, 0], methods):
+        ax.set_ylabel(_wrap(method_label(method), 15), rotation=0, ha="right", va="center", fontweight="bold")
     fig.supxlabel("anomaly score (each method's own scale); line: threshold, ring: wrong side", fontsize=10)
     return _finish(fig, title, f"Scores of genuine and anomalous pictures with the threshold, {len(methods)} methods.")
 
 
-def intervals(frame: pd.DataFrame, *, title: str, x_label: str, chance: float) -> Figure:
-    """Value and interval: a panel per group, a row per method (or any other name); a dotted line at ``chance``.
+def intervals(frame: pd.DataFrame, *, title: str, x_label: str) -> Figure:
+    """Value and interval: a panel per group, a row per method; a dotted line at 0.5, chance.
 
     ``frame`` has columns ``panel, method, value, low, high``; values in [0, 1], nan ends draw no interval.
     """
@@ -286,10 +258,10 @@ def intervals(frame: pd.DataFrame, *, title: str, x_label: str, chance: float) -
     fig, axes = _grid(len(panels), 3, (3.2, 0.9 + 0.36 * len(methods)), (2.6, 0.7), sharey=True)
     for ax, panel in zip(axes, panels):
         for row in frame[frame.panel == panel].itertuples():
-            y, color = methods.index(row.method), method_color(row.method)
+            y, color = methods.index(row.method), METHOD_COLORS.get(row.method, OTHER_COLOR)
             ax.plot([row.low, row.high], [y, y], color=color, linewidth=3.2, alpha=0.45, solid_capstyle="round")
             ax.plot(row.value, y, _MARKERS.get(row.method, "o"), color=color, markersize=8, clip_on=False, zorder=3)
-        ax.axvline(chance, color=MUTED, linewidth=1.2, linestyle=(0, (2, 3)))
+        ax.axvline(0.5, color=_MUTED, linewidth=1.2, linestyle=(0, (2, 3)))
         left = min(0.4, *frame.low.fillna(1), *frame.value) - 0.02
         ax.set(title=_wrap(panel, 34), xlim=(left, 1.0), ylim=(len(methods) - 0.4, -0.6), xlabel=x_label)
         ax.set_yticks(range(len(methods)), [_wrap(method_label(method), 26) for method in methods])
@@ -298,18 +270,18 @@ def intervals(frame: pd.DataFrame, *, title: str, x_label: str, chance: float) -
     return _finish(fig, title, f"{x_label}: {len(methods)} methods, {len(panels)} panels.")
 
 
-def lines(frame: pd.DataFrame, *, title: str, x_label: str, y_label: str = "", log_x: bool = False) -> Figure:
+def lines(frame: pd.DataFrame, *, title: str, x_label: str, y_label: str = "") -> Figure:
     """Values along an axis (epoch, strength, seconds, evaluation): a panel per measure, a line per method or name.
 
     ``frame`` has columns ``series, x, value``; optional ``panel``, ``low`` and ``high`` (interval), ``part`` (points of
-    different parts are not joined) and ``ring`` (bool, encircled).
+    different parts are not joined), ``ring`` (bool, encircled) and ``note`` (text above the point).
     """
-    optional = {"panel": "", "low": math.nan, "high": math.nan, "part": 0, "ring": False}
+    optional = {"panel": "", "low": math.nan, "high": math.nan, "part": 0, "ring": False, "note": ""}
     frame = frame.assign(**{key: value for key, value in optional.items() if key not in frame})
     panels, series = (list(dict.fromkeys(frame[name])) for name in ("panel", "series"))
     others = [name for name in series if name not in METHOD_COLORS]
-    colors = dict(zip(others, [INK] if len(others) == 1 else METHOD_COLORS.values())) | dict(METHOD_COLORS)
-    fig, axes = _grid(len(panels), 3, (4.0, 3.5), (2.2, 0.6))
+    colors = dict(zip(others, [_INK] if len(others) == 1 else METHOD_COLORS.values())) | dict(METHOD_COLORS)
+    fig, axes = _grid(len(panels), 3, (4.0, 3.5 if len(panels) < 7 else 2.3), (2.2, 0.6))
     for ax, panel in zip(axes, panels):
         for name, rows in frame[frame.panel == panel].groupby("series", sort=False):
             color, marker = colors.get(name, OTHER_COLOR), _MARKERS.get(name, "o") if len(rows) <= 24 else ""
@@ -318,14 +290,9 @@ def lines(frame: pd.DataFrame, *, title: str, x_label: str, y_label: str = "", l
                 ax.plot(part.x, part.value, color=color, marker=marker, markersize=6, label=label)
                 ax.vlines(part.x, part.low, part.high, color=color, linewidth=1.2, alpha=0.7)
             ringed = rows[rows.ring.astype(bool)]
-            ax.plot(ringed.x, ringed.value, "o", markersize=15, color=INK, fillstyle="none", markeredgewidth=1.6)
+            ax.plot(ringed.x, ringed.value, "o", markersize=15, color=_INK, fillstyle="none", markeredgewidth=1.6)
         ax.set(title=_wrap(panel, 36), xlabel=x_label, ylabel=y_label)
-        if log_x:
-            ax.set_xscale("log")
-            ax.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
-            ax.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-            ax.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
-        elif (frame.x == frame.x.round()).all():
+        if (frame.x == frame.x.round()).all():
             ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(6, integer=True))
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
     if len(handles) > 1:

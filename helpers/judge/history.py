@@ -1,16 +1,14 @@
 """Every finished evaluation, and falls in quality that are more than luck.
 
-An evaluation is a copy of its predictions, named by profile, method, time and content; the table is read off the
-copies, so that no second file can disagree or be torn. Two evaluations are compared on the pictures that both have.
+An evaluation is a copy of its predictions, named by profile, method, time and content; two are compared on the pictures
+that both have.
 """
 
 from __future__ import annotations
 
-import math
 from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from helpers import files, results
@@ -36,10 +34,8 @@ def record(folder: Path, compared: Comparison) -> list[str]:
 
 
 def read(folder: Path) -> pd.DataFrame:
-    """All predictions of all evaluations, with ``series`` (profile and method), ``method`` and ``run`` (time).
-
-    Copies that cannot be read are left out and named in ``frame.attrs["skipped"]``.
-    """
+    """All predictions of all evaluations, with ``series`` (profile and method), ``method`` and ``run`` (time); copies
+    that cannot be read are left out and named in ``frame.attrs["skipped"]``."""
     frames, skipped = [pd.DataFrame(columns=["series", "method", "run", *_KEYS])], []
     types = {"is_anomalous": bool, "is_predicted_anomalous": bool, "anomaly_score": float}
     for path in sorted(Path(folder).glob("*__*.csv")):
@@ -74,16 +70,12 @@ def changes(history: pd.DataFrame) -> pd.DataFrame:
             for category, part in both.groupby("category"):
                 scores = part.anomaly_score, part.anomaly_score_then
                 tests["AUROC", category] = statistics.delong_paired(*scores, part.is_anomalous.to_numpy(bool))
-            rows += [
-                {"method": runs.method.iloc[0], "against": then[:10], "measure": m, "category": c, **vars(test)}
-                for (m, c), test in tests.items()
-                if math.isfinite(test.p_value)
-            ]
+            head = {"method": runs.method.iloc[0], "against": then[:10]}
+            rows += [head | {"measure": m, "category": c, **vars(test)} for (m, c), test in tests.items()]
     names = "method against measure category value_a value_b difference p_value n_images".split()
-    table = pd.DataFrame(rows, columns=names)
+    table = pd.DataFrame(rows, columns=names).dropna(subset="p_value", ignore_index=True)
     table["p_holm"] = statistics.holm(table.p_value.astype(float))
-    table["is_fall"] = (table.p_holm < 0.05) & (table.difference < 0)
-    return table
+    return table.assign(is_fall=(table.p_holm < 0.05) & (table.difference < 0))
 
 
 def describe(history: pd.DataFrame, changed: pd.DataFrame) -> str:
@@ -105,12 +97,10 @@ def points(history: pd.DataFrame, changed: pd.DataFrame) -> pd.DataFrame:
         for number, (_, run) in enumerate(each, start=1):
             right = run.is_predicted_anomalous == run.is_anomalous
             paintings = [metrics.image_auroc(p.anomaly_score, p.is_anomalous) for _, p in run.groupby("category")]
-            values = {
-                "AUROC": pd.Series(paintings).mean(),
-                "balanced accuracy": right.groupby(run.is_anomalous).mean().mean(),
-            }
+            measured = {"AUROC": pd.Series(paintings), "balanced accuracy": right.groupby(run.is_anomalous).mean()}
             head = {"series": method, "x": number, "part": ",".join(sorted(run.sha256))}
-            rows += [head | {"panel": measure, "value": value, "ring": number == len(each) and measure in fallen}
-                     for measure, value in values.items() if np.isfinite(value)]  # fmt: skip
-    found = pd.DataFrame(rows, columns=["panel", "series", "x", "value", "ring", "part"])
+            for measure, values in measured.items():
+                ring = number == len(each) and measure in fallen
+                rows.append(head | {"panel": measure, "value": values.mean(), "ring": ring})
+    found = pd.DataFrame(rows, columns=["series", "x", "part", "panel", "value", "ring"]).dropna(subset="value")
     return found if (found.x > 1).any() else found.iloc[:0]

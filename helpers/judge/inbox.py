@@ -1,8 +1,7 @@
 """New pictures dropped into a folder, each scored once: ``<folder>/<painting>/[<kind>/]picture``.
 
 A picture in a folder of its kind (``good``, ``genuine``, ``damaged`` ..., as in any dataset folder) has a label and is
-counted; one directly in the painting's folder is only scored. ``scores.csv`` is written whole after each look: a second
-look scores new pictures only, and all of them again when the detector has changed.
+counted; one directly in the painting's folder is only scored.
 """
 
 from __future__ import annotations
@@ -25,28 +24,20 @@ def score_new(
     folder: Path, dataset: data.Dataset, *, detector: str, score: Callable[[str, list[np.ndarray]], Sequence[Scored]],
     normal_scores: Mapping[str, Sequence[float]], alpha: float = 0.05,
 ) -> tuple[pd.DataFrame, list[str]]:  # fmt: skip
-    """Score the pictures of a folder that this detector has not scored yet.
+    """Score the pictures of a folder that this ``detector`` (a name) has not scored yet; ``scores.csv`` keeps all.
 
-    Args:
-        folder, dataset: the inbox, and the dataset whose paintings are known; its own pictures are left out.
-        detector: identifies the trained detector, for example method and ``checkpoint_hash`` of its results.
-        score: painting and uint8 RGB pictures -> one verdict each.
-        normal_scores, alpha: painting -> scores of genuine pictures, from ``manifest.json`` of the results, and the
-            wanted false-alarm rate.
-    Returns:
-        rows of every picture scored by this detector (``is_new`` marks those of this look; ``label`` is ``genuine``,
-        ``anomalous`` or empty), and sentences about files that were left out.
+    ``score`` takes a painting of the dataset and uint8 RGB pictures, ``normal_scores`` are of its genuine pictures,
+    ``alpha`` is the wanted false-alarm rate. The dataset's own pictures are left out. Returns a row for every picture
+    scored by this detector (``is_new`` marks those of this look; ``label`` is ``genuine``, ``anomalous`` or empty),
+    and sentences about files that were left out.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder}. Make it, with a folder for each painting inside.")
-    path = folder / "scores.csv"
+    path = Path(folder) / "scores.csv"
     known = pd.read_csv(path, keep_default_na=False) if path.exists() else pd.DataFrame(columns=_COLUMNS)
     mine = known.detector == detector
-    fresh, left_out = _fresh(folder, dataset, set(known.sha256[mine]))
+    fresh, left_out = _fresh(Path(folder), dataset, set(known.sha256[mine]))
     parts = [pd.DataFrame(columns=_COLUMNS)]
     for category, chosen in pd.DataFrame(fresh).groupby("category") if fresh else ():
-        verdicts = score(category, [images.load_image(folder / name) for name in chosen.image_path])
+        verdicts = score(category, [images.load_image(Path(folder) / name) for name in chosen.image_path])
         scores = np.array([verdict.anomaly_score for verdict in verdicts])
         threshold = statistics.conformal_threshold(normal_scores[category], alpha)
         p_values = statistics.p_values(normal_scores[category], scores)
@@ -76,13 +67,13 @@ def _fresh(folder: Path, dataset: data.Dataset, done: set[str]) -> tuple[list[di
         if path.suffix.lower() not in images.IMAGE_SUFFIXES or is_hidden or len(parts) not in (2, 3):
             continue
         name, sha256 = "/".join(parts), files.sha256_file(path)
-        category = next((c for c in dataset.categories if names.plain(c) == names.plain(parts[0])), parts[0])
+        category = next((c for c in dataset.categories if names.plain(c) == names.plain(parts[0])), "")
         try:
-            kind = names.kind_of(parts[1]) if len(parts) == 3 else ""
-            label = "genuine" if kind == NORMAL_KIND else "anomalous" if len(parts) == 3 else ""
-            if category not in dataset.categories:
+            kind = names.kind_of(parts[1]) if len(parts) == 3 else None
+            label = {None: "", NORMAL_KIND: "genuine"}.get(kind, "anomalous")
+            if not category:
                 have = ", ".join(dataset.categories)
-                raise data.DatasetError(f"the dataset has no painting {category!r}, only {have}")
+                raise data.DatasetError(f"the dataset has no painting {parts[0]!r}, only {have}")
             if sha256 in known:
                 raise data.DatasetError(f"it is a picture of the dataset, split {known[sha256].split}")
             if sha256 not in done:

@@ -24,7 +24,7 @@ import pandas as pd
 from helpers import data, files, results
 from helpers.data import images
 from helpers.judge import figures, findings, statistics
-from helpers.judge.comparison import ALWAYS, GROUPS, NOTEBOOKS, Comparison, is_single_kind, numbers, read
+from helpers.judge.comparison import ALWAYS, GROUPS, NOTEBOOKS, RESERVED, Comparison, numbers, read
 
 _N_TILES = 240
 
@@ -37,7 +37,7 @@ def write_report(comparison: Comparison, path: Path, drawn: Mapping[str, Path]) 
         verdict=findings.verdict(comparison), trust=findings.trust(comparison), findings=findings.findings(comparison),
         strip=pictures.strip(), tiles=pictures.tiles(), answers=pictures.answers(),
         seen_by_all=pictures.under_all_maps(),
-        figures={name: (_uri(one.read_bytes(), "png"), figures.alt_text(one) or name) for name, one in drawn.items()},
+        figures={name: (_uri(one.read_bytes(), "png"), figures.alt_text(one)) for name, one in drawn.items()},
         published=pd.read_csv(Path(__file__).parent / "templates" / "published_2024.csv").to_dict("records"),
         notebooks=NOTEBOOKS, versions=results.versions(), machine=results.machine(),
     )  # fmt: skip
@@ -51,24 +51,19 @@ def table_html(comparison: Comparison) -> str:
 
 
 def _render(name: str, comparison: Comparison, **values: Any) -> str:
-    samples = comparison.dataset.samples
+    samples, table = comparison.dataset.samples, comparison.table
     return findings.TEMPLATES.get_template(name).render(
-        c=comparison,
-        look=numbers(comparison.table),
-        methods=[*comparison.methods, ALWAYS],
-        always=ALWAYS,
-        paintings=sorted({sample.category for sample in comparison.samples}),
+        c=comparison, look=numbers(table), methods=[*comparison.methods, ALWAYS], always=ALWAYS,
+        paintings=sorted({sample.category for sample in comparison.samples}), wilson=statistics.wilson,
         groups=[name for name in GROUPS if (comparison.predictions.group == name).any()],
-        kinds=[kind for kind in dict.fromkeys(comparison.table.kind) if is_single_kind(kind)],
-        n_pictures=lambda category: findings.n_pictures(comparison.table, category),
-        wilson=statistics.wilson,
-        pick=lambda category, split: [s for s in samples if (s.category, s.split) == (category, split)],
-        **values,
-    )
+        kinds=[kind for kind in dict.fromkeys(table.kind) if kind not in RESERVED and not kind.startswith("group:")],
+        n_pictures=lambda category: findings.n_pictures(table, category),
+        pick=lambda category, split: [s for s in samples if (s.category, s.split) == (category, split)], **values,
+    )  # fmt: skip
 
 
 findings.TEMPLATES.filters |= {
-    "color": figures.method_color,
+    "color": lambda method: figures.METHOD_COLORS.get(method, figures.OTHER_COLOR),
     "group": lambda name: GROUPS.get(name, name),
     "json": lambda value: json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True),
     "tied": lambda text: str(text).replace(" %", "\u00a0%").replace("k-NN", "k\u2011NN"),
@@ -80,12 +75,11 @@ class _Pictures:
 
     def __init__(self, comparison: Comparison) -> None:
         self.c = comparison
-        verdicts = comparison.predictions[comparison.predictions.method.isin(comparison.methods)]
-        verdicts = verdicts[verdicts.threshold.notna()]
-        self.verdicts = verdicts.pivot(index="place", columns="method", values="is_predicted_anomalous")
-        self.verdicts = self.verdicts.reindex(columns=[m for m in comparison.methods if m in self.verdicts])
         self.facts = comparison.predictions[comparison.predictions.method == ALWAYS].set_index("place")
-        self.n_calls = self.verdicts.reindex(self.facts.index).fillna(False).astype(int).sum(axis=1)
+        judged = comparison.predictions[comparison.predictions.threshold.notna()]
+        verdicts = judged.pivot(index="place", columns="method", values="is_predicted_anomalous").astype(bool)
+        self.verdicts = verdicts[[method for method in comparison.methods if method in verdicts]]
+        self.n_calls = self.verdicts.sum(axis=1).astype(int)
         rows = comparison.table[(comparison.table.metric == "pixel_auroc") & (comparison.table.category == "all")]
         self.best_map = str(rows.method.loc[rows.value.idxmax()]) if len(rows) else ""
 
@@ -134,18 +128,15 @@ class _Pictures:
     def answers(self) -> list[dict[str, Any]]:
         """Answers of each chat model: how often its words are right, and six of them, one a group in turn."""
         found = []
-        for method in self.c.methods:
-            spoken = self.c.predictions[(self.c.predictions.method == method) & (self.c.predictions.answer != "")]
-            told = spoken[spoken.answer.str.contains(" ")]  # sentences, where there are any
-            told = told.sample(frac=1, random_state=0) if len(told) else spoken
+        spoken = self.c.predictions[self.c.predictions.answer != ""]
+        for method, said in spoken.groupby("method", sort=False):
+            told = said[said.answer.str.contains(" ")]  # sentences, where there are any
+            told = told.sample(frac=1, random_state=0) if len(told) else said
             ordered = told.assign(turn=told.groupby("group").cumcount()).sort_values("turn", kind="stable")
-            cards = [
-                self._picture(row.place, 300, method)
-                | {"answer": row.answer, "is_right": None if row.says is None else row.says == row.is_anomalous}
-                for row in ordered.head(6).itertuples()
-            ]
-            n_yes, n_unclear = sum(said is True for said in spoken.says), int(spoken.says.isna().sum())
-            found += [{"method": method, "cards": cards, "n_yes": n_yes, "n_unclear": n_unclear}] if cards else []
+            cards = [self._picture(row.place, 300, method) | {"answer": row.answer, "says": row.says}
+                     for row in ordered.head(6).itertuples()]  # fmt: skip
+            n_yes, n_unclear = sum(one is True for one in said.says), int(said.says.isna().sum())
+            found.append({"method": method, "cards": cards, "n_yes": n_yes, "n_unclear": n_unclear})
         return found
 
     def _middle(self, places: Sequence[int]) -> int:
@@ -155,20 +146,18 @@ class _Pictures:
         return same[len(same) // 2]
 
     def _picture(self, place: int, side: int, method: str, *, quality: int = 82) -> dict[str, Any]:
-        """A picture as ``data:`` address, marked by one method, with the truth and every detector's verdict."""
+        """A picture as ``data:`` address, marked by one method, with the truth and each detector's verdict."""
         sample, anomaly_map = self.c.samples[place], None
         image = images.load_image(sample.image_path, max_side=side)
         limit = self.limits.get((method, sample.category), math.inf)
-        if method and math.isfinite(limit):
+        if math.isfinite(limit):
             anomaly_map = self.c.runs[method].anomaly_map(self.c.runs[method].predictions[place])
         shown = figures.marked(image, anomaly_map, limit, data.mask_of(sample, image.shape[:2]))
         content = cv2.imencode(".jpg", shown[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
-        said = self.verdicts.loc[place] if place in self.verdicts.index else pd.Series(dtype=bool)
-        calls = [(name, bool(call) == sample.is_anomalous) for name, call in said.items()]  # (method, is it right)
         return {
             "uri": _uri(content, "jpeg"), "category": sample.category, "kind": sample.kind, "marked_by": method,
-            "group": self.facts.group[place], "is_anomalous": sample.is_anomalous, "calls": calls,
-            "n_calls": int(self.n_calls[place]),
+            "group": self.facts.group[place], "is_anomalous": sample.is_anomalous, "n_calls": int(self.n_calls[place]),
+            "calls": [(m, bool(said) == sample.is_anomalous) for m, said in self.verdicts.loc[place].items()],  # right?
         }  # fmt: skip
 
 
@@ -177,29 +166,19 @@ def _uri(content: bytes, kind: str) -> str:
 
 
 def draw_all(comparison: Comparison, folder: Path) -> dict[str, Path]:
-    """Draw and save every figure that the results allow: name -> PNG; ``auroc_2``, ``scores_2`` ... are more pages."""
-    table = comparison.table[(comparison.table.kind == "all") & comparison.table.method.isin(comparison.methods)]
-    table = table.assign(low=table.ci_low, high=table.ci_high)
-    scored = comparison.predictions[comparison.predictions.method.isin(comparison.methods)]
-    paintings = sorted(set(scored.category))
-    found: dict[str, Any] = {}
+    """Draw and save the figures that the results allow: name -> PNG; ``auroc_2``, ``scores_2`` ... are more pages."""
+    table, scored = (f[f.method.isin(comparison.methods)] for f in (comparison.table, comparison.predictions))
+    table = table[(table.kind == "all") & (table.metric == "image_auroc")].assign(low=table.ci_low, high=table.ci_high)
+    paintings, found = sorted(set(scored.category)), {}
     for name, names in _pages("auroc", paintings, 6):
-        rows = table[(table.metric == "image_auroc") & table.category.isin(names)]
+        rows = table[table.category.isin(names)]
         if len(rows):
             frame = rows.assign(panel=[figures.painting_name(name, paintings, 34) for name in rows.category])
             title = f"Image AUROC with 95 % intervals. {findings.trust(comparison, 'AUROC')}"
-            found[name] = figures.intervals(frame, title=title, x_label="image AUROC", chance=0.5)
+            found[name] = figures.intervals(frame, title=title, x_label="image AUROC")
     for name, names in _pages("scores", paintings, 3):
         chosen = scored[scored.category.isin(names)]
         found[name] = figures.scores(chosen, title=_scores_title(chosen))
-    over_all = table[table.category == "all"]
-    times, quality = (over_all[over_all.metric == name] for name in ("seconds_per_image", "image_auroc"))
-    both = quality.merge(times[times.value > 0], on="method", suffixes=("", "_x"))
-    if len(both):
-        title = f"A picture takes {both.value_x.min():.2g} to {both.value_x.max():.2g} seconds on this machine"
-        names = {"x_label": "seconds per image", "y_label": "image AUROC, mean over paintings"}
-        frame = both.assign(series=both.method, x=both.value_x)
-        found["time"] = figures.lines(frame, title=title, log_x=True, **names)
     words = findings.n_pictures(comparison.table, "all")
     footer = f"profile {comparison.profile} · dataset {comparison.dataset.hash[:12]} · {words}"
     return {name: figures.save_figure(fig, name, folder, footer, close=True) for name, fig in found.items()}
@@ -214,10 +193,10 @@ def _pages(name: str, paintings: Sequence[str], most: int) -> list[tuple[str, Se
 def _scores_title(scored: pd.DataFrame) -> str:
     wrong = scored.is_predicted_anomalous != scored.is_anomalous
     missed, alarms = ((wrong & (scored.is_anomalous == kind)).groupby(scored.method).sum() for kind in (True, False))
-    one = scored[scored.method == scored.method.iloc[0]]
+    one = scored[scored.method == scored.method.iloc[0]].is_anomalous
     return (
-        f"Of {one.is_anomalous.sum()} anomalous pictures each detector misses {missed.min()} to {missed.max()}; of "
-        f"{(~one.is_anomalous).sum()} genuine ones at most {alarms.max()} are called anomalous"
+        f"Of {one.sum()} anomalous pictures each detector misses {missed.min()} to {missed.max()}; of "
+        f"{(~one).sum()} genuine ones at most {alarms.max()} are called anomalous"
     )
 
 
