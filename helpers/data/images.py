@@ -68,17 +68,12 @@ def load_mask(
     Whatever is not background is anomalous, in label images of any depth: 0 is background, or the value along most of
     the border where nothing is 0. Only grey-scale masks (JPEG noise, soft edges) count from half of their range on.
 
-    ``path`` may be a folder of masks of one picture (MVTec LOCO), which are joined. ``shape`` is the size wanted, to
-    match a resized picture: masks shrink by area, so that hairlines stay. A mask that was drawn before the EXIF
-    rotation of the file ``picture`` is turned with it. ``notes`` gets a sentence for every choice that was made.
-    ``ImageError``: a file cannot be read, there is none, or masks and picture differ in proportions.
+    ``shape`` is the size wanted, to match a resized picture: masks shrink by area, so that hairlines stay. A mask that
+    was drawn before the EXIF rotation of the file ``picture`` is turned with it. ``notes`` gets a sentence for every
+    choice that was made. ``ImageError``: the file cannot be read, or mask and picture differ in proportions.
     """
     path, notes = Path(path), [] if notes is None else notes
-    masks = [_mask_of_file(file, notes) for file in mask_files(path)]
-    if len({mask.shape for mask in masks}) != 1:
-        sizes = sorted({mask.shape for mask in masks}) or "none"
-        raise ImageError(f"{path} is no folder of masks of one size (there are {sizes}). Correct or remove it.")
-    mask = np.logical_or.reduce(masks)
+    mask = _mask_of_file(path, notes)
     if mask.mean() > 0.5:
         notes.append("more than half of the picture is marked; look whether it is inverted")
     if shape is None:
@@ -96,13 +91,6 @@ def load_mask(
         sizes = f"{mask.shape}, its picture is {tuple(shape)} (rows, columns)"
         raise ImageError(f"Mask {path} is {sizes}: the proportions differ. Save the mask in its picture's size.")
     return _resized_mask(np.ascontiguousarray(mask), shape)
-
-
-def mask_files(path: Path) -> list[Path]:
-    """The mask files behind a ``mask_path``: the file itself, or the sorted files of a folder."""
-    if not path.is_dir():
-        return [path]
-    return sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != ".")
 
 
 def save_png(path: Path | str, array: np.ndarray) -> None:

@@ -15,23 +15,25 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
+import pandas as pd
+
 from helpers.data import names as words
 from helpers.data.images import IMAGE_SUFFIXES
 from helpers.data.names import ANOMALY_KIND, DatasetError, Meaning
 from helpers.records import NORMAL_KIND, Sample
 
 EXPECTED = """Understood are:
-  MVTec layout: <category>/train/good, <category>/test/good, <category>/test/<kind>, <category>/ground_truth/<kind>
-  the report's two trees: train/<painting>/..., test/anomaly/... and test/non_anomaly/...
-    (in test/ the painting is a subfolder or stands in the file name)
-  labelled folders: good/... and <kind>/... of one painting, or <painting>/good/... and <painting>/<kind>/...
-  genuine pictures only: one folder per painting, or a flat folder
+  MVTec layout: <artwork>/train/good, <artwork>/test/good, <artwork>/test/<kind>, <artwork>/ground_truth/<kind>
+  the report's two trees: train/<artwork>/..., test/anomaly/... and test/non_anomaly/...
+    (in test/ the artwork is a subfolder or stands in the file name)
+  labelled folders: good/... and <kind>/... of one artwork, or <artwork>/good/... and <artwork>/<kind>/...
+  genuine pictures only: one folder per artwork, or a flat folder
   CSV table (also VisA's): a row per picture with the columns image_path, category, split, label, kind, mask_path, group
     (all but image_path optional)"""
 _OURS = ("manifest.csv", "manifest.json", "synthesis.jsonl")
 _MASK_STEM = re.compile(
-    r"[_\-. ]+(anomaly|defect)?[_\-. ]*(masks?|gt|ground[_\- ]?truth|labels?|seg(mentation)?|annotation)"
-    r"([_\- ]?\d+)?$|^(masks?|gt|label|seg)[_\-. ]+",
+    r"[_\-. ]+(anomaly|defect)?[_\-. ]*(masks?|gt|ground[_\- ]?truth|labels?|seg(mentation)?|annotation)([_\- ]?\d+)?$"
+    r"|^(masks?|gt|label|seg)[_\-. ]+",
     re.IGNORECASE,
 )
 _UNCLEAR = frozenset("0 1 class_0 class_1 true false yes no positive negative".split())
@@ -39,15 +41,8 @@ _UNCLEAR = frozenset("0 1 class_0 class_1 true false yes no positive negative".s
 
 @dataclass
 class FolderReading:
-    """What was understood of a folder or table.
-
-    Attributes:
-        source, layout: the folder, absolute; what kind of folder or table it is, in words.
-        is_labelled: whether splits or labels were found; all pictures count as genuine where not.
-        samples: readable pictures by category, split and kind; ``group`` joins copies of one picture.
-        left_out: files that are not used, and why.
-        notes: everything else the user should know, a sentence each.
-    """
+    """What was understood of a folder or table: readable pictures (``group`` joins copies of one), files that are not
+    used and why, and sentences on everything else. Without splits and labels all pictures count as genuine."""
 
     source: Path
     layout: str
@@ -58,8 +53,6 @@ class FolderReading:
 
     def describe(self) -> str:
         """Numbers of pictures and masks, then notes and files left out."""
-        import pandas as pd
-
         rows = [(s.category, s.split, s.kind, s.mask_path is not None) for s in self.samples]
         table = pd.DataFrame(rows, columns=["artwork", "split", "kind", "masks"]).groupby(["artwork", "split", "kind"])
         lines = [f"{self.source}: {self.layout}"]
@@ -81,6 +74,11 @@ class FolderReading:
         self.samples = [replace(sample, category=categories[key]) for sample, key in zip(self.samples, keys)]
 
 
+def few(items: Sequence[object]) -> str:
+    """The first six of many, and how many more there are."""
+    return ", ".join(map(str, items[:6])) + (f" and {len(items) - 6} more" if len(items) > 6 else "")
+
+
 class Unclear(Exception):
     """Why a picture is left out."""
 
@@ -91,12 +89,11 @@ class File:
     def __init__(self, path: Path, meanings: Sequence[Meaning]) -> None:
         steps = [step for step in meanings if any(step[1:])]
         at = next((i for i, step in enumerate(steps) if step.split or step.kind), len(steps))
-        self.path = path
-        self.is_mask = any(step.is_mask for step in steps)
+        self.path, self.is_mask = path, any(step.is_mask for step in steps)
         self.splits = {step.split for step in steps if step.split}
         self.kinds = [step.kind for step in steps if step.kind]
         self.labels = {kind == NORMAL_KIND for kind in self.kinds}
-        self.first = next(((step.split, step.kind == NORMAL_KIND) for step in steps[at:]), None)
+        self.first = next((step.split or step.kind == NORMAL_KIND for step in steps[at:]), None)
         titles = [step.told if not step.kind else "" for step in steps]
         self.head, self.tail = tuple(filter(None, titles[:at])), tuple(filter(None, titles[at:]))
         self.child = "".join(titles[at + 1 : at + 2])
@@ -104,36 +101,32 @@ class File:
 
 
 class Tree:
-    """The pictures below a folder, with the places where labels and artworks stand."""
+    """The pictures below a folder, with the places where labels and artworks stand, by the other names above them."""
 
     def __init__(self, files: Sequence[File] = (), *, has_masks: bool = False) -> None:
-        self.is_labelled = has_masks or any(file.first for file in files)
-        self.has_folders = any(file.head or file.first for file in files)
-        self.labels: dict[tuple, set[bool]] = defaultdict(set)  # that folders have, by the folders above them
-        self.artworks: dict[tuple, list[str]] = {}  # by the folders above the split or label that they stand below
-        below: dict[tuple, dict] = defaultdict(lambda: defaultdict(set))
+        self.is_labelled = has_masks or any(file.first is not None for file in files)
+        self.has_folders = any(file.head or file.first is not None for file in files)
+        below: dict[tuple, dict] = defaultdict(lambda: defaultdict(set))  # first split or label -> names below it
         for file in files:
-            if file.first:
-                split, is_good = file.first
-                below[file.head][split or is_good].add(file.child)
-                self.labels[file.head] |= set() if split else {is_good}
+            if file.first is not None:
+                below[file.head][file.first].add(file.child)
+        self.labels = {head: {True, False} & set(found) for head, found in below.items() if {True, False} & set(found)}
+        self.artworks = {}
         for head, found in below.items():
             learnt = found["train"] | found["calibration"]
             if "" not in learnt and (learnt or found[True] & found[False] - {""}):
                 self.artworks[head] = sorted((learnt or found[True]) - {""})
 
     def place(self, file: File) -> tuple[tuple[str, ...], Sample]:
-        """The folder names that identify the artwork, and the picture; Unclear says why it is left out."""
-        head, tail, beside = file.head, file.tail, set()
+        """The names that identify the artwork, and the picture without its category; or :class:`Unclear`."""
+        head, tail, beside, is_lost = file.head, file.tail, set(), False
         if len(file.splits) > 1 or len(file.labels) > 1:
             raise Unclear("two things at once are said of it")
-        if not file.first:  # perhaps folders with labels stand beside it
-            at = next((at for at in range(len(head), -1, -1) if self.labels.get(head[:at])), None)
-            if at is None and (self.is_labelled or (self.has_folders and not head)):
-                raise Unclear("no folder says what it is: move it into good/, or the folder of its painting or kind")
-            beside = set() if at is None else self.labels[head[:at]]
-            at = 1 if at is None else at
-            head, tail = head[:at], head[at:]
+        if file.first is None:  # perhaps folders with labels stand beside it
+            above = next((head[:at] for at in range(len(head), -1, -1) if head[:at] in self.labels), None)
+            is_lost = above is None and (self.is_labelled or (self.has_folders and not head))
+            beside, above = self.labels.get(above, set()), head[:1] if above is None else above
+            head, tail = above, head[len(above) :]
         artworks = self.artworks.get(head, [])
         if artworks:
             artwork = words.spoken_of([*tail, file.path.stem], artworks)
@@ -142,18 +135,17 @@ class Tree:
             head, tail = (*head, artwork), tuple(name for name in tail if words.plain(name) != words.plain(artwork))
         split, kind = next(iter(file.splits), None), NORMAL_KIND
         decides = beside or split == "test"  # a folder without a label says a kind
+        if is_lost or (decides and not file.labels and (beside == {False}) == bool(tail)):
+            raise Unclear("no folder says what it is: move it into good/, or the folder of its painting or kind")
         if False in file.labels:
             stated = chain(file.kinds, map(words.kind_of, tail[:1]))
             kind = next((kind for kind in stated if kind != ANOMALY_KIND), ANOMALY_KIND)
-        elif not file.labels and decides and (beside == {False}) == bool(tail):
-            raise Unclear("no folder says whether it is genuine: move it into good/, or the folder of its kind")
-        elif not file.labels and tail and (decides or (file.first and not artworks)):
+        elif not file.labels and tail and (decides or (file.first is not None and not artworks)):
             kind = words.kind_of(tail[0])
-        is_anomalous = kind != NORMAL_KIND
+        is_anomalous, trusted = kind != NORMAL_KIND, head if artworks or file.first is None else ()
         split = split or ("test" if is_anomalous else "train")
         if is_anomalous and split != "test":
             raise Unclear("anomalous, so not used: detectors learn from normal pictures only")
-        trusted = head if artworks or not file.first else ()
         if not is_anomalous and any(map(words.says_forged, (*trusted, *tail))):
             raise Unclear("would be taken for genuine, but a folder above it says otherwise: rename or move that")
         return head, Sample(file.path, "", is_anomalous, None, split, kind)
@@ -167,13 +159,16 @@ def read_tree(root: Path) -> FolderReading:
     stems = {(path.parent, path.stem) for path in paths}
     files, masks, placed = [], [], []
     for path in paths:
-        steps = [meanings.get(name) for name in path.relative_to(root).parts[:-1]]
+        steps, bare = [meanings[name] for name in path.relative_to(root).parts[:-1]], _bare(path.stem)
+        file = File(path, [step for step in steps if step])
         if None in steps:
-            why = "may be labels or paintings: call them good/ and anomaly/, or by titles"
-            reading.left_out.append((path, f"0/ and 1/, yes/ and no/ and the like {why}"))
-            continue
-        file, bare = File(path, steps), _bare(path.stem)
-        (masks if file.is_mask or (bare != path.stem and (path.parent, bare) in stems) else files).append(file)
+            reading.left_out.append(
+                (path, "0/ and 1/, yes/ and no/ ... may be labels or paintings: say good/ and anomaly/")
+            )
+        elif file.is_mask or (bare != path.stem and (path.parent, bare) in stems):
+            masks.append(file)
+        else:
+            files.append(file)
     tree = Tree(files, has_masks=bool(masks))
     for file in files:
         try:
@@ -185,34 +180,22 @@ def read_tree(root: Path) -> FolderReading:
         except (Unclear, DatasetError) as reason:
             reading.left_out.append((file.path, str(reason)))
     heads = [head for _, head in placed]
-    reading.name_categories([head[-1] if head else own_name(root) for head in heads], heads)
+    reading.name_categories([head[-1] if head else root.name for head in heads], heads)
     _match_masks(masks, [file for file, _ in placed], reading)
     reading.is_labelled = tree.is_labelled
-    if not any(file.splits for file in files):
-        kind = "one folder per painting" if tree.has_folders else "flat folder"
-        kind += ": all pictures count as genuine ones to learn from; there is no test/ folder"
-        labelled = "labelled folders: normal pictures count as train, anomalous ones as test"
-        reading.layout = labelled if tree.is_labelled else kind
+    if not tree.is_labelled:
+        reading.layout = "genuine pictures only, all to learn from; there is no test/ folder"
         inner = sorted({"/".join(file.head[:2]) for file in files if file.head[1:]})
-        reading.notes += [f"Not artworks of their own: {few(inner)}."] if inner[1:] and not tree.is_labelled else []
+        reading.notes += [f"Not artworks of their own: {few(inner)}."] if inner[1:] else []
+    elif not any(file.splits for file in files):
+        reading.layout = "labelled folders: normal pictures count as train, anomalous ones as test"
     elif tree.artworks:
         reading.layout = "the report's two trees"
     return reading
 
 
-def few(items: Sequence[object]) -> str:
-    """The first six of many, and how many more there are."""
-    return ", ".join(map(str, items[:6])) + (f" and {len(items) - 6} more" if len(items) > 6 else "")
-
-
-def own_name(root: Path) -> str:
-    """The artwork's name when the folder given is the artwork, or its train/ or good/."""
-    meaning = words.meaning_of(root.name)
-    return root.parent.name if (meaning.split or meaning.kind) and root.parent.name else root.name
-
-
-def _meanings(names: set[str]) -> dict[str, Meaning]:
-    """What each folder name of a tree says; names that may be labels or titles are left out."""
+def _meanings(names: set[str]) -> dict[str, Meaning | None]:
+    """What each folder name of a tree says; None for names that may be labels or titles."""
     meanings = {name: words.meaning_of(words.repaired(name)) for name in names}
     known = {meaning.name for meaning in meanings.values()}
     for name, meaning in meanings.items():
@@ -224,34 +207,30 @@ def _meanings(names: set[str]) -> dict[str, Meaning]:
         if any(meaning.split for meaning in meanings.values()):
             meanings |= {"0": Meaning("good", kind=NORMAL_KIND), "1": Meaning("anomaly", kind=ANOMALY_KIND)}
         elif len(unclear) > 1:
-            meanings = {name: meaning for name, meaning in meanings.items() if name not in unclear}
+            meanings |= dict.fromkeys(unclear)
     return meanings
 
 
 def _match_masks(masks: Sequence[File], files: Sequence[File], reading: FolderReading) -> None:
     """Give each anomalous picture its mask; leave out masks that fit none, or more than one."""
-    anomalous = {index for index, sample in enumerate(reading.samples) if sample.is_anomalous}
-    by_stem, found = defaultdict(list), defaultdict(set)
-    for index, file in enumerate(files):
-        by_stem[file.path.stem].append(index)
+    by_stem, found = defaultdict(list), defaultdict(list)
+    for index, (file, sample) in enumerate(zip(files, reading.samples)):
+        by_stem[file.path.stem].append((index, file.told, sample.is_anomalous))
     for mask in masks:
-        path, folder, owners = mask.path, mask.path.parent, []
-        tries = [(path, stem, mask.told) for stem in (path.stem, _bare(path.stem))]
-        tries.append((folder, _bare(folder.name), mask.told - {words.plain(folder.name)}))  # masks of one picture
-        while tries and not owners:
-            (path, stem, told), *tries = tries
-            same = [index for index in by_stem[stem] if files[index].told == told]
-            wider = [index for index in by_stem[stem] if told < files[index].told and index in anomalous]
-            owners = [index for index in same if index in anomalous] or same or wider
-        if len(owners) == 1 and owners[0] in anomalous:
-            found[owners[0]].add(path)
+        near = [one for stem in {mask.path.stem, _bare(mask.path.stem)} for one in by_stem[stem]]
+        same = [(index, is_anomalous) for index, told, is_anomalous in near if told == mask.told]
+        wider = [(index, True) for index, told, is_anomalous in near if told > mask.told and is_anomalous]
+        owners = [owner for owner in same if owner[1]] or same or wider
+        if len(owners) == 1 and owners[0][1]:
+            found[owners[0][0]].append(mask.path)
         else:
             why = "more than one picture; used for none" if len(owners) > 1 else "no anomalous picture"
             reading.left_out.append((mask.path, f"mask of {why}"))
     for index, paths in found.items():
         if len(paths) == 1:
-            reading.samples[index] = replace(reading.samples[index], mask_path=paths.pop())
-        reading.left_out += [(mask, "one of several masks of a picture; none is used") for mask in sorted(paths)]
+            reading.samples[index] = replace(reading.samples[index], mask_path=paths[0])
+        else:
+            reading.left_out += [(mask, "one of several masks of a picture; none is used") for mask in paths]
 
 
 def _bare(stem: str) -> str:
@@ -265,8 +244,7 @@ def _listed(root: Path, reading: FolderReading) -> list[Path]:
     pictures, n_hidden, seen = [], 0, set()
     for here, folders, names in os.walk(root, followlinks=True):
         if os.path.realpath(here) in seen:  # a linked folder that leads back into itself is entered once
-            folders.clear()
-            continue
+            folders, names = folders.clear() or [], []
         seen.add(os.path.realpath(here))
         n_hidden += sum(map(words.is_hidden, folders + names))
         folders[:] = sorted(name for name in folders if not words.is_hidden(name))

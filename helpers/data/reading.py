@@ -111,10 +111,7 @@ def _understood(source: Path) -> FolderReading:
     """What every picture of a folder or table is, before any is decoded."""
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist. Give the folder (or CSV file) of your pictures.")
-    visa = sorted(source.glob("split_csv/*.csv"), key=lambda path: path.name != "1cls.csv")
-    if visa:
-        reading = tables.read_table(visa[0], source)
-    elif source.is_file():
+    if source.is_file():
         if source.suffix.lower() not in (".csv", ".tsv"):
             raise DatasetError(f"{source} is neither a folder nor a CSV (an archive: unpack it).\n{layouts.EXPECTED}")
         reading = tables.read_table(source, source.parent)

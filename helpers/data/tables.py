@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from helpers.data.layouts import EXPECTED, File, FolderReading, Tree, Unclear, own_name
+from helpers.data.layouts import EXPECTED, File, FolderReading, Tree, Unclear
 from helpers.data.names import ANOMALY_KIND, DatasetError, Meaning, kind_of, meaning_of, plain
 from helpers.records import NORMAL_KIND, Sample
 
@@ -65,7 +65,7 @@ def read_table(table: Path, root: Path) -> FolderReading:
             seen.add(key)
         except (Unclear, DatasetError) as error:
             reading.left_out.append((path, f"row {number} of {table.name}: {error}"))
-    names = [sample.category or own_name(root) for sample in reading.samples]
+    names = [sample.category or root.name for sample in reading.samples]
     reading.name_categories(names, names)
     return reading
 
