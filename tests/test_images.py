@@ -339,17 +339,3 @@ def test_a_hairline_stays_whole_when_its_mask_shrinks(tmp_path: Path, thickness:
     small = images.load_mask(put(tmp_path / "line.png", line), (288, 288))
     assert small[:, 20:260].any(axis=0).all()  # no gap along the line
     assert small.sum() < 3 * 1800 / 7.1  # and no broad band
-
-
-def test_a_folder_of_masks_is_joined(tmp_path: Path) -> None:
-    first, second = np.zeros((2, HEIGHT, WIDTH), bool)
-    first[0, 0] = second[-1, -1] = True
-    (tmp_path / "empty").mkdir()
-    images.save_png(tmp_path / "000" / "000.png", first)
-    images.save_png(tmp_path / "000" / "001.png", second.astype(np.uint8) * 250)
-    np.testing.assert_array_equal(images.load_mask(tmp_path / "000"), first | second)
-    with pytest.raises(images.ImageError, match="masks of one size"):
-        images.load_mask(tmp_path / "empty")
-    images.save_png(tmp_path / "000" / "002.png", first[:, :5])
-    with pytest.raises(images.ImageError, match="masks of one size"):
-        images.load_mask(tmp_path / "000")
