@@ -22,9 +22,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from helpers import data
+from helpers import data, synthesis
 from helpers.anomalyclip import training
 from helpers.data import build, images, sources
+from helpers.reference import genuine
 
 
 def test_embedded_artworks_are_a_complete_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,6 +165,33 @@ def test_wikimedia_writes_a_dataset_with_licences(commons: Commons, tmp_path: Pa
     again = build.source_for(None, builtin="wikimedia", target=tmp_path, max_side=96, seed=1)
     assert list(data.open_dataset(tmp_path).samples) == list(again.samples) and not commons.asked  # nothing is asked
     assert [s.image_path for s in again.samples] == [s.image_path for s in samples]
+
+
+def test_members_of_the_category_are_sorted(commons: Commons, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Genuine ones join; copies of a scan, replicas, changed pictures, details, unfree ones are left out with why."""
+    canvas = {path.stem: images.load_image(path) for path in sources.PAINTINGS.glob("portrait_in_orange/*/*.webp")}
+    scan, looks = canvas["original"], ("perspective", "lighting", "colour_jitter", "saturation", "jpeg")
+    shots = [synthesis.rephotograph(scan, np.random.default_rng(n), changes=looks)[0] for n in range(3)]
+    changed = shots[2].copy()
+    changed[100:250, 80:200] = changed[300:450, 150:270]
+    commons.files[SCAN] = jpeg(scan)
+    pictures = {"photo 0": shots[0], "replica": canvas["replica_0"], "mirror": shots[0][:, ::-1], "changed": changed}
+    pictures |= {"copy": cv2.resize(scan, None, fx=0.8, fy=0.8), "unfree": shots[2], "detail": scan[100:300, 100:300]}
+    pictures |= {"photo 1": shots[1], "photo 2": shots[2]}
+    commons.files |= {f"{name}.jpg": jpeg(np.ascontiguousarray(image)) for name, image in pictures.items()}
+    commons.members = [SCAN, *(f"{name}.jpg" for name in pictures)]
+    commons.about = {"unfree.jpg": {"licence": "CC BY-SA-NC 3.0"}}
+    monkeypatch.setattr(sources, "MOST_GENUINE", 3)
+    samples, left_out = sources.wikimedia(tmp_path, difference=genuine.difference)
+    good = [s.image_path.stem.rpartition("_")[0] for s in samples if not s.is_anomalous]
+    assert good == ["Mona_Lisa__scan", "photo_0", "photo_1"]  # enough then: photo 2 is not fetched
+    reasons = {"replica": "main scan", "mirror": "does not lie", "changed": "differs", "copy": "once more"}
+    reasons |= {"unfree": "not known to be free", "detail": "of which it shows"}
+    assert all(reasons[file.removesuffix(".jpg")] in why for file, why in left_out) and len(left_out) == len(reasons)
+    assert max(n for name, n in Counter(commons.asked).items() if name != "api") == 1
+    commons.asked.clear()
+    again, kept = sources.wikimedia(tmp_path, difference=genuine.difference)
+    assert len(again) == len(samples) and kept == left_out and not commons.asked
 
 
 @pytest.mark.parametrize("behaviour", ["status 429", "status 503", "disconnect"])
