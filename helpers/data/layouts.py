@@ -22,21 +22,12 @@ from helpers.data.images import IMAGE_SUFFIXES
 from helpers.data.names import ANOMALY_KIND, DatasetError, Meaning
 from helpers.records import NORMAL_KIND, Sample
 
-EXPECTED = """Understood are:
-  MVTec layout: <artwork>/train/good, <artwork>/test/good, <artwork>/test/<kind>, <artwork>/ground_truth/<kind>
-  the report's two trees: train/<artwork>/..., test/anomaly/... and test/non_anomaly/...
-    (in test/ the artwork is a subfolder or stands in the file name)
-  labelled folders: good/... and <kind>/... of one artwork, or <artwork>/good/... and <artwork>/<kind>/...
-  genuine pictures only: one folder per artwork, or a flat folder
-  CSV table (also VisA's): a row per picture with the columns image_path, category, split, label, kind, mask_path, group
-    (all but image_path optional)"""
 _OURS = ("manifest.csv", "manifest.json", "synthesis.jsonl")
 _MASK_STEM = re.compile(
     r"[_\-. ]+(anomaly|defect)?[_\-. ]*(masks?|gt|ground[_\- ]?truth|labels?|seg(mentation)?|annotation)([_\- ]?\d+)?$"
     r"|^(masks?|gt|label|seg)[_\-. ]+",
     re.IGNORECASE,
 )
-_UNCLEAR = frozenset("0 1 class_0 class_1 true false yes no positive negative".split())
 
 
 @dataclass
@@ -202,7 +193,7 @@ def _meanings(names: set[str]) -> dict[str, Meaning | None]:
         bare = _bare(meaning.name)
         if bare in known - {meaning.name}:  # crack_mask/ beside crack/
             meanings[name] = Meaning(meaning.name, is_mask=True, told=bare)
-    unclear = {name for name in names if words.plain(name) in _UNCLEAR}
+    unclear = {name for name in names if words.plain(name) in words.vocabulary()["unclear"]}
     if {name for name in names if name.isdigit()} <= {"0", "1"}:  # else they number paintings
         if any(meaning.split for meaning in meanings.values()):
             meanings |= {"0": Meaning("good", kind=NORMAL_KIND), "1": Meaning("anomaly", kind=ANOMALY_KIND)}

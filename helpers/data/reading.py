@@ -42,7 +42,7 @@ def read_folder(folder: Path | str) -> FolderReading:
     reading.samples = samples = [sample for sample, *_ in checks if sample]
     if all(sample.is_anomalous for sample in samples):
         way = "No normal picture is left, and detectors learn from normal ones: add some as train/good."
-        raise DatasetError(f"{reading.describe()}\n{way}\n{layouts.EXPECTED}")
+        raise DatasetError(f"{reading.describe()}\n{way}\n{_expected()}")
     noted: dict[str, dict[str, None]] = defaultdict(dict)
     for name, note in (one for *_, notes in checks for one in notes):
         noted[note][name] = None
@@ -113,19 +113,23 @@ def _understood(source: Path) -> FolderReading:
         raise FileNotFoundError(f"{source} does not exist. Give the folder (or CSV file) of your pictures.")
     if source.is_file():
         if source.suffix.lower() not in (".csv", ".tsv"):
-            raise DatasetError(f"{source} is neither a folder nor a CSV (an archive: unpack it).\n{layouts.EXPECTED}")
-        reading = tables.read_table(source, source.parent)
+            raise DatasetError(f"{source} is neither a folder nor a CSV (an archive: unpack it).\n{_expected()}")
+        reading = tables.read_table(source)
     else:
         reading, found = layouts.read_tree(source), tables.tables_in(source)
         if found[1:] and not reading.is_labelled:
             names = few([path.name for path in found])
             raise DatasetError(f"{source} holds several tables of pictures: {names}. Give the path of one.")
         if found and not reading.is_labelled:  # folders with labels say more than a table that was not asked for
-            reading = tables.read_table(found[0], source)
+            reading = tables.read_table(found[0])
     spelling: dict[str, str] = {}  # kinds that differ in case or separators only become one
     samples = [replace(s, kind=spelling.setdefault(plain(s.kind), s.kind)) for s in reading.samples]
     reading.samples = sorted(samples, key=lambda s: (s.category, SPLITS.index(s.split), s.is_anomalous, s.kind))
     return reading
+
+
+def _expected() -> str:
+    return Path(__file__).with_name("layouts.txt").read_text(encoding="utf-8")
 
 
 def _checked(sample: Sample) -> tuple[Sample | None, np.ndarray | None, list, list]:

@@ -9,36 +9,24 @@ from pathlib import Path
 
 import pandas as pd
 
-from helpers.data.layouts import EXPECTED, File, FolderReading, Tree, Unclear
-from helpers.data.names import ANOMALY_KIND, DatasetError, Meaning, kind_of, meaning_of, plain
-from helpers.records import NORMAL_KIND, Sample
+from helpers.data.layouts import File, FolderReading, Tree, Unclear
+from helpers.data.names import ANOMALY_KIND, DatasetError, Meaning, kind_of, meaning_of, plain, vocabulary
+from helpers.records import NORMAL_KIND
 
-_COLUMNS = {
-    "image_path": "image path file filename file_name filepath file_path img_path image_file image_name img",
-    "category": "object painting artwork cls_name",
-    "split": "phase subset",
-    "label": "is_anomalous is_anomaly",
-    "kind": "anomaly_kind anomaly_type defect_type",
-    "mask_path": "mask mask_file",
-    "group": "",
-}
-_EMPTY = frozenset(("", "nan", "none", "null", "n/a", "na", "-", "<na>"))
-_LABELS = dict.fromkeys("1 1.0 true yes y t ja wahr positive pos".split(), ANOMALY_KIND)
-_LABELS |= dict.fromkeys("0 0.0 false no n f nein falsch negative neg".split(), NORMAL_KIND)
+_COLUMNS = ("image_path", "category", "split", "label", "kind", "mask_path", "group")
 
 
-def read_table(table: Path, root: Path) -> FolderReading:
-    """The rows of a table; paths in it start from ``root`` (or, as VisA writes them, from the folder above).
+def read_table(table: Path) -> FolderReading:
+    """The rows of a table; paths in it start from its folder (or, as VisA writes them, from the folder above).
 
-    Raises:
-        DatasetError: no column names the pictures, or other columns are there but none is understood as a label.
+    ``DatasetError``: no column names the pictures, or others are there but none is understood as a label.
     """
-    reading = FolderReading(root, f"CSV table {table.name}")
+    reading = FolderReading(table.parent, f"CSV table {table.name}")
     frame = _frame(table, reading)
     header = f"{table} has the columns {', '.join(frame.columns)}"
     unknown = [name for name in frame.columns if name not in _COLUMNS]
     if "image_path" not in frame:
-        raise DatasetError(f"{header}; one must name the picture: image_path, {_COLUMNS['image_path']}.\n{EXPECTED}")
+        raise DatasetError(f"{header}; one must name the picture: {', '.join(vocabulary()['column image_path'])}.")
     if not {"label", "kind"} & set(frame.columns):
         if unknown or "mask_path" in frame:
             way = "Add a column label (normal or anomaly), or remove the other columns if all pictures are genuine."
@@ -47,25 +35,22 @@ def read_table(table: Path, root: Path) -> FolderReading:
     if unknown:
         reading.notes.append(f"Columns of {table.name} that were not read: {', '.join(unknown)}.")
     if "label" not in frame:
-        frame["label"] = "" if "kind" in frame else NORMAL_KIND
-        frame["kind"] = [kind or NORMAL_KIND for kind in frame.get("kind", frame["label"])]
+        frame["kind"] = [kind or NORMAL_KIND for kind in frame.get("kind", [""] * len(frame))]
     elif "kind" not in frame and NORMAL_KIND in set(map(_stated, frame["label"])):  # labels like good, crack, tear
         frame = frame.rename(columns={"label": "kind"})
     seen: set[tuple[str, str]] = set()
-    for number, row in enumerate(frame.to_dict("records"), start=2):
-        row = dict.fromkeys(_COLUMNS, "") | row
-        path = _resolved(root, row["image_path"])
+    for number, row in enumerate(frame.reindex(columns=_COLUMNS, fill_value="").to_dict("records"), start=2):
+        path, key = _resolved(table.parent, row["image_path"]), (row["image_path"], row["category"])
         try:
-            key = row["image_path"], row["category"]
             if key in seen or not row["image_path"]:
                 raise Unclear("named in an earlier row already" if row["image_path"] else "no picture named")
-            sample = _sample(row, path)
-            mask = _resolved(root, row["mask_path"]) if sample.is_anomalous and row["mask_path"] else None
+            _, sample = Tree().place(File(path, _meanings(row)))
+            mask = _resolved(table.parent, row["mask_path"]) if sample.is_anomalous and row["mask_path"] else None
             reading.samples.append(replace(sample, category=row["category"], mask_path=mask, group=row["group"]))
             seen.add(key)
         except (Unclear, DatasetError) as error:
             reading.left_out.append((path, f"row {number} of {table.name}: {error}"))
-    names = [sample.category or root.name for sample in reading.samples]
+    names = [sample.category or table.parent.name for sample in reading.samples]
     reading.name_categories(names, names)
     return reading
 
@@ -79,19 +64,21 @@ def tables_in(root: Path) -> list[Path]:
 
 def _stated(value: str) -> str | None:
     """The label or kind that a cell states."""
-    return _LABELS.get(value.casefold()) or meaning_of(value).kind
+    for label in (NORMAL_KIND, ANOMALY_KIND):
+        if value.casefold() in vocabulary()[f"cell {label}"]:
+            return label
+    return meaning_of(value).kind
 
 
-def _sample(row: dict[str, str], path: Path) -> Sample:
-    """One row of a table, read like the names of folders."""
+def _meanings(row: dict[str, str]) -> list[Meaning]:
+    """A row like the names of the folders above a picture."""
     split, label, kind = row["split"], row["label"], row["kind"]
     said = [_stated(label), kind and (_stated(kind) or kind_of(kind))]
     if split and not meaning_of(split).split:
         raise Unclear(f"split is {split!r}; allowed are train, calibration (or validation) and test")
     if not any(said) or (label and not said[0]):
         raise Unclear(f"label is {label!r}; allowed are normal, anomaly, good, 0, 1, true, false")
-    steps = [Meaning(split, split=meaning_of(split).split), *(Meaning(label, kind=stated) for stated in said if stated)]
-    return Tree().place(File(path, steps))[1]
+    return [Meaning("", split=meaning_of(split).split), *(Meaning("", kind=stated) for stated in said if stated)]
 
 
 def _frame(table: Path, reading: FolderReading) -> pd.DataFrame:
@@ -110,10 +97,10 @@ def _frame(table: Path, reading: FolderReading) -> pd.DataFrame:
     except (pd.errors.EmptyDataError, pd.errors.ParserError) as error:
         raise DatasetError(f"{table} cannot be read as a table ({error}).") from error
     reading.left_out += [(table, f"a row with too many cells: {', '.join(cells)[:80]}") for cells in long]
-    frame = frame.fillna("").map(lambda cell: "" if cell.strip().casefold() in _EMPTY else cell.strip())
+    frame = frame.fillna("").map(str.strip).map(lambda cell: cell * (cell.casefold() not in vocabulary()["cell empty"]))
     frame = frame.loc[:, [not str(column).startswith("Unnamed") for column in frame.columns]]
     header = {plain(str(column)): column for column in frame.columns}
-    aliases = {meaning: [meaning, *names.split()] for meaning, names in _COLUMNS.items()}
+    aliases = {meaning: list(vocabulary()[f"column {meaning}"]) for meaning in _COLUMNS}
     aliases["label"] += [name for name in header if meaning_of(name.removeprefix("is_")).kind]  # is_defect
     found = {meaning: next(filter(header.get, names), None) for meaning, names in aliases.items()}
     return frame.rename(columns={header[name]: meaning for meaning, name in found.items() if name})
