@@ -48,6 +48,13 @@ def test_a_folder_becomes_a_dataset(mvtec: Path, capsys: pytest.CaptureFixture[s
     assert len(boxes) == 6 and all(data.mask_of(sample).sum() == MARKED for sample in boxes)
     assert [data.mask_of(sample) for sample in dataset.select(kind="replica")] == [None, None]
     assert not data.mask_of(dataset.select(split="train")[0], (5, 6)).any()
+    assert dataset.categories == ("mona_lisa", "pearl_earring") and len(dataset.select()) == 20
+    assert len(dataset.select(split="test", is_anomalous=False, category="mona_lisa")) == 2
+    for wrong in ({"category": "monalisa"}, {"split": "val"}, {"kind": "boxes"}):
+        with pytest.raises(ValueError, match="there are"):
+            dataset.select(**wrong)
+    moved = data.open_dataset(shutil.move(mvtec, mvtec.with_name("moved")))
+    assert moved.hash == dataset.hash and all(s.image_path.is_relative_to(moved.folder) for s in moved.samples)
     words = capsys.readouterr().out
     assert "MVTec layout" in words and re.search(r"test +box +3 +3\n +good +2 +0\n +replica +1 +0", words)
 
@@ -123,8 +130,9 @@ def test_copies_in_one_split_or_of_another_artwork_are_reported(mvtec: Path) -> 
     assert groups["001.png"] == groups["again.png"] != groups["002.png"]
 
 
-@pytest.mark.parametrize("size, gain", [((400, 280), 1), ((100, 70), 1), ((200, 140), 0.8)])
-@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+@pytest.mark.parametrize(
+    "size, gain, suffix", [((400, 280), 1, ".jpg"), ((100, 70), 1, ".png"), ((200, 140), 0.8, ".jpg")]
+)
 def test_near_duplicates_across_splits_share_a_group(mvtec: Path, size: tuple, gain: float, suffix: str) -> None:
     base, scan = mvtec / "mona_lisa", picture(77, (140, 200))
     put(base / "train" / "good" / "002.png", scan)
@@ -166,12 +174,6 @@ def test_round_trip_keeps_every_field(mvtec: Path, tmp_path: Path) -> None:
     assert about["made_by"] == "test" and about["dataset_hash"] == data.dataset_hash(loaded)
 
 
-def test_a_moved_dataset_opens_with_the_same_hash(mvtec: Path, tmp_path: Path) -> None:
-    first = data.open_dataset(data.build_manifest(mvtec).parent)
-    moved = data.open_dataset(shutil.move(mvtec, tmp_path / "moved"))
-    assert moved.hash == first.hash and all(s.image_path.is_relative_to(tmp_path / "moved") for s in moved.samples)
-
-
 def test_the_hash_sees_every_meaningful_change(mvtec: Path) -> None:
     samples = list(data.read_folder(mvtec).samples)
     reference = data.dataset_hash(samples)
@@ -208,17 +210,6 @@ def test_open_dataset_notices_what_changed(mvtec: Path) -> None:
         data.open_dataset(mvtec)
 
 
-def test_select_and_categories(mvtec: Path) -> None:
-    dataset = data.open_dataset(data.build_manifest(mvtec).parent)
-    assert dataset.categories == ("mona_lisa", "pearl_earring")
-    assert len(dataset.select(split="test", is_anomalous=True)) == 8
-    assert len(dataset.select(split="test", is_anomalous=False, category="mona_lisa")) == 2
-    assert len(dataset.select()) == len(dataset.samples)
-    for wrong in ({"category": "monalisa"}, {"split": "val"}, {"kind": "boxes"}):
-        with pytest.raises(ValueError, match="there are"):
-            dataset.select(**wrong)
-
-
 def test_a_source_picture_in_two_splits_needs_a_limit(mvtec: Path) -> None:
     mine = [replace(s, group="scan") if s.category == "mona_lisa" else s for s in data.read_folder(mvtec).samples]
     data.write_manifest(mvtec, mine)
@@ -245,20 +236,18 @@ def test_refused_and_interrupted_writes_leave_no_dataset(mvtec: Path, monkeypatc
         data.open_dataset(mvtec)
 
 
-@pytest.mark.parametrize(
-    "old, new, words",
-    [
-        ("is_anomalous", "label", "is_anomalous"),
-        (",True,", ",maybe,", r"row \d+: 'maybe'"),
-        (",train,", ",trian,", "split is 'trian'"),
-        (None, "", "No columns"),
-    ],
-)
-def test_broken_manifests_are_refused_in_words(mvtec: Path, old: str | None, new: str, words: str) -> None:
+def test_broken_manifests_are_refused_in_words(mvtec: Path) -> None:
     written = data.build_manifest(mvtec)
-    written.write_text("" if old is None else written.read_text().replace(old, new, 1))
-    with pytest.raises(data.DatasetError, match=words):
-        data.load_manifest(written)
+    text = written.read_text()
+    for broken, words in (
+        (text.replace("is_anomalous", "label", 1), "is_anomalous"),
+        (text.replace(",True,", ",maybe,", 1), r"row \d+: 'maybe'"),
+        (text.replace(",train,", ",trian,", 1), "split is 'trian'"),
+        ("", "No columns"),
+    ):
+        written.write_text(broken)
+        with pytest.raises(data.DatasetError, match=words):
+            data.load_manifest(written)
 
 
 def test_a_second_call_reads_new_pictures_but_frozen_and_foreign_manifests_stay(mvtec: Path) -> None:
@@ -277,17 +266,11 @@ def test_a_second_call_reads_new_pictures_but_frozen_and_foreign_manifests_stay(
 
 
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0\r\n/"), min_size=1, max_size=12)
+ROWS = st.tuples(NAMES, NAMES, st.sampled_from(SPLITS), st.booleans(), NAMES, st.none() | st.floats(0, 100))
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    rows=st.lists(
-        st.tuples(NAMES, NAMES, st.sampled_from(SPLITS), st.booleans(), NAMES, st.none() | st.floats(0, 100)),
-        min_size=1,
-        max_size=6,
-        unique_by=lambda row: row[0],
-    )
-)
+@settings(max_examples=25, deadline=None)
+@given(rows=st.lists(ROWS, min_size=1, max_size=6, unique_by=lambda row: row[0]))
 def test_any_names_survive_the_manifest(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple]) -> None:
     folder = tmp_path_factory.mktemp("names")
     samples = [

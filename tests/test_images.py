@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
-import struct
-import zlib
 from pathlib import Path
 
 import cv2
@@ -132,7 +129,7 @@ def test_exif_rotation_turns_pictures_and_the_masks_drawn_before_it(tmp_path: Pa
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize("exif", [b"MM\0\x2a\xff\xff\xff\xff", b"no TIFF header at all", b"II"])
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
 def test_broken_exif_does_not_lose_the_picture(tmp_path: Path, exif: bytes, suffix: str) -> None:
     picture().save(tmp_path / f"odd{suffix}", exif=b"Exif\0\0" + exif)
     assert images.load_image(tmp_path / f"odd{suffix}").shape == (HEIGHT, WIDTH, 3)
@@ -173,7 +170,7 @@ def test_what_is_no_picture_is_refused_in_words(tmp_path: Path, name: str) -> No
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif", ".gif", ".bmp"])
-@pytest.mark.parametrize("part", [0.02, 0.3, 0.8])
+@pytest.mark.parametrize("part", [0.02, 0.8])
 def test_truncated_files_are_refused(tmp_path: Path, suffix: str, part: float) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / f"whole{suffix}")
@@ -186,7 +183,7 @@ def test_truncated_files_are_refused(tmp_path: Path, suffix: str, part: float) -
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_bit_flips_are_read_or_refused_but_never_crash(tmp_path: Path) -> None:
     rng, outcomes = np.random.default_rng(1), set()
-    for number, suffix in enumerate(30 * (".jpg", ".png", ".webp", ".tif", ".gif")):
+    for number, suffix in enumerate(20 * (".jpg", ".png", ".webp", ".tif", ".gif")):
         broken = np.fromfile(put(tmp_path / f"good{suffix}", RAMP), np.uint8)
         broken[rng.integers(0, len(broken), 6)] ^= 1 << rng.integers(0, 8, 6, np.uint8)
         broken.tofile(tmp_path / "flipped.bin")
@@ -210,54 +207,31 @@ def test_links_folders_pipes_and_missing_files(tmp_path: Path) -> None:
             images.load_image(tmp_path / name)
 
 
-@pytest.mark.parametrize("width, height", [(20_000, 20_000), (10_000, 8_001)])
-def test_huge_png_is_refused_from_its_header(tmp_path: Path, width: int, height: int) -> None:
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    row = chunk(b"IDAT", zlib.compress(b"\0" * (1 + 3 * width)))
-    (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + row + chunk(b"IEND", b""))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(images.ImageError, match="at most 80,000,000"):
-        images.load_image(tmp_path / "huge.png", max_side=288)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KB
-
-
-def test_huge_jpegs_are_decoded_at_reduced_size_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_huge_files_are_refused_from_their_header_or_decoded_at_reduced_size(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(images, "MAX_PIXELS", 100_000)
     content = put(tmp_path / "huge.jpg", np.full((480, 1000), 90, np.uint8)).read_bytes()
     assert images.load_image(tmp_path / "huge.jpg").shape == (120, 250, 3)
     assert images.load_image(tmp_path / "huge.jpg", max_side=50).shape == (24, 50, 3)
     start = content.index(b"\xff\xc0")  # baseline frame header; 0xC2 announces a progressive one
     (tmp_path / "progressive.jpg").write_bytes(content[: start + 1] + b"\xc2" + content[start + 2 :])
-    with pytest.raises(images.ImageError, match="1000 x 480 pixels"):
-        images.load_image(tmp_path / "progressive.jpg", max_side=64)
+    whole = put(tmp_path / "whole.png", np.zeros((480, 1000), np.uint8)).read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[:60])
+    for name in ("progressive.jpg", "cut.png"):
+        with pytest.raises(images.ImageError, match="1000 x 480 pixels; at most 100,000"):
+            images.load_image(tmp_path / name, max_side=64)
 
 
 @settings(max_examples=25, deadline=None)
-@given(hnp.arrays(np.uint8, st.tuples(st.integers(1, 40), st.integers(1, 40), st.just(3))))
-def test_save_then_load_is_identity(tmp_path_factory: pytest.TempPathFactory, array: np.ndarray) -> None:
+@given(hnp.arrays(np.uint8, st.tuples(st.integers(1, 40), st.integers(1, 40), st.just(3))), st.integers(1, 60))
+def test_saved_pictures_are_the_same_and_shrink(tmp_path_factory, array: np.ndarray, side: int) -> None:
     path = tmp_path_factory.mktemp("round") / "trip.png"
     images.save_png(path, array)
-    np.testing.assert_array_equal(images.load_image(path), array)
-    turned = array.swapaxes(0, 1)
     assert images.pixel_hash(images.load_image(path)) == images.pixel_hash(array)
-    assert array.shape == turned.shape or images.pixel_hash(turned) != images.pixel_hash(array)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 200))
-def test_resize_never_enlarges_and_meets_the_longer_side(height: int, width: int, max_side: int) -> None:
-    small = images.resize(np.zeros((height, width, 3), np.uint8), max_side)
-    assert max(small.shape[:2]) == min(max(height, width), max_side) and min(small.shape[:2]) >= 1
-
-
-def test_save_refuses_what_is_no_picture(tmp_path: Path) -> None:
-    for wrong in (RAMP.astype(np.float32), np.zeros((4, 4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8)):
-        with pytest.raises(ValueError, match="Cannot save"):
-            images.save_png(tmp_path / "wrong.png", wrong)
-    assert not list(tmp_path.iterdir())
+    small = images.load_image(path, max_side=side)
+    assert max(small.shape[:2]) == min(max(array.shape[:2]), side) and min(small.shape[:2]) >= 1
+    with pytest.raises(ValueError, match="Cannot save"):
+        images.save_png(path.with_name("wrong.png"), array.astype(np.float32))
+    assert [file.name for file in path.parent.iterdir()] == ["trip.png"]
 
 
 def palette(indices: np.ndarray, *colours: tuple[int, int, int]) -> Image.Image:

@@ -133,14 +133,16 @@ def _refused_in_words(path: Path) -> Iterator[None]:
     except ImageError:
         raise
     except Exception as error:
-        content = path.read_bytes()
+        head = b""
+        with suppress(OSError), path.open("rb") as file:
+            head = file.read(12)
         why = str(error).partition("\n")[0].replace(f" {str(path)!r}", "") or type(error).__name__
-        if isinstance(error, UnidentifiedImageError) and content[:2] in (b"II", b"MM"):
+        if isinstance(error, UnidentifiedImageError) and head[:2] in (b"II", b"MM"):
             why = "a TIFF of camera raw or of colours as floats"
-        if content[4:8] == b"ftyp" and content[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"):
+        if head[4:8] == b"ftyp" and head[8:] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"):
             why = "HEIC, as iPhones save it; or pip install pillow-heif"
         way = "Copy it again, or save it as JPEG, PNG, TIFF or WebP of 8 bits a channel"
-        raise ImageError(f"{path} cannot be read as a picture ({len(content)} bytes; {why}). {way}.") from error
+        raise ImageError(f"{path} cannot be read as a picture ({path.stat().st_size} bytes; {why}). {way}.") from error
 
 
 def _opened(path: Path) -> Image.Image:
