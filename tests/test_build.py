@@ -293,5 +293,5 @@ def test_impossible_kinds_are_refused(tmp_path: Path, kinds: tuple, words: str) 
 
 def test_two_artworks_with_names_alike_stay_apart() -> None:
     jobs, _, _ = planned([s for name in ("Saint?", "saint?") for s in rows(name, ("train", False, 1))], (1, 1, 1, 1))
-    folders = {(job.category, job.image_path.split("/")[0]) for job in jobs}
+    folders = {(job.category, job.image_path.parts[0]) for job in jobs}
     assert folders == {("Saint?", "Saint"), ("saint?", "saint_2")}

@@ -60,6 +60,10 @@ TITLES = [["mona_lisa", "good", SCAN], ["mona_lisa", "replica", COPY], ["mona_li
 TITLES += [["mona_lisa", "member", "Category:Mona Lisa"]]
 
 
+def unasked(scan: np.ndarray, picture: np.ndarray) -> str:
+    raise AssertionError("no member is compared here")
+
+
 @dataclass
 class Commons:
     """A small Commons: ``files`` by name, ``trouble`` by name (list of behaviours, used up one per request)."""
@@ -114,7 +118,7 @@ class Commons:
 def commons(monkeypatch: pytest.MonkeyPatch) -> Iterator[Commons]:
     monkeypatch.setenv("no_proxy", "*")
     state = Commons(files={title: jpeg(seed) for seed, (*_, title) in enumerate(TITLES[:3])})
-    monkeypatch.setattr(sources, "TITLES", TITLES)
+    monkeypatch.setattr(sources, "titles", lambda: TITLES)
     monkeypatch.setattr(sources, "PAUSE", 0)
 
     class Handler(BaseHTTPRequestHandler):
@@ -143,14 +147,10 @@ def commons(monkeypatch: pytest.MonkeyPatch) -> Iterator[Commons]:
     thread.join()
 
 
-def fetched(folder: Path, **options: object) -> list[str]:
-    return [sample.kind for sample in sources.wikimedia(folder, **options)[0]]
-
-
 def test_wikimedia_writes_a_dataset_with_licences(commons: Commons, tmp_path: Path) -> None:
     commons.renamed = {f"File:{JOKE}": "File:Marcel Duchamp.jpg"}
     commons.files["Marcel Duchamp.jpg"] = commons.files.pop(JOKE)
-    samples, left_out = sources.wikimedia(tmp_path)
+    samples, left_out = sources.wikimedia(tmp_path, unasked)
     assert [(s.split, s.kind) for s in samples] == [
         ("train", "good"),
         ("test", "replica"),
@@ -162,7 +162,7 @@ def test_wikimedia_writes_a_dataset_with_licences(commons: Commons, tmp_path: Pa
     assert list(rows["author"]) == ["Leonardo da Vinci"] * 3 and list(rows["licence"]) == ["Public domain"] * 3
     assert commons.agents == {sources.USER_AGENT} and "https://" in sources.USER_AGENT
     commons.asked.clear()
-    again = build.source_for(None, builtin="wikimedia", target=tmp_path, max_side=96, seed=1)
+    again = build.source_for(None, builtin="wikimedia", target=tmp_path, max_side=96, seed=1, difference=unasked)
     assert list(data.open_dataset(tmp_path).samples) == list(again.samples) and not commons.asked  # nothing is asked
     assert [s.image_path for s in again.samples] == [s.image_path for s in samples]
 
@@ -182,22 +182,22 @@ def test_members_of_the_category_are_sorted(commons: Commons, tmp_path: Path, mo
     commons.members = [SCAN, *(f"{name}.jpg" for name in pictures)]
     commons.about = {"unfree.jpg": {"licence": "CC BY-SA-NC 3.0"}}
     monkeypatch.setattr(sources, "MOST_GENUINE", 3)
-    samples, left_out = sources.wikimedia(tmp_path, difference=genuine.difference)
+    samples, left_out = sources.wikimedia(tmp_path, genuine.difference)
     good = [s.image_path.stem.rpartition("_")[0] for s in samples if not s.is_anomalous]
     assert good == ["Mona_Lisa__scan", "photo_0", "photo_1"]  # enough then: photo 2 is not fetched
     reasons = {"replica": "main scan", "mirror": "does not lie", "changed": "differs", "copy": "once more"}
     reasons |= {"unfree": "not known to be free", "detail": "of which it shows"}
-    assert all(reasons[file.removesuffix(".jpg")] in why for file, why in left_out) and len(left_out) == len(reasons)
+    assert all(reasons[path.stem] in why for path, why in left_out) and len(left_out) == len(reasons)
     assert max(n for name, n in Counter(commons.asked).items() if name != "api") == 1
     commons.asked.clear()
-    again, kept = sources.wikimedia(tmp_path, difference=genuine.difference)
+    again, kept = sources.wikimedia(tmp_path, genuine.difference)
     assert len(again) == len(samples) and kept == left_out and not commons.asked
 
 
 @pytest.mark.parametrize("behaviour", ["status 429", "status 503", "disconnect"])
 def test_a_busy_server_is_asked_again(commons: Commons, tmp_path: Path, behaviour: str) -> None:
     commons.trouble[SCAN] = [behaviour]
-    assert len(fetched(tmp_path)) == 3 and Counter(commons.asked)[SCAN] == 2
+    assert len(sources.wikimedia(tmp_path, unasked)[0]) == 3 and Counter(commons.asked)[SCAN] == 2
 
 
 @pytest.mark.parametrize(
@@ -205,18 +205,18 @@ def test_a_busy_server_is_asked_again(commons: Commons, tmp_path: Path, behaviou
 )
 def test_one_broken_file_is_left_out_with_a_line(commons, tmp_path, behaviour, words) -> None:
     commons.trouble[COPY] = [behaviour]
-    samples, left_out = sources.wikimedia(tmp_path)
+    samples, left_out = sources.wikimedia(tmp_path, unasked)
     assert [s.kind for s in samples] == ["good", "reinterpretation"] and Counter(commons.asked)[COPY] == 1
-    assert left_out[0][0] == COPY and words in left_out[0][1] and len(left_out) == 1
+    assert left_out[0][0].name == COPY and words in left_out[0][1] and len(left_out) == 1
 
 
 @pytest.mark.parametrize(("behaviour", "words"), [("status 403", "User-Agent"), ("truncated", "kept")])
 def test_a_stopped_call_goes_on(commons: Commons, tmp_path: Path, behaviour: str, words: str) -> None:
     commons.trouble[JOKE] = [behaviour]
     with pytest.raises(sources.SourceError, match=words):
-        sources.wikimedia(tmp_path)
+        sources.wikimedia(tmp_path, unasked)
     commons.asked.clear()
-    assert len(fetched(tmp_path)) == 3
+    assert len(sources.wikimedia(tmp_path, unasked)[0]) == 3
     assert [name for name in commons.asked if name != "api"] == [JOKE]
 
 
@@ -224,11 +224,11 @@ def test_what_may_not_be_used_is_left_out(commons: Commons, tmp_path: Path, monk
     commons.about = {COPY: {"licence": "Fair use"}, JOKE: {"mime": "application/pdf"}, "huge.tif": {"thumburl": None}}
     commons.files["huge.tif"] = jpeg(9)
     more = [["mona_lisa", "good", name] for name in ("huge.tif", "Gone.jpg")]
-    monkeypatch.setattr(sources, "TITLES", TITLES + more)
-    samples, left_out = sources.wikimedia(tmp_path)
+    monkeypatch.setattr(sources, "titles", lambda: TITLES + more)
+    samples, left_out = sources.wikimedia(tmp_path, unasked)
     words = {COPY: "'Fair use'", JOKE: "application/pdf", "huge.tif": "no rendering", "Gone.jpg": "no file of this"}
-    assert len(samples) == 1 and [name for name, _ in left_out] == list(words)
-    assert all(words[name] in reason for name, reason in left_out)
+    assert len(samples) == 1 and [path.name for path, _ in left_out] == list(words)
+    assert all(words[path.name] in reason for path, reason in left_out)
     assert {name for name in commons.asked if name != "api"} == {SCAN}  # nothing of the others was fetched
 
 
@@ -249,16 +249,16 @@ def test_free_licences(licence: str) -> None:
 def test_refusals_of_the_server_are_explained(commons, tmp_path, behaviour, words) -> None:
     commons.trouble["api"] = [behaviour]
     with pytest.raises(sources.SourceError, match=words):
-        sources.wikimedia(tmp_path)
+        sources.wikimedia(tmp_path, unasked)
 
 
 def test_no_network_and_no_genuine_picture_are_said(commons, tmp_path, monkeypatch) -> None:
     commons.trouble[SCAN] = ["status 404"]
     with pytest.raises(sources.SourceError, match="No genuine picture"):
-        sources.wikimedia(tmp_path)
+        sources.wikimedia(tmp_path, unasked)
     monkeypatch.setattr(sources, "COMMONS_API", "http://127.0.0.1:9/w/api.php")
     with pytest.raises(sources.SourceError, match=r"cannot be reached(.|\n)*ART_DATA"):
-        sources.wikimedia(tmp_path)
+        sources.wikimedia(tmp_path, unasked)
     assert not (tmp_path / "manifest.json").exists()
 
 
@@ -266,8 +266,9 @@ def test_no_network_and_no_genuine_picture_are_said(commons, tmp_path, monkeypat
 def test_commons_still_answers(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch) -> None:
     if "network" not in request.config.getoption("markexpr"):
         pytest.skip("run with -m network")
-    monkeypatch.setattr(sources, "TITLES", sources.TITLES[:1])
-    samples, _ = sources.wikimedia(tmp_path)
+    first = sources.titles()[:1]
+    monkeypatch.setattr(sources, "titles", lambda: first)
+    samples, _ = sources.wikimedia(tmp_path, unasked)
     assert max(images.load_image(samples[0].image_path).shape[:2]) >= 960
 
 

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from helpers import files, synthesis
 from helpers.data import images, manifest, sources
-from helpers.data.layouts import FolderReading
+from helpers.data.layouts import FolderReading, few
 from helpers.data.names import DatasetError, clean, unique
 from helpers.data.reading import read_folder
 from helpers.records import NORMAL_KIND, SPLITS, Sample
@@ -37,8 +37,7 @@ TEST_KINDS = synthesis.LOCAL_KINDS + synthesis.REPORT_VARIATIONS
 """Kinds of synthetic anomalies in a test set by default."""
 ORIGINS = GENUINE, REPHOTOGRAPHED, REAL, SYNTHETIC = "genuine", "rephotographed", "real anomaly", "synthetic anomaly"
 """How a picture of the dataset came about; ``origin`` in the records."""
-MIN_SIDE = 64
-"""Shorter side in pixels that slender pictures (scrolls) keep, at up to four times the longer side of the others."""
+MIN_SIDE = 64  # pixels of a scroll's shorter side, at up to four times the longer side of the others
 MOST_TIMES = 3  # genuine pictures beyond this many times the number asked for are left out, at random
 CALIBRATION_SHARE = 0.3  # of the source pictures set thresholds, when there are test pictures of its own
 OWN_TEST_SHARES = (0.2, 0.3)  # of calibration and test when there are none; the rest is learnt from
@@ -56,13 +55,11 @@ class Source(FolderReading):
 
 def source_for(
     data_source: Path | str | None, *, builtin: str, target: Path, max_side: int, seed: int,
-    difference: sources.Difference | None = None,
+    difference: sources.Difference,
 ) -> Source:  # fmt: skip
-    """The user's pictures (a folder or CSV file), or built-in ones, written to ``target``, when there are none.
-
-    ``builtin`` is ``"embedded"`` (two paintings, offline; ``max_side`` pixels and ``seed`` are of their photographs) or
-    ``"wikimedia"`` (Mona Lisa and Girl with a Pearl Earring, network; ``difference`` sorts further pictures of them).
-    """
+    """The user's pictures (a folder or CSV file), or built-in ones, written to ``target``, when there are none:
+    ``"embedded"`` (two paintings; ``max_side`` pixels and ``seed`` are of their photographs) or ``"wikimedia"`` (Mona
+    Lisa and Girl with a Pearl Earring, from the network; ``difference`` sorts further pictures of them)."""
     if data_source is not None:
         return Source(**vars(read_folder(data_source)))
     if builtin == "embedded":
@@ -71,9 +68,8 @@ def source_for(
         source.count_real, source.identity = True, f"embedded {max_side} {seed}"
     else:
         source = Source(target, "public-domain reproductions from Wikimedia Commons")
-        source.samples, left_out = sources.wikimedia(target, difference=difference)
-        source.left_out = [(Path(file), reason) for file, reason in left_out]
-        source.identity = files.sha256_json(sources.titles(difference))  # not what came: what Commons holds may drift
+        source.samples, source.left_out = sources.wikimedia(target, difference)
+        source.identity = files.sha256_json(sources.titles())  # not what came: what Commons holds may drift
     return source
 
 
@@ -110,7 +106,13 @@ def build_dataset(
     else:
         print(f"The dataset in {target} is made again: {reason}." if reason else f"The dataset is made in {target}.")
         _write(source, target, info)
-    print(_outcome(files.read_json(target / manifest.MANIFEST_JSON)))
+    made = files.read_json(target / manifest.MANIFEST_JSON)
+    now, left_out = _machine(), [f"{file['path']}: {file['reason']}" for file in made["left_out"]]
+    other = [f"{name} {was}, here {now.get(name)}" for name, was in made["machine"].items() if was != now.get(name)]
+    lines = [f"It was made with {'; '.join(other)}, and is kept as it is."] if other else []
+    lines += [f"Note: {note}" for note in made["notes"]] + [f"Limit: {limit}" for limit in made["limits"].values()]
+    lines += [f"Left out (all stand in manifest.json): {few(left_out)}"] if left_out else []
+    print(*lines, sep="\n", end="\n" * bool(lines))
     return target / manifest.MANIFEST_CSV
 
 
@@ -138,26 +140,13 @@ def _reason_to_make(target: Path, info: Mapping[str, Any]) -> str | None:
     return "; ".join(changed) or None
 
 
-def _outcome(info: Mapping[str, Any]) -> str:
-    now, left_out = _machine(), info["left_out"]
-    other = [f"{name} {value}, here {now[name]}" for name, value in info["machine"].items() if now[name] != value]
-    lines = [f"It was made with {'; '.join(other)}, and is kept as it is."] if other else []
-    lines += [f"Note: {note}" for note in info["notes"]] + [f"Limit: {limit}" for limit in info["limits"].values()]
-    lines += [f"Left out: {file['path']}: {file['reason']}" for file in left_out[:12]]
-    return "\n".join(lines + [f"... and {len(left_out) - 12} more (all in manifest.json)"] * (len(left_out) > 12))
+@dataclass(frozen=True)
+class Job(Sample):
+    """A picture to write: ``image_path`` in the dataset, ``mask_path`` of its source, and ``source_path``, the file or
+    the picture of the dataset that it is made of."""
 
-
-class Job(NamedTuple):
-    """One picture to write: what it is, and the file or the picture of the dataset that it is made of."""
-
-    image_path: str
-    category: str
-    split: str
-    kind: str
-    group: str
-    origin: str
-    source_path: str
-    mask_source: Path | None = None
+    origin: str = GENUINE
+    source_path: str = ""
 
 
 def plan(samples: Sequence[Sample], settings: Mapping[str, Any]) -> tuple[list[Job], list[str], dict[str, str]]:
@@ -174,27 +163,25 @@ def plan(samples: Sequence[Sample], settings: Mapping[str, Any]) -> tuple[list[J
             notes.append(f"{category} is left out: {len(real)} anomalous pictures and no genuine one to learn from.")
             continue
         copied = {sample.group for sample in real}
-        groups = _split(normals, copied, category, settings["seed"], notes)
-        n = {split: len(found) for split, found in groups.items()}
-        head = (
-            f"{category_label(category)} has few genuine pictures ({n['train']} to learn from, {n['calibration']} for "
-        )
-        head += f"thresholds, {n['test']} to test)"
+        groups = _split(normals, copied, settings["seed"], notes)
+        train, calibration, test = (len(groups[split]) for split in SPLITS)
         if copied & (groups["train"] | groups["calibration"]):
-            limits[category] = f"{head}, and test pictures show what is learnt from: every number is optimistic."
-        elif 0 in n.values():
-            limits[category] = f"{head}; re-photographs of the same ones stand in for others: numbers are optimistic."
-        elif min(n["calibration"], n["test"]) < 3:
-            limits[category] = f"{head}: thresholds and false-alarm rates are rough."
-        parts = {split: [s for s in normals if s.group in found] for split, found in groups.items()}
-        jobs += _jobs(category, parts, real, settings, notes, taken)
+            words = "test pictures show what is learnt from, so every number is optimistic"
+        elif not calibration or not test:
+            words = "re-photographs of the same ones stand in for others, so numbers are optimistic"
+        else:
+            words = "thresholds and false-alarm rates are rough" if min(calibration, test) < 3 else ""
+        if words:
+            found = f"{train} to learn from, {calibration} for thresholds, {test} to test"
+            limits[category] = f"{category_label(category)} has few genuine pictures ({found}): {words}."
+        parts = {split: [s for s in normals if s.group in groups[split]] for split in SPLITS}
+        jobs += _jobs(parts, real, settings, notes, taken)
     return jobs, notes, limits
 
 
-def _split(
-    normals: Sequence[Sample], copied: set[str], category: str, seed: int, notes: list[str]
-) -> dict[str, set[str]]:
+def _split(normals: Sequence[Sample], copied: set[str], seed: int, notes: list[str]) -> dict[str, set[str]]:
     """Source pictures of each split; ``copied`` are those that anomalous pictures show."""
+    category = normals[0].category
     train, calibration, test = ({s.group for s in normals if s.split == split} for split in SPLITS)
     if not train | calibration:
         notes.append(f"{category}: no pictures to learn from; the source's normal test pictures are split.")
@@ -207,35 +194,35 @@ def _split(
         notes.append(f"{category}: {len(shown)} source pictures for learning became test pictures, {why}.")
         train, calibration, test = train - shown, calibration - shown, test | shown
     calibration, test = calibration - train, test - train - calibration
+
+    def part(share: float, n: int, most: int) -> int:  # at least one, where so many may go
+        return max(0, min(max(round(share * n), 1), most))
+
     # A split without pictures of its own takes a share of those to learn from; at least one stays.
     order = [sorted(train)[i] for i in synthesis.rng_for(seed, f"{category}/splits").permutation(len(train))]
     share = CALIBRATION_SHARE if test else OWN_TEST_SHARES[0]
-    n_calibration = 0 if calibration else _part(share, len(order), len(order) - 1)
-    n_test = 0 if test else _part(OWN_TEST_SHARES[1], len(order), len(order) - 1 - n_calibration)
+    n_calibration = 0 if calibration else part(share, len(order), len(order) - 1)
+    n_test = 0 if test else part(OWN_TEST_SHARES[1], len(order), len(order) - 1 - n_calibration)
     calibration |= set(order[:n_calibration])
     test |= set(order[n_calibration : n_calibration + n_test])
     if not calibration:  # one picture to learn from beside test pictures
-        calibration = set(sorted(test - copied)[: _part(CALIBRATION_SHARE, len(test), len(test) - 1)])
+        calibration = set(sorted(test - copied)[: part(CALIBRATION_SHARE, len(test), len(test) - 1)])
     return {"train": train - calibration - test, "calibration": calibration, "test": test - calibration}
 
 
-def _part(share: float, n: int, most: int) -> int:
-    """How many of ``n`` groups a share is: at least one, where ``most`` allows it."""
-    return max(0, min(max(round(share * n), 1), most))
-
-
 def _jobs(
-    category: str, parts: Mapping[str, Sequence[Sample]], real: Sequence[Sample], settings: Mapping[str, Any],
-    notes: list[str], taken: set[str],
+    parts: Mapping[str, Sequence[Sample]], real: Sequence[Sample], settings: Mapping[str, Any], notes: list[str],
+    taken: set[str],
 ) -> list[Job]:  # fmt: skip
     """Every picture of one artwork: genuine ones, re-photographs, real anomalies, synthetic anomalies."""
+    category = next(s.category for found in parts.values() for s in found)
     jobs, folder = [], unique(clean(category), taken)
 
-    def add(split: str, kind: str, stem: str, made_of: Sample | Job, origin: str, mask: Path | None = None) -> None:
+    def add(made_of: Sample, origin: str, split: str, kind: str, stem: str, mask: Path | None = None) -> None:
         # Calibration normals lie in train/good, as MVTec has no such folder; the manifest knows.
         path = unique(f"{folder}/{'test' if split == 'test' else 'train'}/{clean(kind)}/{stem}", taken)
-        source = str(made_of.image_path)
-        jobs.append(Job(f"{path}.png", category, split, kind, made_of.group, origin, source, mask))
+        known = (category, kind != NORMAL_KIND, mask, split, kind, made_of.group)
+        jobs.append(Job(Path(f"{path}.png"), *known, origin=origin, source_path=made_of.image_path.as_posix()))
 
     n_asked = dict(zip(SPLITS, (settings[name] for name in _NUMBERS)))
     rng = synthesis.rng_for(settings["seed"], f"{category}/limits")
@@ -243,23 +230,23 @@ def _jobs(
         most = MOST_TIMES * n_asked[split]
         if len(found) > most:
             notes.append(f"{category}: {most} of {len(found)} genuine pictures for {split} are used.")
-        for index in sorted(rng.permutation(len(found))[:most]):
-            add(split, NORMAL_KIND, clean(found[index].image_path.stem), found[index], GENUINE)
+        for sample in (found[index] for index in sorted(rng.permutation(len(found))[:most])):
+            add(sample, GENUINE, split, NORMAL_KIND, clean(sample.image_path.stem))
     genuine = {split: [job for job in jobs if job.split == split] for split in SPLITS}
     lender = next(found for found in reversed(genuine.values()) if found)  # for a split without a picture of its own
     for split, found in genuine.items():
         for index, model in enumerate(_turns(found or lender, n_asked[split] - len(found))):
-            add(split, NORMAL_KIND, f"{Path(model.image_path).stem}~{index:03d}", model, REPHOTOGRAPHED)
+            add(model, REPHOTOGRAPHED, split, NORMAL_KIND, f"{model.image_path.stem}~{index:03d}")
     for sample in sorted(real, key=lambda s: (s.kind, s.image_path)):
-        add("test", sample.kind, clean(sample.image_path.stem), sample, REAL, sample.mask_path)
-    models = [job for job in jobs if job.split == "test" and job.kind == NORMAL_KIND]
+        add(sample, REAL, "test", sample.kind, clean(sample.image_path.stem), sample.mask_path)
+    models = [job for job in jobs if job.split == "test" and not job.is_anomalous]
     order = synthesis.rng_for(settings["seed"], f"{category}/damage").permutation(len(models))
     n_made = settings["n_test_anomalous"] - len(real) * settings["count_real"]
     of_report = [kind for kind in settings["kinds"] if kind in synthesis.REPORT_KINDS]
     others = [kind for kind in settings["kinds"] if kind not in of_report]
     kinds = cycle([*of_report, *others, *of_report])  # the report's have the largest share
     for index, model in enumerate(_turns([models[i] for i in order], n_made)):
-        add("test", next(kinds), f"synthetic_{index:03d}", model, SYNTHETIC)
+        add(model, SYNTHETIC, "test", next(kinds), f"synthetic_{index:03d}")
     return jobs
 
 
@@ -275,22 +262,21 @@ def _write(source: Source, target: Path, info: Mapping[str, Any]) -> None:
     settings = info["settings"]
     problems = _in_threads(lambda s: _problem(s, settings["max_image_side"]), source.samples, "reading sources")
     bad = [(sample.image_path, problem) for sample, problem in zip(source.samples, problems) if problem]
-    left_out = [{"path": source.short(path), "reason": reason} for path, reason in (*source.left_out, *bad)]
     jobs, notes, limits = plan([s for s, problem in zip(source.samples, problems) if not problem], settings)
     if not jobs:
-        why = "".join(f"\n  {file['path']}: {file['reason']}" for file in left_out[:12])
-        raise DatasetError(f"No genuine picture can be used, so there is nothing to learn from.{why}")
+        why = few([f"{path}: {problem}" for path, problem in bad])
+        raise DatasetError(f"No genuine picture can be used, so there is nothing to learn from. {why}")
     partial, made = target.with_name(f"{target.name}.partial"), {}
     shutil.rmtree(partial, ignore_errors=True)
-    # Each stage is made of pictures of the stages before it.
-    for stage in ((GENUINE, REAL), (REPHOTOGRAPHED,), (SYNTHETIC,)):
+    for stage in ((GENUINE, REAL), (REPHOTOGRAPHED,), (SYNTHETIC,)):  # each is made of pictures of those before it
         todo = [job for job in jobs if job.origin in stage]
         made |= zip(todo, _in_threads(lambda job: _make(job, partial, settings), todo, f"writing {stage[0]}"))
-    in_order = sorted(jobs, key=lambda job: (job.category, SPLITS.index(job.split)))
-    lines = [json.dumps(made[job][1], ensure_ascii=False, sort_keys=True) for job in in_order]
+    pairs = [made[job] for job in sorted(jobs, key=lambda job: (job.category, SPLITS.index(job.split)))]
+    lines = [json.dumps(record, ensure_ascii=False, sort_keys=True) for _, record in pairs]
     files.write_text(partial / RECORDS, "\n".join(lines) + "\n")
+    left_out = [{"path": source.short(path), "reason": reason} for path, reason in (*source.left_out, *bad)]
     about = {"kinds_held_out": settings["kinds_held_out"], "notes": notes, "limits": limits, "left_out": left_out}
-    manifest.write_manifest(partial, [made[job][0] for job in in_order], info={**info, **about})
+    manifest.write_manifest(partial, [sample for sample, _ in pairs], info={**info, **about})
     if target.exists():
         shutil.rmtree(target)
     os.replace(partial, target)
@@ -304,10 +290,11 @@ def _in_threads(work: Callable[[Any], Any], items: Sequence[Any], words: str) ->
 def _problem(sample: Sample, max_side: int) -> str:
     """Why a picture cannot be used at the dataset's resolution; "" when it can."""
     try:
-        _at_resolution(sample.image_path, max_side)
+        height, width = _at_resolution(sample.image_path, max_side).shape[:2]
     except (images.ImageError, OSError) as error:
         return str(error)
-    return ""
+    way = "at least 32 a side are needed. Give a larger picture, or cut a long scroll into parts."
+    return f"it is {width} x {height} px here; {way}" if min(width, height) < MIN_SIDE // 2 else ""
 
 
 def _at_resolution(path: Path | str, max_side: int) -> np.ndarray:
@@ -317,22 +304,20 @@ def _at_resolution(path: Path | str, max_side: int) -> np.ndarray:
         image = images.load_image(path, max_side=4 * max_side)
         slender = max(image.shape[:2]) / min(image.shape[:2])
         image = images.resize(image, max(max_side, round(MIN_SIDE * slender)))
-    if min(image.shape[:2]) < MIN_SIDE // 2:
-        what = f"{path} is {image.shape[1]} x {image.shape[0]} px here; at least {MIN_SIDE // 2} a side are needed"
-        raise images.ImageError(f"{what}. Give a larger picture, or cut a long scroll into parts.")
     return image
 
 
 def _make(job: Job, folder: Path, settings: Mapping[str, Any]) -> tuple[Sample, dict[str, Any]]:
     """Make one picture (and mask); how it came about is its record."""
-    record, path, seed = {**job._asdict(), "mask_source": None}, folder / job.image_path, None
-    mask = mask_path = None
+    record = {name: getattr(job, name) for name in ("category", "split", "kind", "group", "origin", "source_path")}
+    record["image_path"], path = job.image_path.as_posix(), folder / job.image_path
+    seed = mask = mask_path = None
     if job.origin in (GENUINE, REAL):
         image = _at_resolution(job.source_path, settings["max_image_side"])
-        if job.mask_source is not None:
-            mask = images.load_mask(job.mask_source, image.shape[:2], picture=job.source_path)
+        if job.mask_path is not None:
+            mask = images.load_mask(job.mask_path, image.shape[:2], picture=Path(job.source_path))
     else:
-        seed = synthesis.seed_for(settings["seed"], job.image_path)
+        seed = synthesis.seed_for(settings["seed"], record["image_path"])
         rng, image = np.random.default_rng(seed), images.load_image(folder / job.source_path)
         if job.origin == REPHOTOGRAPHED:
             image, record["variations"] = synthesis.rephotograph(image, rng)
@@ -345,5 +330,5 @@ def _make(job: Job, folder: Path, settings: Mapping[str, Any]) -> tuple[Sample, 
     if mask is not None and mask.any():
         mask_path = path.parents[2] / "ground_truth" / path.parent.name / f"{path.stem}_mask.png"
         images.save_png(mask_path, mask)
-    known = (job.category, job.kind != NORMAL_KIND, mask_path, job.split, job.kind, job.group)
-    return Sample(path, *known, visibility=record.get("visibility"), synthesis_seed=seed), record
+    seen = record.get("visibility")
+    return replace(job, image_path=path, mask_path=mask_path, visibility=seen, synthesis_seed=seed), record

@@ -28,9 +28,6 @@ Difference = Callable[[np.ndarray, np.ndarray], str]
 N_GENUINE = 30
 """Photographs of each embedded painting."""
 PAINTINGS = Path(__file__).resolve().parent.parent / "assets" / "paintings"
-TITLES = pd.read_csv(Path(__file__).with_name("commons.csv")).values.tolist()
-"""Painting, kind and title of files seen in public use in 2026 (one that is gone is left out with a line; the first
-genuine one of a painting is its main scan), and of categories whose members may be further genuine pictures."""
 COMMONS_API = "https://commons.wikimedia.org/w/api.php"
 USER_AGENT = "art-anomaly-notebooks/1.0 (https://github.com/art-anomaly/art-anomaly-notebooks) python-requests"
 WIDTH = 1280  # pixels; Commons serves renderings of few widths only
@@ -85,17 +82,18 @@ def _kept(target: Path, name: str, settings: Mapping[str, Any]) -> list[Sample]:
     return found if all(sample.image_path.exists() for sample in found) else []
 
 
-def titles(difference: Difference | None) -> list[list[str]]:
-    """What is asked for: members of categories only when there is a way to tell genuine ones."""
-    return [row for row in TITLES if difference or row[1] != _MEMBER]
+def titles() -> list[list[str]]:
+    """Painting, kind and title of files on Commons, seen in public use in 2026 (the first genuine one of a painting is
+    its main scan; one that is gone is left out with a line), and of categories whose members may be genuine, too."""
+    return pd.read_csv(Path(__file__).with_name("commons.csv")).values.tolist()
 
 
 class _Skip(Exception):
     """Why one file is left out; the others go on."""
 
 
-def wikimedia(target: Path, *, difference: Difference | None = None) -> tuple[list[Sample], list[list[str]]]:
-    """Public-domain reproductions, replicas and reinterpretations from Wikimedia Commons (:data:`TITLES`), and members
+def wikimedia(target: Path, difference: Difference) -> tuple[list[Sample], list[tuple[Path, str]]]:
+    """Public-domain reproductions, replicas and reinterpretations from Wikimedia Commons (:func:`titles`), and members
     of categories that show ``difference`` none and are no copies of another picture; a line is printed for each file.
 
     The MediaWiki API is asked for renderings (originals can have hundreds of megapixels; addresses made by hand fail
@@ -107,12 +105,12 @@ def wikimedia(target: Path, *, difference: Difference | None = None) -> tuple[li
     Raises:
         SourceError: no network, the server refuses us, or no genuine picture could be had.
     """
-    asked_for = titles(difference)
-    if kept := _kept(target, "wikimedia", asked_for):
-        return kept, files.read_json(target / manifest.MANIFEST_JSON)["left_out"]
+    if kept := _kept(target, "wikimedia", titles()):
+        left_out = files.read_json(target / manifest.MANIFEST_JSON)["left_out"]
+        return kept, [(Path(file), reason) for file, reason in left_out]
     samples, rows, left_out, seen = [], [], [], set()
     try:
-        for category, kind, file, entry in _candidates(asked_for):
+        for category, kind, file, entry in _candidates():
             genuine = [s for s in samples if s.category == category and not s.is_anomalous]
             if entry.get("sha1") in seen or (kind == _MEMBER and not 0 < len(genuine) < MOST_GENUINE):
                 continue
@@ -138,13 +136,13 @@ def wikimedia(target: Path, *, difference: Difference | None = None) -> tuple[li
     if all(sample.is_anomalous for sample in samples):
         raise SourceError(f"No genuine picture could be had from {COMMONS_API}; see the lines above. {_OFFLINE}")
     files.write_text(target / "licences.csv", pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
-    manifest.write_manifest(target, samples, info={"wikimedia": asked_for, "left_out": left_out})
-    return samples, left_out
+    manifest.write_manifest(target, samples, info={"wikimedia": titles(), "left_out": left_out})
+    return samples, [(Path(file), reason) for file, reason in left_out]
 
 
-def _candidates(titles: Sequence[tuple[str, str, str]]) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+def _candidates() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     """Painting, kind, file, and what Commons says of it: nothing when it is gone."""
-    for category, kind, title in titles:
+    for category, kind, title in titles():
         if kind == _MEMBER:
             for entry in _asked(generator="categorymembers", gcmtitle=title, gcmtype="file", gcmlimit="50"):
                 yield category, kind, entry["title"].removeprefix("File:"), entry
