@@ -257,6 +257,17 @@ def confirm(facts: Mapping[str, bool]) -> None:
         raise AssertionError(f"{len(failed)} of {len(facts)} checks failed: {'; '.join(failed)}.")
 
 
+def in_words(frame: pd.DataFrame) -> str:
+    """What the methods of a :meth:`MethodResult.frame` found, a line each: the numbers to remember of a notebook."""
+    lines = []
+    for method, rows in frame.groupby("method", sort=False):
+        called, bad = rows.is_predicted_anomalous, rows.is_anomalous
+        alarms = f"{(called & ~bad).sum()} false alarms on {(~bad).sum()} genuine pictures"
+        found = f"{(called & bad).sum()} of {bad.sum()} anomalous pictures found"
+        lines.append(f"{method_label(method)}: {found}, {alarms}")
+    return "\n".join(lines)
+
+
 def method_label(method: str) -> str:
     """The method's name for readers; rows of unknown methods keep their own."""
     return METHOD_LABELS.get(method, method)
