@@ -174,10 +174,11 @@ def test_place_and_certainty_come_from_the_numbers(made, talk: chat.ChatSession,
     [
         (True, "Yes, there is an anomaly in the image.", False),
         (True, "No, there is no anomaly in the image.", True),
+        (True, "Yes, there is an anomaly in the image, at the bottom right of the image.", True),
         (False, "No, there is no anomaly in the image.", False),
         (False, "Yes, there is an anomaly in the image, at the top of the image.", True),
         (False, "It is in red, at the bottom left.", True),
-        (False, "A portrait of a woman.", False),
+        (False, "A portrait of a woman.", True),
         (True, "", True),
     ],
 )
@@ -189,8 +190,19 @@ def test_words_against_the_map_get_a_comment(
     talk.threshold = talk.own.anomaly_score * (0.5 if map_is_high else 2)
     turn = talk.ask(ASKED)
     assert bool(turn.comment) == contradicts
-    disagree = answer.startswith(("Yes", "No")) and contradicts
+    disagree = answer.startswith("No" if map_is_high else "Yes")
     assert ("disagree" in talk.verdict_line()[1]) == disagree
+
+
+def test_detectors_against_map_and_words_are_said_and_free_answers_are_marked_as_unchecked(made, talk, monkeypatch):
+    says(monkeypatch, talk, "No, there is no anomaly in the image.")
+    talk.choose(picture(made, "box"))
+    talk.threshold = talk.own.anomaly_score * 2
+    talk.verdicts = [replace(one, method="aligned") for one in talk.verdicts if one.is_anomalous] * 3 + talk.verdicts
+    assert talk.ask(ASKED).comment.startswith("Do not rely on these words. Probably anomalous")
+    assert "Most detectors disagree" in talk.verdict_line()[1]
+    free = talk.ask("Is this the original?")
+    assert free.comment.startswith("Words that nothing has checked. Probably anomalous") and talk.words_say is False
 
 
 def test_fixed_questions_have_no_history_and_free_ones_only_free_turns(made, talk, monkeypatch) -> None:

@@ -55,7 +55,7 @@ class Picture:
 @dataclass(frozen=True)
 class Turn:
     """A question, the prompt that the model got for it (with a sentence on the artwork), and the answer; ``source`` is
-    :data:`MODEL` or :data:`NUMBERS`; ``comment`` says what contradicts the answer, if anything does."""
+    :data:`MODEL` or :data:`NUMBERS`; ``comment`` says what contradicts the answer, or that nothing has checked it."""
 
     question: str
     prompt: str
@@ -97,8 +97,8 @@ def sample_pictures(dataset: Dataset) -> dict[str, Sample]:
         for sample in sorted(dataset.select(split="test", category=category), key=lambda one: -(one.visibility or 0)):
             kinds.setdefault(sample.kind.replace("_", " ") if sample.is_anomalous else "genuine", sample)
         marks = [kind for kind, sample in kinds.items() if sample.mask_path is not None]
-        whole = [kind for kind in kinds if kind not in [*marks, "genuine"]]
-        for kind in [*marks[:2], *whole[-1:], *(["genuine"] if "genuine" in kinds else [])]:
+        whole = sorted((kind for kind in kinds if kind not in [*marks, "genuine"]), key=lambda kind: kind != "replica")
+        for kind in [*marks[:2], *whole[:1], *(["genuine"] if "genuine" in kinds else [])]:
             found[f"{category_label(category)}: {kind}"] = kinds[kind]
     return found
 
@@ -176,8 +176,8 @@ class ChatSession:
 
     @property
     def words_say(self) -> bool | None:
-        """What the last clear answer says; None before one."""
-        spoken = [conversations.answers_say(turn.answer) for turn in self.history if turn.source == MODEL]
+        """What the last clear answer to :data:`ASKED` says; None before one."""
+        spoken = [conversations.answers_say(turn.answer) for turn in self.history if turn.question == ASKED]
         return next((says for says in reversed(spoken) if says is not None), None)
 
     def verdict_line(self) -> tuple[str, str]:
@@ -191,13 +191,14 @@ class ChatSession:
         details = f"Anomaly? AnomalyGPT's map: {'yes' if self.map_says else 'no'}. Its words: {words}."
         if self.words_say is not None and self.words_say != self.map_says:
             details += " They disagree: rely on neither alone."
+        elif verdict == ("Probably genuine" if self.map_says else "Probably anomalous"):
+            details += " Most detectors disagree with it."
         return headline, details
 
     def ask(self, question: str, *, on_text: Callable[[str], None] | None = None) -> Turn:
         """Ask about the picture; free questions remember earlier free ones. ``on_text`` gets the growing answer.
         BadInput: no picture, no question, one that is too long, or a conversation that is."""
-        asked = clean_question(question)
-        own = self.own
+        asked, own = clean_question(question), self.own
         if asked in (WHERE, SURE):
             turn = Turn(asked, "", self._where() if asked == WHERE else self._how_sure(own), NUMBERS)
         else:
@@ -210,7 +211,7 @@ class ChatSession:
                 (answer,) = self.model.ask(self._look, prompt, history=history, **options)
             except PromptTooLong as error:
                 raise BadInput(f"{error} “Start over” clears it.") from error
-            turn = Turn(asked, prompt, answer, MODEL, self._contradiction(answer))
+            turn = Turn(asked, prompt, answer, MODEL, self._comment(asked, answer))
         self.history.append(turn)
         return turn
 
@@ -226,21 +227,20 @@ class ChatSession:
     def _how_sure(self, own: Verdict) -> str:
         n = len(self.detectors.results[CHAT].manifest["calibration"][self.category]["scores"])
         at_least = round(own.p_value * (n + 1)) - 1
-        change = abs(own.anomaly_score / self.threshold - 1)
-        words = f"{'exceeds' if self.map_says else 'stays below'} the limit by {change:.0%}"
-        reached = f"{at_least} of {n} genuine pictures reach it"
-        return f"The highest value of AnomalyGPT's map {words}; {reached}. {self.verdict_line()[0]}"
+        words, change = "exceeds" if self.map_says else "stays below", abs(own.anomaly_score / self.threshold - 1)
+        reached = f"{words} the limit by {change:.0%}; {at_least} of {n} genuine pictures reach it"
+        return f"The highest value of AnomalyGPT's map {reached}. {self.verdict_line()[0]}"
 
-    def _contradiction(self, answer: str) -> str:
-        """What the map says against an answer of the language model; empty when nothing does."""
-        says = conversations.answers_say(answer)
-        names_place = any(f" {cell}" in answer.lower() for row in conversations.CELLS for cell in row)
-        if not self.map_says and (says or (says is None and names_place)):
-            return "Its own map exceeds the limit of genuine pictures nowhere: do not rely on these words."
-        if self.map_says and says is False:
-            place = describe_place(self.own.anomaly_map, self.threshold)
-            return f"Its own map exceeds the limit of genuine pictures ({place}): do not rely on these words."
-        return "" if answer else "The language model said nothing: read the map and the other detectors."
+    def _comment(self, question: str, answer: str) -> str:
+        """What speaks against an answer of the language model, or that nothing has checked it; empty when all agree."""
+        says, headline = conversations.answers_say(answer), self.verdict_line()[0]
+        if question != ASKED or says is None:
+            return f"{'Words that nothing has checked.' if answer else 'No words.'} {headline}"
+        against = [headline] if headline.startswith("Probably genuine" if says else "Probably anomalous") else []
+        named, marked = conversations.parse_answer(answer).cells, self.own.anomaly_map > self.threshold
+        if says != self.map_says or (named and not named & set(conversations.cells_of_mask(marked))):
+            against.insert(0, f"Its own map: {describe_place(self.own.anomaly_map, self.threshold)}.")
+        return " ".join(["Do not rely on these words.", *against]) if against else ""
 
     def start_over(self) -> None:
         """Forget the conversation; picture and verdicts stay."""
