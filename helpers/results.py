@@ -258,7 +258,12 @@ def confirm(facts: Mapping[str, bool]) -> None:
 
 
 def in_words(frame: pd.DataFrame) -> str:
-    """What the methods of a :meth:`MethodResult.frame` found, a line each: the numbers to remember of a notebook."""
+    """What the methods of a :meth:`MethodResult.frame` found, a line each: the numbers to remember of a notebook.
+
+    >>> rows = {"method": "clip_lof", "is_anomalous": [True, False], "is_predicted_anomalous": [True, True]}
+    >>> in_words(pd.DataFrame(rows))
+    'CLIP LOF: 1 of 1 anomalous pictures found, 1 false alarms on 1 genuine pictures'
+    """
     lines = []
     for method, rows in frame.groupby("method", sort=False):
         called, bad = rows.is_predicted_anomalous, rows.is_anomalous
