@@ -254,7 +254,7 @@ def test_every_column_and_every_bad_row(pictures: Path) -> None:
         "img/000.png;Dürer;training;normal;;;scan 1",
         "img/001.png;Dürer;;0;;nan;scan 1",
         "ü c.png;Dürer;validation;good;;;",
-        "img\\002.png;Dürer;test;1;stain;m.png;",
+        "img\\002.png;Dürer;test;fake;stain;m.png;",
         "img/003.png;Dürer;train;anomaly;;;",
         "img/003.png;Dürer;test;perhaps;;;",
         "img/003.png;Dürer;test;normal;stain;;",

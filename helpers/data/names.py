@@ -51,7 +51,8 @@ def meaning_of(name: str) -> Meaning:
     (('test', 'fakes', False, 'fakes'), 'Mona Lisa', True)
     """
     words = _words(name)
-    parts = [(split, rest) for end, rest in _ends(words) for split in SPLITS if end in vocabulary()[split]]
+    ends = ((words[:1], words[1:]), (words[-1:], words[:-1]))
+    parts = [(split, rest) for end, rest in ends for split in SPLITS if end and end[0] in vocabulary()[split]]
     for split, rest in ((None, words), *parts):
         if any(_is("mask", "_".join(rest[k:])) and (not k or _label(rest[:k])) for k in range(len(rest))):
             return Meaning(name, split, is_mask=True)
@@ -150,11 +151,6 @@ def _words(name: str) -> list[str]:
         while words and _is("filler" if words[1:] else "nothing", words[end]):
             words.pop(end)
     return words
-
-
-def _ends(words: list[str]) -> list[tuple[str, list[str]]]:
-    """The first and the last word, each with the others."""
-    return [(words[0], words[1:]), (words[-1], words[:-1])] if words else []
 
 
 def _is(meaning: str, word: str) -> bool:

@@ -21,10 +21,9 @@ from helpers.data.names import DatasetError, meaning_of, plain, says_forged
 from helpers.records import SPLITS, Sample
 
 NEAR_DUPLICATE_LIMIT = 0.02
-"""Share of differing bits up to which two pictures show one scan. Measured on the 139 real paintings: JPEG at quality
-30, other sizes, brightness x 1.3 and noise give 0, a box over 2.5 % of the picture 0.02, a crop of 1 % per side 0.04,
-tiles of different roads at least 0.37; other scans of the same painting spread from 0.01 upwards. A crop of 2 %, a
-border or a tilt of 1 degree is not noticed."""
+"""Share of differing bits up to which two pictures show one scan. Measured on 139 paintings: JPEG at quality 30, other
+sizes, brightness x 1.3 and noise give 0, a box over 2.5 % of the picture 0.02, a crop of 1 % a side 0.04, other scans
+of the same painting 0.01 upwards. A crop of 2 %, a border or a tilt of 1 degree is not noticed."""
 
 
 def read_folder(folder: Path | str) -> FolderReading:
@@ -42,19 +41,19 @@ def read_folder(folder: Path | str) -> FolderReading:
     reading.samples = samples = [sample for sample, *_ in checks if sample]
     if all(sample.is_anomalous for sample in samples):
         way = "No normal picture is left, and detectors learn from normal ones: add some as train/good."
-        raise DatasetError(f"{reading.describe()}\n{way}\n{_expected()}")
-    noted: dict[str, dict[str, None]] = defaultdict(dict)
+        expected = Path(__file__).with_name("layouts.txt").read_text(encoding="utf-8")
+        raise DatasetError(f"{reading.describe()}\n{way}\n{expected}")
+    noted: dict[str, list[str]] = defaultdict(list)
     for name, note in (one for *_, notes in checks for one in notes):
-        noted[note][name] = None
-    for s in samples:
-        if not s.is_anomalous and says_forged(s.image_path.stem):
-            noted["taken for genuine, though their names say otherwise"][s.image_path.name] = None
-        if s.is_anomalous and meaning_of(s.kind).kind is None:
-            noted["anomalous by the names of their folders; genuine ones belong into good/"][s.kind] = None
-    without = {s.category for s in samples if s.is_anomalous}
-    without -= {s.category for s in samples if s.split == "test" and not s.is_anomalous}
-    noted["no normal pictures in test/, so false alarms cannot be counted"].update(dict.fromkeys(sorted(without)))
-    reading.notes += [f"{few([*names])}: {note}." for note, names in noted.items() if names]
+        noted[note].append(name)
+    normal, anomalous = ([s for s in samples if s.is_anomalous == label] for label in (False, True))
+    forged = [s.image_path.name for s in normal if says_forged(s.image_path.stem)]
+    noted["taken for genuine, though their names say otherwise"] = forged
+    kinds = dict.fromkeys(s.kind for s in anomalous if meaning_of(s.kind).kind is None)
+    noted["anomalous by the names of their folders; genuine ones belong into good/"] = list(kinds)
+    untested = {s.category for s in anomalous} - {s.category for s in normal if s.split == "test"}
+    noted["no normal pictures in test/, so false alarms cannot be counted"] = sorted(untested)
+    reading.notes += [f"{few(names)}: {note}." for note, names in noted.items() if names]
     _group([look for sample, look, *_ in checks if sample], reading)
     return reading
 
@@ -113,7 +112,7 @@ def _understood(source: Path) -> FolderReading:
         raise FileNotFoundError(f"{source} does not exist. Give the folder (or CSV file) of your pictures.")
     if source.is_file():
         if source.suffix.lower() not in (".csv", ".tsv"):
-            raise DatasetError(f"{source} is neither a folder nor a CSV (an archive: unpack it).\n{_expected()}")
+            raise DatasetError(f"{source} is neither a folder nor a CSV (an archive: unpack it).")
         reading = tables.read_table(source)
     else:
         reading, found = layouts.read_tree(source), tables.tables_in(source)
@@ -126,10 +125,6 @@ def _understood(source: Path) -> FolderReading:
     samples = [replace(s, kind=spelling.setdefault(plain(s.kind), s.kind)) for s in reading.samples]
     reading.samples = sorted(samples, key=lambda s: (s.category, SPLITS.index(s.split), s.is_anomalous, s.kind))
     return reading
-
-
-def _expected() -> str:
-    return Path(__file__).with_name("layouts.txt").read_text(encoding="utf-8")
 
 
 def _checked(sample: Sample) -> tuple[Sample | None, np.ndarray | None, list, list]:

@@ -22,9 +22,8 @@ def read_table(table: Path) -> FolderReading:
     ``DatasetError``: no column names the pictures, or others are there but none is understood as a label.
     """
     reading = FolderReading(table.parent, f"CSV table {table.name}")
-    frame = _frame(table, reading)
-    header = f"{table} has the columns {', '.join(frame.columns)}"
-    unknown = [name for name in frame.columns if name not in _COLUMNS]
+    frame, unknown = _frame(table, reading)
+    header = f"{table} has the columns {', '.join([*frame.columns, *unknown])}"
     if "image_path" not in frame:
         raise DatasetError(f"{header}; one must name the picture: {', '.join(vocabulary()['column image_path'])}.")
     if not {"label", "kind"} & set(frame.columns):
@@ -57,9 +56,12 @@ def read_table(table: Path) -> FolderReading:
 
 def tables_in(root: Path) -> list[Path]:
     """The tables in a folder that name pictures and say something about them, but for our own manifest."""
-    columns = {path: {*_frame(path, FolderReading(path, "")).columns} for path in sorted(root.glob("*.[ct]sv"))}
-    has_pictures = [path for path, names in columns.items() if "image_path" in names and "sha256" not in names]
-    return [path for path in has_pictures if columns[path] & {"category", "label", "kind", "split"}]
+    found = []
+    for path in sorted(root.glob("*.[ct]sv")):
+        frame, unknown = _frame(path, FolderReading(path, ""))
+        if "image_path" in frame and {"category", "label", "kind", "split"} & {*frame} and "sha256" not in unknown:
+            found.append(path)
+    return found
 
 
 def _stated(value: str) -> str | None:
@@ -73,16 +75,16 @@ def _stated(value: str) -> str | None:
 def _meanings(row: dict[str, str]) -> list[Meaning]:
     """A row like the names of the folders above a picture."""
     split, label, kind = row["split"], row["label"], row["kind"]
-    said = [_stated(label), kind and (_stated(kind) or kind_of(kind))]
+    said = [kind and (_stated(kind) or kind_of(kind)), _stated(label)]
     if split and not meaning_of(split).split:
         raise Unclear(f"split is {split!r}; allowed are train, calibration (or validation) and test")
-    if not any(said) or (label and not said[0]):
+    if not any(said) or (label and not said[1]):
         raise Unclear(f"label is {label!r}; allowed are normal, anomaly, good, 0, 1, true, false")
     return [Meaning("", split=meaning_of(split).split), *(Meaning("", kind=stated) for stated in said if stated)]
 
 
-def _frame(table: Path, reading: FolderReading) -> pd.DataFrame:
-    """The cells as stripped text, empty ones as ""; columns that are understood have the names of their meaning."""
+def _frame(table: Path, reading: FolderReading) -> tuple[pd.DataFrame, list[str]]:
+    """Columns that are understood, by their meaning: stripped text, empty cells as ""; the names of other columns."""
     content = table.read_bytes()
     try:
         text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
@@ -98,12 +100,14 @@ def _frame(table: Path, reading: FolderReading) -> pd.DataFrame:
         raise DatasetError(f"{table} cannot be read as a table ({error}).") from error
     reading.left_out += [(table, f"a row with too many cells: {', '.join(cells)[:80]}") for cells in long]
     frame = frame.fillna("").map(str.strip).map(lambda cell: cell * (cell.casefold() not in vocabulary()["cell empty"]))
-    frame = frame.loc[:, [not str(column).startswith("Unnamed") for column in frame.columns]]
     header = {plain(str(column)): column for column in frame.columns}
     aliases = {meaning: list(vocabulary()[f"column {meaning}"]) for meaning in _COLUMNS}
     aliases["label"] += [name for name in header if meaning_of(name.removeprefix("is_")).kind]  # is_defect
-    found = {meaning: next(filter(header.get, names), None) for meaning, names in aliases.items()}
-    return frame.rename(columns={header[name]: meaning for meaning, name in found.items() if name})
+    known = {
+        meaning: header[next(filter(header.get, names))] for meaning, names in aliases.items() if {*names} & {*header}
+    }
+    unknown = [name for name in map(str, frame) if name not in known.values() and not name.startswith("Unnamed")]
+    return frame[[*known.values()]].set_axis([*known], axis=1), unknown
 
 
 def _resolved(root: Path, name: str) -> Path:
