@@ -47,7 +47,7 @@ class FolderReading:
         rows = [(s.category, s.split, s.kind, s.mask_path is not None) for s in self.samples]
         table = pd.DataFrame(rows, columns=["artwork", "split", "kind", "masks"]).groupby(["artwork", "split", "kind"])
         lines = [f"{self.source}: {self.layout}"]
-        lines += [str(table["masks"].agg(pictures="size", masks="sum"))] if rows else ["no picture can be used"]
+        lines += [table["masks"].agg(pictures="size", masks="sum").to_string()] if rows else ["no picture can be used"]
         lines += [f"Note: {note}" for note in self.notes]
         lines += [f"Files left out: {len(self.left_out)}"] if self.left_out else []
         lines += [f"  {self.short(path)}: {reason}" for path, reason in self.left_out[:12]]
