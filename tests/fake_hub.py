@@ -22,7 +22,7 @@ class Hub:
         cut_every: every so many files are cut in half, the first time they are asked for.
         status: answer to everything, where it is not 200.
         seconds_per_block: pause after each 20 kB.
-        asked: (path, first byte, token) of each file that was asked for.
+        asked: path and first byte of each file that was asked for.
     """
 
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -30,94 +30,87 @@ class Hub:
     cut_every: int = 0
     status: int = 200
     seconds_per_block: float = 0.0
-    asked: list[tuple[str, int, str]] = field(default_factory=list)
+    asked: list[tuple[str, int]] = field(default_factory=list)
+    cut: set[str] = field(default_factory=set)
     url: str = ""
 
     def starts(self) -> list[int]:
-        return [start for _, start, _ in self.asked]
+        return [start for _, start in self.asked]
+
+    def describe(self, repository: str) -> bytes:
+        """What the hub's API says about a repository."""
+        siblings = []
+        for name, content in self.repositories[repository].items():
+            item = {"rfilename": name, "size": len(content), "blobId": "0" * 40}
+            if not name.endswith(".json"):
+                digest = hashlib.sha256(content).hexdigest()
+                item["lfs"] = {"size": len(content), "sha256": digest, "pointerSize": 130}
+            siblings.append(item)
+        gated = "auto" if repository in self.gated else False
+        return json.dumps({"id": repository, "private": False, "gated": gated, "siblings": siblings}).encode()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    hub: Hub
+
+    def log_message(self, *_: object) -> None: ...
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path, hub = self.path.split("?")[0], self.hub
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        repository, _, name = path.removeprefix("/api/models").strip("/").partition("/resolve/main/")
+        if path.startswith("/plain/"):
+            repository, name = "plain", path.removeprefix("/plain/")
+        if hub.status != 200:
+            self.send_error(hub.status)
+        elif repository.removesuffix("/revision/main") not in hub.repositories and path.startswith("/api"):
+            self.answer(404, **{"X-Error-Code": "RepoNotFound"})
+        elif path.startswith("/api"):
+            self.answer(200, hub.describe(repository.removesuffix("/revision/main")))
+        elif repository in hub.gated and token != "hf_right":
+            self.answer(403, **{"X-Error-Code": "GatedRepo"})
+        elif name in hub.repositories.get(repository, {}):
+            self.send_file(path, hub.repositories[repository][name])
+        else:
+            self.send_error(404)
+
+    def answer(self, status: int, body: bytes = b"", n_bytes: int | None = None, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body) if n_bytes is None else n_bytes))
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):
+            for position in range(0, len(body) if self.command == "GET" else 0, 20_000):
+                self.wfile.write(body[position : position + 20_000])
+                time.sleep(self.hub.seconds_per_block)
+
+    def send_file(self, path: str, content: bytes) -> None:
+        wanted, hub = self.headers.get("Range", ""), self.hub
+        start = int(wanted.removeprefix("bytes=").split("-")[0]) if wanted else 0
+        body = content[start:]
+        if self.command == "GET":
+            hub.asked.append((path, start))
+            order = list(dict.fromkeys(p for p, _ in hub.asked)).index(path) + 1
+            if hub.cut_every and path not in hub.cut and order % hub.cut_every == 0:
+                hub.cut.add(path)
+                body = body[: len(body) // 2]
+        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": "0" * 40}
+        if wanted:
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        if start >= len(content) > 0:
+            self.send_error(416)
+        else:
+            self.answer(206 if wanted else 200, body, len(content) - start, **headers)
 
 
 @contextlib.contextmanager
 def serve(hub: Hub) -> Iterator[Hub]:
-    cut: set[str] = set()
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def log_message(self, *_: object) -> None: ...
-
-        def do_HEAD(self) -> None:
-            self.answer(with_body=False)
-
-        def do_GET(self) -> None:
-            self.answer(with_body=True)
-
-        def answer(self, *, with_body: bool) -> None:
-            path, token = self.path.split("?")[0], self.headers.get("Authorization", "").removeprefix("Bearer ")
-            if hub.status != 200:
-                self.send_error(hub.status)
-            elif path.startswith("/api/models/"):
-                self.describe(path.removeprefix("/api/models/").removesuffix("/revision/main"))
-            elif path.startswith("/plain/"):
-                self.send_file(path, hub.repositories["plain"][path.removeprefix("/plain/")], with_body, token)
-            else:
-                repository, _, name = path.lstrip("/").partition("/resolve/main/")
-                if repository in hub.gated and token != "hf_right":
-                    self.send_response(403)
-                    self.send_header("X-Error-Code", "GatedRepo")
-                    self.end_headers()
-                elif name in hub.repositories.get(repository, {}):
-                    self.send_file(path, hub.repositories[repository][name], with_body, token)
-                else:
-                    self.send_error(404)
-
-        def describe(self, repository: str) -> None:
-            if repository not in hub.repositories:
-                self.send_response(404)
-                self.send_header("X-Error-Code", "RepoNotFound")
-                self.end_headers()
-                return
-            siblings = []
-            for name, content in hub.repositories[repository].items():
-                item = {"rfilename": name, "size": len(content), "blobId": "0" * 40}
-                if not name.endswith(".json"):
-                    digest = hashlib.sha256(content).hexdigest()
-                    item["lfs"] = {"size": len(content), "sha256": digest, "pointerSize": 130}
-                siblings.append(item)
-            gated = "auto" if repository in hub.gated else False
-            text = json.dumps({"id": repository, "private": False, "gated": gated, "siblings": siblings}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text)
-
-        def send_file(self, path: str, content: bytes, with_body: bool, token: str) -> None:
-            wanted = self.headers.get("Range", "")
-            start = int(wanted.removeprefix("bytes=").split("-")[0]) if wanted else 0
-            if with_body:
-                hub.asked.append((path, start, token))
-            if start >= len(content) > 0:
-                self.send_error(416)
-                return
-            self.send_response(206 if wanted else 200)
-            if wanted:
-                self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-            self.send_header("X-Repo-Commit", "0" * 40)
-            self.send_header("Content-Length", str(len(content) - start))
-            self.end_headers()
-            if not with_body:
-                return
-            body = content[start:]
-            paths = list(dict.fromkeys(p for p, _, _ in hub.asked))
-            if hub.cut_every and path not in cut and (paths.index(path) + 1) % hub.cut_every == 0:
-                cut.add(path)
-                body = body[: len(body) // 2]
-            with contextlib.suppress(ConnectionError):
-                for position in range(0, len(body), 20_000):
-                    self.wfile.write(body[position : position + 20_000])
-                    time.sleep(hub.seconds_per_block)
-            self.close_connection = True
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    handler = type("Handler", (Handler,), {"hub": hub})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     try:

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a program
 
 import numpy as np
 import pandas as pd
-import test_checkpoints as layouts
+import tiny_weights as layouts
 import torch
 from PIL import Image
 
@@ -43,11 +43,12 @@ SIZES: dict[str, dict[str, Any]] = {
         "vocab_size": 2000, "clip": "art-vit-mini", "sides": (224, 224), "shard_bytes": 400_000, "precision": "fp32",
         "rank": 4, "pictures": (24, 4), "training_steps": 1,
         "imagebind": {"width": 32, "layers": 4, "text": 16, "text_layers": 2, "joint": 20},
+        "prompts": {"channels": (2, 4, 4, 8, 8)},  # the published ones take seconds a step on a CPU
     },
     "true": {
         "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
         "vocab_size": 32000, "clip": "ViT-L-14-336-quickgelu", "sides": (336, 518), "shard_bytes": 2_000_000_000,
-        "precision": "bf16", "rank": 32, "pictures": (100, 32), "training_steps": 10, "imagebind": {},
+        "precision": "bf16", "rank": 32, "pictures": (100, 32), "training_steps": 10, "imagebind": {}, "prompts": {},
     },
 }  # fmt: skip
 QUESTION = "Is there any anomaly in the image?"
@@ -111,13 +112,8 @@ class Walk:
         shapes = {
             "imagebind": eyes,
             "pandagpt": layouts.pandagpt_shapes(self.config, rank=rank, n_image=joint),
-            "anomalygpt": layouts.anomalygpt_shapes(hidden, joint=joint, width=width),
+            "anomalygpt": layouts.anomalygpt_shapes(hidden, joint=joint, width=width, **self.size["prompts"]),
         }
-        if self.options.size == "tiny":  # the published prompt learner takes seconds a step on a CPU
-            for place, (n_out, n_in) in {0: (2, 1), 3: (4, 2), 6: (4, 4), 9: (8, 4), 12: (8, 8)}.items():
-                key = f"prompt_learner.meta_net.{place}"
-                shapes["anomalygpt"] |= {f"{key}.weight": (n_out, n_in, 3, 3), f"{key}.bias": (n_out,)}
-            shapes["anomalygpt"]["prompt_learner.meta_net.15.weight"] = (hidden, 8, 5, 5)
         for file in self.route.files:
             family = file.component.split("/")[0]
             if family in shapes:
@@ -190,7 +186,7 @@ class Walk:
             n_gb = 2 * sum(math.prod(shape) for shape in llama.shapes_of(self.config).values()) / 1e9
             for file in self.route.files:
                 if file.component == "vicuna" or file.path.exists():
-                    steps._inspect(self.route, file, print, is_fetched=False)
+                    steps._inspect(self.route, file, is_fetched=False)
             where = self.route.weights_dir
             base = self.step("convert Meta's files", lambda: steps.convert_base(self.route), n_gb, "GB")
             self.step("merge the delta", lambda: steps.merge(self.route, base), n_gb, "GB")
@@ -206,7 +202,7 @@ class Walk:
             files.write_json(vicuna / "READY.json", {"files": {}})
         for file in self.route.files:
             if file.path.exists() and file.component != "vicuna":
-                steps._convert(self.route, file, print)
+                steps._convert(self.route, file)
 
     def clip(self, pictures: list[np.ndarray]) -> None:
         """Notebooks 03 and 04: CLIP's features of 32 pictures, AnomalyCLIP's maps of 8."""

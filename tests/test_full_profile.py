@@ -76,14 +76,14 @@ def test_anomalyclip_needs_nobodys_consent(full: profiles.Profile, monkeypatch: 
     """The route without LLaMA: notebook 01 prepares the prompts of 04 before it stops for a licence."""
     route, fetched = catalog.route(full.weights_dir, full.weights), []
 
-    def fetch(url: str, target: Path, *, sha256: str | None, log: object) -> None:
+    def fetch(url: str, target: Path, *, sha256: str | None) -> None:
         assert sha256 and "AnomalyCLIP/45ed4dd3" in url
         fetched.append(target)
         mini.write("anomalyclip/trained_on_visa", target)
 
     monkeypatch.setattr(steps.fetch, "fetch", fetch)
     for _ in range(2):  # what is ready is not fetched again
-        steps.obtain_free(route, log=lambda line: None)
+        steps.obtain_free(route)
         assert len(fetched) == 2
     with pytest.raises(PermissionError, match="ACCEPT_LICENCES"):
         steps.obtain(route, accept_licences=False)

@@ -1,29 +1,30 @@
 """Files from the net that arrive whole, go on after a cut, and match their hash before they get their name.
 
-Public files go through gdown, which goes on where a killed process stopped (huggingface_hub starts a large file over);
-gated repositories go through huggingface_hub, which has the user's token. Nothing here prints or stores a token.
+Public files go through gdown, which goes on where a killed process stopped (huggingface_hub starts a large file over),
+gated repositories through huggingface_hub, which has the user's token. Nothing here prints or stores a token.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import gdown
 from huggingface_hub import HfApi, get_token, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError
 
 from helpers import files
-from helpers.weights.folders import Log
 from helpers.weights.tensors import WeightFileError, check_records, file_hash, read_index
 
 N_TRIES, WAIT_SECONDS = 4, 3.0
 WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
+_GDOWN_ERROR = getattr(gdown.exceptions, "DownloadError", gdown.exceptions.FileURLRetrievalError)  # the latter in 5
+_FAILURES = (OSError, HTTPError, _GDOWN_ERROR)  # disk and requests; the hub's client; gdown's own
 
 
 class DownloadError(OSError):
@@ -31,32 +32,28 @@ class DownloadError(OSError):
 
 
 def fetch(
-    url: str, target: Path, *, sha256: str | None = None, n_bytes: int | None = None,
-    get: Callable[[str], Any] | None = None, log: Log = print,
-) -> Path:  # fmt: skip
+    url: str, target: Path, *, sha256: str | None = None, n_bytes: int | None = None, get: Callable | None = None
+) -> Path:
     """Fetch a file, going on where an earlier call, or a killed process, stopped.
 
     Args:
         url, target: from where to where; nothing has this name before the content is checked.
         sha256, n_bytes: what is known of it. Without a hash, a torch file is compared with its own checksums.
-        get, log: writes the file to a path, in place of gdown; receives one sentence at a time.
+        get: writes the file to a path, in place of gdown.
     Raises:
         DownloadError: the server refuses, the connection keeps failing, or the content stays wrong.
     """
     if target.exists():
         return target
     room = target.parent / f".{target.name}.part"  # gdown finds its unfinished file by the folder
-    arrived, problem = room / target.name, "nothing arrived"
+    arrived, problem = room / target.name, ""
     get = get or partial(gdown.download, url, quiet=False, use_cookies=False, resume=True)
-    place = f"What came is kept in {room}; run this cell again to go on, or put the file at {target} yourself."
     for attempt in range(N_TRIES):
         room.mkdir(parents=True, exist_ok=True)
         begun = [path for path in room.iterdir() if path.is_file()]
         try:
-            if len(begun) == 1 and begun[0].stat().st_size == n_bytes:
+            if begun and begun[0].stat().st_size == n_bytes:
                 os.replace(begun[0], arrived)  # all had come when the process died
-            elif len(begun) > 1:
-                raise WeightFileError("two beginnings of one file")
             if not arrived.exists():
                 get(str(arrived))
             _check(arrived, sha256, n_bytes)
@@ -68,14 +65,17 @@ def fetch(
             shutil.rmtree(room)
         except DownloadError:
             raise
-        except Exception as error:  # gdown's own exceptions changed names between 5 and 6
+        except _FAILURES as error:
             problem = _first_line(error)
             status = getattr(getattr(error, "response", None), "status_code", None)
-            if status in (401, 403, 404, 410) or getattr(error, "errno", 0) == 28:
+            if status in (401, 403, 404, 410) or getattr(error, "errno", 0) == errno.ENOSPC:
                 break
-        log(f"{target.name}: {problem}; {'trying again' if attempt < N_TRIES - 1 else 'giving up'}")
+        print(f"{target.name}: {problem}; {'trying again' if attempt < N_TRIES - 1 else 'giving up'}")
         time.sleep(WAIT_SECONDS * attempt)
-    raise DownloadError(f"{url} could not be fetched ({problem}). {place}")
+    raise DownloadError(
+        f"{url} could not be fetched ({problem}). What came is kept in {room}; run this cell again to go on, or put "
+        f"the file at {target} yourself."
+    )
 
 
 def _check(path: Path, sha256: str | None, n_bytes: int | None) -> None:
@@ -91,24 +91,23 @@ def _check(path: Path, sha256: str | None, n_bytes: int | None) -> None:
 
 
 def fetch_hub(
-    repository: str, target: Path, *, name: str | None = None, list_path: Path | None = None,
-    endpoint: str | None = None, log: Log = print,
-) -> Path:  # fmt: skip
+    repository: str, target: Path, *, name: str = "", list_path: Path | None = None, endpoint: str | None = None
+) -> Path:
     """Fetch one file of a model repository, or all that is needed of it: one format of weights, and the texts.
 
     Args:
-        repository, name: ``owner/name``, and one file of it; None for the folder.
+        repository, name: ``owner/name``, and one file of it; empty for the folder.
         target: the file, or the folder.
         list_path: where the hub's list of files is kept, so that a folder cut between two is known to be unfinished.
-        endpoint, log: another hub; receives one sentence at a time.
+        endpoint: another hub.
     Raises:
         DownloadError: gated without permission, absent, or unreachable; says what to click.
     """
     try:
         info = HfApi(endpoint=endpoint, token=get_token() or False).model_info(repository, files_metadata=True)
-    except (GatedRepoError, RepositoryNotFoundError):
+    except RepositoryNotFoundError:
         raise DownloadError(f"{repository} is not on the hub, or private. {_consent(repository)}") from None
-    except Exception as error:  # the hub's library changed its own and its HTTP errors between versions
+    except _FAILURES as error:
         place = f"Check the connection and run this cell again, or put the files into {target} yourself."
         raise DownloadError(f"the hub cannot be asked about {repository} ({_first_line(error)}). {place}") from None
     offered = {item.rfilename: (item.size, item.lfs.sha256 if item.lfs else None) for item in info.siblings}
@@ -125,7 +124,7 @@ def fetch_hub(
                 f"it and run this cell again, or use your own files by LLAMA_FOLDER."
             )
         get = partial(_get_as_member, repository, file, endpoint) if info.gated or info.private else None
-        fetch(hf_hub_url(repository, file, endpoint=endpoint), path, sha256=sha256, n_bytes=n_bytes, get=get, log=log)
+        fetch(hf_hub_url(repository, file, endpoint=endpoint), path, sha256=sha256, n_bytes=n_bytes, get=get)
     return target
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import errno
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,44 +13,17 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from helpers import files
-from helpers.weights.tensors import WeightFileError, file_hash, row_ranges, write_safetensors
+from helpers.weights.tensors import Tensor, WeightFileError, file_hash, write_safetensors
 
 READY, JOURNAL, LOCK = "READY.json", "journal.json", ".lock"
 SHARD_BYTES = RESERVE_BYTES = 2_000_000_000
-COMPONENTS = ("vicuna", "imagebind", "pandagpt", "anomalygpt", "anomalyclip")
 
 Shapes = Mapping[str, tuple[int, ...]]
-Log = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor made of ``files`` on demand: ``rows`` gives rows start to stop of the first axis (a scalar has one).
-
-    ``multiple`` rows must be asked for together (one attention head).
-    """
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    files: tuple[Path, ...]
-    rows: Callable[[int, int], torch.Tensor]
-    multiple: int = 1
-
-    @property
-    def n_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def pieces(self) -> Iterator[torch.Tensor]:
-        """The whole tensor in small pieces, in its type."""
-        n_rows = self.shape[0] if self.shape else 1
-        for start, stop in row_ranges(n_rows, self.n_bytes // max(1, n_rows), self.multiple):
-            yield self.rows(start, stop).to(self.dtype)
 
 
 def write_folder(
-    target: Path, tensors: Mapping[str, Tensor], *, component: str, settings: Mapping[str, Any],
-    source: Mapping[str, Any], write_small: Callable[[Path], None] = lambda folder: None,
-    notes: tuple[str, ...] = (), shard_bytes: int = SHARD_BYTES, log: Log = print,
+    target: Path, tensors: Mapping[str, Tensor], write_small: Callable[[Path], None], *, component: str,
+    settings: Mapping[str, Any], source: Mapping[str, Any], notes: tuple[str, ...] = (), shard_bytes: int = SHARD_BYTES,
 ) -> Path:  # fmt: skip
     """Write tensors as safetensors shards, then the small files, then ``READY.json``; inputs are only ever read.
 
@@ -59,9 +31,9 @@ def write_folder(
 
     Args:
         target, tensors: folder to write, and what, in this order.
-        component, source, notes: for ``READY.json``; ``settings``: what else decides the result.
         write_small: writes config and tokenizer files into the folder it is given.
-        shard_bytes, log: largest file, unless one tensor is larger; receives one sentence at a time.
+        component, source, notes: for ``READY.json``; ``settings``: what else decides the result.
+        shard_bytes: largest file, unless one tensor is larger.
     Raises:
         WeightFileError: the folder belongs to other inputs or settings, or a number is not finite.
         BlockingIOError: another process writes the folder.
@@ -71,16 +43,18 @@ def write_folder(
     target.mkdir(parents=True, exist_ok=True)
     shards = _split(tensors, shard_bytes)
     inputs = {path: path.stat() for tensor in tensors.values() for path in tensor.files}
+    if target.resolve() in {path.parent.resolve() for path in inputs}:
+        raise ValueError(f"{target} is an input and cannot be written to as well. Choose an empty folder.")
     known_inputs = sorted((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in inputs.items())
     layout = {name: [(key, str(t.dtype), t.shape) for key, t in group.items()] for name, group in shards.items()}
-    plan = files.sha256_json([dict(settings), known_inputs, layout])
+    plan = files.sha256_json([settings, known_inputs, layout])
     try:
         with FileLock(target / LOCK, timeout=0):
             if (target / READY).exists():
-                _check_same(target, read_ready(target).get("plan"), plan)
-                log(f"{component}: already complete in {target}")
+                _check_same(target, read_ready(target), plan)
+                print(f"{component}: already complete in {target}")
                 return check(target)
-            done = _write_shards(target, shards, plan, log)
+            done = _write_shards(target, shards, plan)
             if len(shards) > 1:
                 total = {"total_size": sum(tensor.n_bytes for tensor in tensors.values())}
                 listed = {"metadata": total, "weight_map": {key: name for name in shards for key in shards[name]}}
@@ -89,31 +63,29 @@ def write_folder(
             ours = {READY, JOURNAL, LOCK, *done}
             for path in sorted(p for p in target.iterdir() if p.is_file() and p.name not in ours):
                 done[path.name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
-            ready = {"component": component, "plan": plan, "source": dict(source), "settings": dict(settings)}
-            files.write_json(target / READY, ready | {"notes": list(notes), "files": done, "n_tensors": len(tensors)})
+            ready = {"component": component, "plan": plan, "source": source, "settings": settings}
+            files.write_json(target / READY, ready | {"notes": notes, "files": done, "n_tensors": len(tensors)})
             (target / JOURNAL).unlink(missing_ok=True)
     except Timeout:
         raise BlockingIOError(f"{target} is being written by another process. Wait until it ends, or stop it") from None
     return target
 
 
-def _check_same(target: Path, found: str | None, plan: str) -> None:
-    if found != plan:
-        raise WeightFileError(
-            f"{target} was made, or begun, from other inputs or settings. Delete it, or take another."
-        )
+def _check_same(target: Path, found: Mapping[str, Any], plan: str) -> None:
+    if found.get("plan") != plan:
+        raise WeightFileError(f"{target} was made, or begun, from other inputs or settings. Delete it or take another.")
 
 
-def _write_shards(target: Path, shards: Mapping[str, Mapping[str, Tensor]], plan: str, log: Log) -> dict[str, Any]:
+def _write_shards(target: Path, shards: Mapping[str, Mapping[str, Tensor]], plan: str) -> dict[str, Any]:
     """Write the shards that are not there yet; returns ``{file: {"bytes", "sha256"}}`` of all."""
     journal, done = target / JOURNAL, {}
     if journal.exists():
         known = files.read_json(journal)
-        _check_same(target, known["plan"], plan)
+        _check_same(target, known, plan)
         for name, entry in known["shards"].items():
             if (target / name).is_file() and file_hash(target / name) == entry["sha256"]:
                 done[name] = entry
-        log(f"resuming at {len(done)}/{len(shards)} shards")
+        print(f"resuming at {len(done)}/{len(shards)} shards")
     for part in target.glob("*.part"):
         part.unlink()
     left = {name: group for name, group in shards.items() if name not in done}
@@ -125,15 +97,14 @@ def _write_shards(target: Path, shards: Mapping[str, Mapping[str, Tensor]], plan
     try:
         with tqdm(total=n_left, unit="B", unit_scale=True, desc=target.name, disable=n_left < 1e8) as bar:
             for name, group in left.items():
-                parts = {key: (t.dtype, t.shape, t.pieces()) for key, t in group.items()}
-                try:
-                    done[name] = write_safetensors(target / name, parts)
-                except OSError as error:
-                    if error.errno == errno.ENOSPC:
-                        _check_room(target, n_left, RESERVE_BYTES)  # says how much is missing
-                    raise
+                done[name] = write_safetensors(target / name, group)
                 bar.update(done[name]["bytes"])
+                n_left -= done[name]["bytes"]
                 files.write_json(journal, {"plan": plan, "shards": done})
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            _check_room(target, n_left, RESERVE_BYTES)  # says how much is missing
+        raise
     finally:
         torch.set_num_threads(n_threads)
     return done
@@ -165,25 +136,20 @@ def _split(tensors: Mapping[str, Tensor], shard_bytes: int) -> dict[str, dict[st
 
 
 def account(
-    what: str, found: Shapes, expected: Shapes, *, optional: Shapes | None = None, allow_unknown: bool = False
+    what: str, found: Shapes, expected: Shapes, *, optional: Shapes = MappingProxyType({}), allow_unknown: bool = False
 ) -> None:
     """Every key and shape of ``what`` is as expected, or one error about all that differ."""
-    known = {**expected, **(optional or {})}
+    known = {**expected, **optional}
     problems = [f"lacks {name}" for name in expected if name not in found]
     for name, shape in known.items():
         if name in found and tuple(found[name]) != tuple(shape):
             problems.append(f"{name} is {tuple(found[name])}, expected {tuple(shape)}")
-    unknown = [name for name in found if name not in known]
-    if not allow_unknown:
-        problems += [f"has the unknown {name}" for name in unknown]
-    if problems:
-        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
-        only = (
-            " If these keys are harmless, ALLOW_UNKNOWN = True leaves them out."
-            if len(problems) == len(unknown)
-            else ""
-        )
-        raise WeightFileError(f"not a whole {what}: {'; '.join(problems[:6])}{more}. Nothing was written.{only}")
+    unknown = [] if allow_unknown else [f"has the unknown {name}" for name in found if name not in known]
+    if problems or unknown:
+        listed = [*problems, *unknown]
+        more = f"; and {len(listed) - 6} more" if len(listed) > 6 else ""
+        way = "" if problems else " If these keys are harmless, ALLOW_UNKNOWN = True leaves them out."
+        raise WeightFileError(f"not a whole {what}: {'; '.join(listed[:6])}{more}. Nothing was written.{way}")
 
 
 def require(weights_dir: Path, component: str, *, verify: bool = False) -> Path:
@@ -194,13 +160,11 @@ def require(weights_dir: Path, component: str, *, verify: bool = False) -> Path:
         WeightFileError: prepared, but damaged since.
     """
     weights_dir = Path(weights_dir)
-    if component.split("/")[0] not in COMPONENTS:
-        raise ValueError(f"{component!r} is no component; known are {', '.join(COMPONENTS)}.")
     if not (weights_dir / component / READY).exists():
-        present = sorted(str(path.parent.relative_to(weights_dir)) for path in weights_dir.glob(f"**/{READY}"))
-        ready = f"(ready: {', '.join(present) or 'nothing'})"
+        ready = sorted(str(path.parent.relative_to(weights_dir)) for path in weights_dir.glob(f"**/{READY}"))
         raise FileNotFoundError(
-            f"{component} is not prepared in {weights_dir} {ready}. Run notebook 01_prepare_weights."
+            f"{component} is not prepared in {weights_dir} (ready: {', '.join(ready) or 'nothing'}). Run notebook "
+            f"01_prepare_weights."
         )
     return check(weights_dir / component, verify=verify)
 

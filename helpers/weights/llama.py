@@ -19,8 +19,8 @@ import torch
 
 from helpers import files
 from helpers.weights import folders
-from helpers.weights.folders import SHARD_BYTES, Log, Tensor, account
-from helpers.weights.tensors import Stored, WeightFileError, read_index
+from helpers.weights.folders import SHARD_BYTES, account
+from helpers.weights.tensors import Tensor, WeightFileError, read_index
 
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 """The two tensors with one row per token: the only ones that a delta may lengthen."""
@@ -61,31 +61,26 @@ class Model:
         return _SIZES.get(dims, f"{dims[0]} wide, {dims[1]} layers")
 
 
-def convert_llama(
-    source: Path, target: Path, *, tokenizer: Path | None = None, shard_bytes: int = SHARD_BYTES,
-    allow_unknown: bool = False, log: Log = print,
-) -> Path:  # fmt: skip
+def convert_llama(source: Path, target: Path, *, shard_bytes: int = SHARD_BYTES, allow_unknown: bool = False) -> Path:
     """Convert Meta's ``consolidated.*.pth`` into a Hugging Face folder; numbers are moved, never rounded.
 
     Args:
-        source, target: folder with ``consolidated.00.pth`` ... and ``params.json``, and folder to write.
-        tokenizer: folder with the tokenizer's files; None looks in ``source`` and above it, where Meta puts it.
-        shard_bytes, log: see :func:`helpers.weights.folders.write_folder`.
+        source, target: folder with ``consolidated.00.pth`` ..., ``params.json`` and, there or above it, the tokenizer;
+            and folder to write.
+        shard_bytes: largest file to write.
         allow_unknown: leave out keys that LLaMA does not have instead of stopping.
     Raises:
         FileNotFoundError, ValueError, OSError: files are missing (all are named); damaged, of another model, or the
             target belongs to another job; the disk is too small.
     """
-    source, target = Path(source), Path(target)
-    _refuse_input_as_target(target, source)
-    model = open_meta(source, allow_unknown=allow_unknown)
-    tokens = _tokenizer([tokenizer] if tokenizer else [source, source.parent])
-    return _write(model, target, "llama", tokens, {"meta": str(source)}, shard_bytes=shard_bytes, log=log)
+    model = open_meta(Path(source), allow_unknown=allow_unknown)
+    tokenizers = [model.folder, model.folder.parent]
+    return _write(model, target, "llama", tokenizers, {"meta": str(source)}, shard_bytes)
 
 
 def merge_delta(
     base: Path, delta: Path, target: Path, *, version: str | None = None, shard_bytes: int = SHARD_BYTES,
-    allow_unknown: bool = False, log: Log = print,
+    allow_unknown: bool = False,
 ) -> Path:  # fmt: skip
     """Add delta weights to a base model; bit for bit what FastChat 0.1.10 (v0) and 0.2 (v1.1) write.
 
@@ -96,49 +91,45 @@ def merge_delta(
         base: Hugging Face folder (safetensors or ``.bin``), or Meta's folder: then the converted base is never written.
         delta: Hugging Face folder of the delta; its tokenizer is taken, as FastChat does.
         version: ``"v0"`` or ``"v1.1"`` to insist on one; None accepts either, told apart by their rows.
-        target, shard_bytes, allow_unknown, log: as in :func:`convert_llama`.
+        target, shard_bytes, allow_unknown: as in :func:`convert_llama`.
     Raises:
         FileNotFoundError, ValueError, OSError: as in :func:`convert_llama`; base and delta that do not fit.
     """
-    base, delta, target = Path(base), Path(delta), Path(target)
-    _refuse_input_as_target(target, base, delta)
-    left, right = open_model(base, allow_unknown=allow_unknown), open_folder(delta, allow_unknown=allow_unknown)
+    left = open_model(Path(base), allow_unknown=allow_unknown)
+    right = open_folder(Path(delta), allow_unknown=allow_unknown)
     kind = _check_pair(left, right, version)
     ratio, notes = _compare(left, right)
-    log(f"delta {kind} on {left.size}: {ratio:.2f} of the base in size")
+    print(f"delta {kind} on {left.size}: {ratio:.2f} of the base in size")
     sums = {name: _sum(left.tensors[name], tensor) for name, tensor in right.tensors.items()}
     config = left.config | {"vocab_size": right.config["vocab_size"]}
-    merged = Model(target, sums, config, (*left.notes, *right.notes, *notes))
-    tokens = _tokenizer([delta, base, base.parent])
-    source = {"base": str(base), "delta": str(delta), "version": kind, "delta_to_base": round(ratio, 3)}
-    return _write(merged, target, "vicuna", tokens, source, shard_bytes=shard_bytes, log=log)
+    merged = Model(Path(target), sums, config, (*left.notes, *right.notes, *notes))
+    origin = {"base": str(base), "delta": str(delta), "version": kind, "delta_to_base": round(ratio, 3)}
+    return _write(merged, target, "vicuna", [right.folder, left.folder, left.folder.parent], origin, shard_bytes)
 
 
-def adopt_merged(
-    source: Path, target: Path, *, shard_bytes: int = SHARD_BYTES, allow_unknown: bool = False, log: Log = print
-) -> Path:
+def adopt_merged(source: Path, target: Path, *, shard_bytes: int = SHARD_BYTES, allow_unknown: bool = False) -> Path:
     """Copy a Vicuna that was merged elsewhere as float16 safetensors; the rest as in :func:`merge_delta`."""
-    _refuse_input_as_target(Path(target), Path(source))
     model = open_folder(Path(source), allow_unknown=allow_unknown)
     _refuse_llama_2(model)
     halves = {name: replace(tensor, dtype=torch.float16) for name, tensor in model.tensors.items()}
-    model, origin = replace(model, tensors=halves), {"merged": str(source)}
-    return _write(model, target, "vicuna", _tokenizer([source]), origin, shard_bytes=shard_bytes, log=log)
+    return _write(
+        replace(model, tensors=halves), target, "vicuna", [model.folder], {"merged": str(source)}, shard_bytes
+    )
 
 
-def _write(model: Model, target: Path, component: str, tokenizer: Path, source: Mapping[str, Any], **options) -> Path:
+def _write(
+    model: Model, target: Path, component: str, tokenizers: Sequence[Path], source: Mapping[str, Any], shard_bytes: int
+) -> Path:
+    names = ("tokenizer.model", "tokenizer.json")
+    beside = [folder for folder in tokenizers if any((folder / name).exists() for name in names)]
+    if not beside:
+        raise FileNotFoundError(f"no tokenizer.model in {', '.join(map(str, tokenizers))}. Copy LLaMA's there.")
     dtype = str(next(iter(model.tensors.values())).dtype).removeprefix("torch.")
-    small = partial(_write_small, config=model.config, dtype=dtype, tokenizer=tokenizer)
+    small = partial(_write_small, config=model.config, dtype=dtype, tokenizer=beside[0])
     return folders.write_folder(
         target, model.tensors, component=component, settings={"config": model.config}, source=source,
-        write_small=small, notes=model.notes, **options,
+        write_small=small, notes=model.notes, shard_bytes=shard_bytes,
     )  # fmt: skip
-
-
-def _refuse_input_as_target(target: Path, *inputs: Path) -> None:
-    for folder in inputs:
-        if target.resolve() == folder.resolve():
-            raise ValueError(f"{target} is an input and cannot be written to as well. Choose an empty folder.")
 
 
 def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -193,15 +184,13 @@ def open_meta(folder: Path, *, allow_unknown: bool = False) -> Model:
         account(f"LLaMA model of {n_files} files in {folder / name}", found, cut, allow_unknown=allow_unknown)
     for name, shape in shapes.items():
         parts, axis = [shard[name] for shard in shards], axis_of(name)
-        first = parts[0]
-        norms = [part.rows(0, shape[0]) for part in parts] if axis is None else []
+        norms = [part.whole() for part in parts] if axis is None else []
         if len({part.dtype for part in parts}) > 1 or not all(torch.equal(norm, norms[0]) for norm in norms):
             raise WeightFileError(f"{folder}: {name} differs between the files: they are shards of different models.")
-        heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
-        rotated = re.search(r"self_attn\.([qk])_proj", name)
-        head = shape[0] // heads[rotated[1]] if rotated else 1
-        paths = tuple(part.path for part in parts)
-        tensors[name] = Tensor(first.dtype, shape, paths, partial(_meta_rows, parts, axis, head), head)
+        is_rotated = re.search(r"self_attn\.[qk]_proj", name)
+        head = params["dim"] // params["n_heads"] if is_rotated else 1
+        rows = partial(_meta_rows, parts, axis, head)
+        tensors[name] = Tensor(parts[0].dtype, shape, tuple(folder / name for name in names), rows, head)
     return Model(folder, tensors, config)
 
 
@@ -221,7 +210,7 @@ def axis_of(name: str) -> int | None:
     return 1 if re.search(r"embed|attention\.wo|w2|o_proj|down_proj", name) else 0
 
 
-def _meta_rows(parts: Sequence[Stored], axis: int | None, head: int, start: int, stop: int) -> torch.Tensor:
+def _meta_rows(parts: Sequence[Tensor], axis: int | None, head: int, start: int, stop: int) -> torch.Tensor:
     """Rows of the joined tensor in Hugging Face's order."""
     if axis is None:
         return parts[0].rows(start, stop)
@@ -229,9 +218,7 @@ def _meta_rows(parts: Sequence[Stored], axis: int | None, head: int, start: int,
         return torch.cat([part.rows(start, stop) for part in parts], dim=1)
     n = parts[0].shape[0]
     spans = [(part, max(start - i * n, 0), min(stop - i * n, n)) for i, part in enumerate(parts)]
-    pieces = [part.rows(low, high) for part, low, high in spans if low < high]
-    rows = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-    return halves_first(rows, head)
+    return halves_first(torch.cat([part.rows(low, high) for part, low, high in spans if low < high]), head)
 
 
 def halves_first(rows: torch.Tensor, head: int) -> torch.Tensor:
@@ -262,11 +249,10 @@ def open_folder(folder: Path, *, allow_unknown: bool = False) -> Model:
     found = {key: item.shape for key, item in stored.items()}
     account(f"LLaMA model in {folder}", found, shapes, allow_unknown=allow_unknown)
     kept = {key: item for key, item in stored.items() if key in shapes}
-    tensors = {key: Tensor(item.dtype, item.shape, (item.path,), item.rows) for key, item in kept.items()}
-    return Model(folder, tensors, config, (note,) if unlisted else ())
+    return Model(folder, kept, config, (note,) if unlisted else ())
 
 
-def _read(path: Path) -> dict[str, Stored]:
+def _read(path: Path) -> dict[str, Tensor]:
     return {key: item for key, item in read_index(path).items() if not _IGNORED.search(key)}
 
 
@@ -275,7 +261,6 @@ def _read_settings(path: Path, wanted: Sequence[str]) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing. Fetch it: it is published beside the weights, and small.")
     content = files.read_json(path)
-    content = content.get("text_config", content) if isinstance(content, dict) else {}
     if lacking := [key for key in wanted if not isinstance(content.get(key), int | float)]:
         raise WeightFileError(f"{path} lacks {', '.join(lacking)}. Fetch the published file.")
     return content
@@ -355,13 +340,6 @@ def _sum(base: Tensor, delta: Tensor) -> Tensor:
         return left + right
 
     return Tensor(torch.float16, delta.shape, tuple(dict.fromkeys(base.files + delta.files)), rows, base.multiple)
-
-
-def _tokenizer(candidates: Sequence[Path]) -> Path:
-    for folder in map(Path, candidates):
-        if any((folder / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
-            return folder
-    raise FileNotFoundError(f"no tokenizer.model in {', '.join(map(str, candidates))}. Copy LLaMA's there.")
 
 
 def _write_small(target: Path, *, config: Mapping[str, Any], dtype: str, tokenizer: Path) -> None:

@@ -66,9 +66,14 @@ def write_language_model(meta: Path, delta: Path) -> None:
     for shard in range(N_SHARDS):
         part = {name: _cut(tensor, llama.axis_of(name), shard) for name, tensor in base.items()}
         _save(meta / f"consolidated.{shard:02d}.pth", part)
+    write_tokenizer(meta, fields)
     files.write_json(meta / "params.json", params)
     written = llama.open_meta(meta)
-    _save(delta / "pytorch_model.bin", _delta(written, change, model))
+    ours = {llama.name_of(name): name for name in change}
+    turned = {name: llama.halves_first(change[ours[name]], item.multiple) for name, item in written.tensors.items()}
+    for name in llama.EMBEDDINGS:  # the base counts as zero in v0's extra row, which began as the mean of all rows
+        turned[name] = torch.cat([turned[name], model[ours[name]].float().mean(0, keepdim=True).half()])
+    _save(delta / "pytorch_model.bin", turned)
     write_tokenizer(delta, fields)
     grown = {"vocab_size": written.config["vocab_size"] + 1, "model_type": "llama", "torch_dtype": "float16"}
     files.write_json(delta / "config.json", written.config | grown)
@@ -78,16 +83,13 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Settings of a GGUF file, and its tensors in float16 under Meta's names; a tied output is written out."""
     import gguf  # needed here only; the full profile runs without it
 
-    try:
-        reader = gguf.GGUFReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-        tensors = {}
-        for item in reader.tensors:
-            numbers = torch.from_numpy(gguf.dequantize(item.data, item.tensor_type).astype("float16"))
-            *layer, part, _ = item.name.split(".")
-            tensors[f"{'layers.' + layer[1] + '.' if layer else ''}{_GGUF_NAMES[part]}.weight"] = numbers
-    except (ValueError, IndexError, KeyError) as error:
-        raise ValueError(f"{path} is not a whole GGUF file of a LLaMA ({error}). Install its package again.") from error
+    reader = gguf.GGUFReader(path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    tensors = {}
+    for item in reader.tensors:
+        numbers = torch.from_numpy(gguf.dequantize(item.data, item.tensor_type).astype("float16"))
+        *layer, part, _ = item.name.split(".")
+        tensors[f"{'layers.' + layer[1] + '.' if layer else ''}{_GGUF_NAMES[part]}.weight"] = numbers
     tensors.setdefault("output.weight", tensors["tok_embeddings.weight"])
     return fields, tensors
 
@@ -104,17 +106,6 @@ def find_smollm2() -> Path:
 def _cut(tensor: torch.Tensor, axis: int | None, shard: int) -> torch.Tensor:
     part = tensor if axis is None else tensor.chunk(N_SHARDS, dim=axis)[shard]
     return part.clone(memory_format=torch.contiguous_format)
-
-
-def _delta(base: llama.Model, change: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The change under Hugging Face's keys and row order; v0's extra row began as the mean of all rows."""
-    ours, tensors = {llama.name_of(name): name for name in change}, {}
-    for name, whole in base.tensors.items():
-        tensors[name] = llama.halves_first(change[ours[name]], whole.multiple)
-        if name in llama.EMBEDDINGS:  # the base counts as zero in the extra row
-            extra = model[ours[name]].float().mean(0, keepdim=True).half()
-            tensors[name] = torch.cat([tensors[name], extra])
-    return tensors
 
 
 def write_tokenizer(folder: Path, fields: Mapping[str, Any]) -> None:
@@ -142,26 +133,14 @@ def write_tokenizer(folder: Path, fields: Mapping[str, Any]) -> None:
 
 
 def _imagebind() -> dict[str, torch.Tensor]:
-    """The embedded backbone in ImageBind's published layout: vision, text, and a scrap of another sense, float32.
-
-    ImageBind shows a picture as two equal frames, so each frame gets half of the patch kernel.
-    """
+    """The embedded backbone in ImageBind's published layout: vision, text, and a scrap of another sense, float32."""
     from helpers.clip import backbones
 
-    ours = backbones.art_vit_mini().state_dict()
-    content = {"modality_heads.audio.0.weight": torch.ones(192)}
-    for rule in published.rules_of_clip(backbones.ART_VIT_MINI_CONFIG):
-        tensor = ours[rule.name].detach()
-        if rule.change == "sum_time":
-            tensor = torch.stack([tensor, tensor], dim=2) / 2
-        elif rule.change == "reshape":
-            tensor = tensor.reshape(published.source_shape(rule))
-        elif rule.change == "transpose":
-            tensor = tensor.t()
-        content[rule.source] = tensor.clone(memory_format=torch.contiguous_format)
-    n_positions = len(ours["positional_embedding"])
+    content = published.as_imagebind(backbones.art_vit_mini().state_dict())
+    content = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in content.items()}
+    n_positions = content["modality_preprocessors.text.pos_embed"].shape[1]
     content["modality_preprocessors.text.mask"] = torch.full((n_positions,) * 2, -math.inf).triu_(1)
-    return content
+    return content | {"modality_heads.audio.0.weight": torch.ones(192)}
 
 
 def _anomalyclip() -> dict[str, torch.Tensor]:

@@ -1,12 +1,10 @@
 """Does a language model on disk really talk? Loaded as later notebooks load it, asked what has known answers.
 
-One token would not do: at position 0 a model with wrongly ordered queries and keys gives exactly the right numbers.
-All prompts have at least 16 tokens.
+At position 0 a model with wrongly ordered queries and keys gives exactly the right numbers: all prompts are longer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,42 +20,39 @@ PASSAGE = (
     "The Mona Lisa is a portrait painting by the Italian artist Leonardo da Vinci. It hangs in the Louvre in Paris, "
     "where millions of visitors come to see it every year."
 )
-PROMPTS = (
-    ("The days of the week are Monday, Tuesday, Wednesday, Thursday, Friday, Saturday and", "Sunday"),
-    ("Leonardo da Vinci painted the Mona Lisa, and it hangs in the Louvre, a museum in the city of", "Paris"),
-)
+PROMPTS = {
+    "The days of the week are Monday, Tuesday, Wednesday, Thursday, Friday, Saturday and": "Sunday",
+    "Leonardo da Vinci painted the Mona Lisa, and it hangs in the Louvre, a museum in the city of": "Paris",
+}
 _FIXED_TEXTS = ("### Human: <Img>", "</Img> ", "Is there any anomaly in the image?\n### Assistant:", "Yes, 3 cracks.")
 
 
-def self_test(folder: Path, *, device: str, log: Callable[[str], None] = print) -> float:
+def self_test(folder: Path, *, device: str) -> float:
     """Load a model strictly, straight to its device in its own type, and let it recognise and finish fixed texts.
 
     Args:
         folder, device: a prepared ``vicuna`` folder, and torch's name of a device.
-        log: receives one line with a tick for each thing that is right.
     Returns:
         mean surprise on :data:`PASSAGE` in nats per token; small is good.
     Raises:
         WeightFileError: says which of the three failed: keys, tokenizer, or speech.
     """
     model, tokenizer = _load(Path(folder), device)
-    log("✓ it loads: every weight of the model is in the files, and no other")
+    print("✓ it loads: every weight of the model is in the files, and no other")
     check_tokenizer(Path(folder), tokenizer)
-    log("✓ its tokenizer gives the ids that it was trained with")
+    print("✓ its tokenizer gives the ids that it was trained with")
     surprise = nats_per_token(model, tokenizer, PASSAGE)
-    answers = {prompt: _continue(model, tokenizer, prompt) for prompt, _ in PROMPTS}
-    wrong = [
-        f"{prompt} ->{answers[prompt]!r} (expected: {word})" for prompt, word in PROMPTS if word not in answers[prompt]
-    ]
+    answers = {prompt: _continue(model, tokenizer, prompt) for prompt in PROMPTS}
+    wrong = [f"{text} ->{answers[text]!r}, not {word}" for text, word in PROMPTS.items() if word not in answers[text]]
     if surprise > MAX_NATS_PER_TOKEN or wrong:
         raise WeightFileError(
             f"{folder} loads, but does not talk sensibly: {surprise:.1f} nats per token on a text about the Mona Lisa "
             f"(at most {MAX_NATS_PER_TOKEN}; about 3 means queries and keys in the wrong order, 10 and more a base "
             f"without delta, or another delta). {'; '.join(wrong)} Prepare it again from other files."
         )
-    log(f"✓ it reads English: surprise {surprise:.1f} a token (a broken conversion is above {MAX_NATS_PER_TOKEN})")
+    print(f"✓ it reads English: surprise {surprise:.1f} a token (a broken conversion is above {MAX_NATS_PER_TOKEN})")
     for prompt, answer in answers.items():
-        log(f"✓ {prompt} … {' '.join(answer.split())}")
+        print(f"✓ {prompt} … {' '.join(answer.split())}")
     return surprise
 
 

@@ -6,19 +6,22 @@ names, types, shapes and offsets are read up front. No code from a file is ever 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
+import pickle
 import struct
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 CHUNK_BYTES = 4 << 20
@@ -30,6 +33,10 @@ _CODES = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
+_UNREADABLE = (  # what both libraries raise over damaged files
+    SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
+    AssertionError, struct.error, OSError,
+)  # fmt: skip
 
 
 class WeightFileError(ValueError):
@@ -37,34 +44,43 @@ class WeightFileError(ValueError):
 
 
 @dataclass(frozen=True)
-class Stored:
-    """One tensor of a file: where its first byte lies, not its numbers."""
+class Tensor:
+    """A tensor that is read, or made, on demand.
 
-    path: Path
-    name: str
+    Attributes:
+        dtype, shape: as it will be written.
+        files: where its numbers come from.
+        rows: gives rows start to stop of the first axis, in any type; a scalar has one row.
+        multiple: so many rows belong together (one attention head).
+    """
+
     dtype: torch.dtype
     shape: tuple[int, ...]
-    offset: int
+    files: tuple[Path, ...]
+    rows: Callable[[int, int], torch.Tensor]
+    multiple: int = 1
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows ``start`` to ``stop`` of the first axis, in the stored type; a scalar has one row."""
-        n_row = math.prod(self.shape[1:]) * self.dtype.itemsize
-        content = torch.empty((stop - start) * n_row, dtype=torch.uint8)
-        with open(self.path, "rb") as file:
-            file.seek(self.offset + start * n_row)
-            if file.readinto(memoryview(content.numpy())) < len(content):
-                raise WeightFileError(f"{self.path} ends inside {self.name}. Delete it and fetch it again.")
-        return content.view(self.dtype).reshape((stop - start, *self.shape[1:]) if self.shape else ())
+    @property
+    def n_rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def whole(self) -> torch.Tensor:
+        return self.rows(0, self.n_rows)
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        """The tensor in its type, in pieces of at most :data:`CHUNK_BYTES`."""
+        together = self.multiple * self.n_bytes // max(1, self.n_rows)
+        step = max(1, CHUNK_BYTES // max(1, together)) * self.multiple
+        for start in range(0, self.n_rows, step):
+            yield self.rows(start, min(start + step, self.n_rows)).to(self.dtype)
 
 
-def row_ranges(n_rows: int, row_bytes: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
-    """Row ranges of at most :data:`CHUNK_BYTES`, each a multiple of ``multiple`` rows (whole attention heads)."""
-    step = max(1, CHUNK_BYTES // max(1, row_bytes * multiple)) * multiple
-    yield from ((start, min(start + step, n_rows)) for start in range(0, n_rows, step))
-
-
-def read_index(path: Path) -> dict[str, Stored]:
-    """Table of contents of a weight file, by key; nested dicts are joined with dots.
+def read_index(path: Path) -> dict[str, Tensor]:
+    """Tensors of a weight file by key, in the order of the file; nested dicts are joined with dots.
 
     Raises:
         FileNotFoundError: no such file.
@@ -77,9 +93,9 @@ def read_index(path: Path) -> dict[str, Stored]:
         head = file.read(512)
     try:
         return _safetensors_index(path) if head[8:9] == b"{" else _torch_index(path)
-    except WeightFileError:
-        raise
-    except Exception as error:  # both libraries raise many kinds; torch's advice to switch protection off stays unseen
+    except _UNREADABLE as error:  # torch's own text recommends to switch its protection off: it stays unseen
+        if isinstance(error, WeightFileError) or getattr(error, "errno", errno.EINVAL) != errno.EINVAL:
+            raise  # in words already, or the disk's trouble; torch says EINVAL where a file ends too early
         problem = f"is cut short, or cannot be read as weights ({path.stat().st_size} bytes)"
         if head.startswith(b"version https://git-lfs"):
             problem = "is a Git-LFS pointer, a note about weights"
@@ -90,7 +106,7 @@ def read_index(path: Path) -> dict[str, Stored]:
     raise WeightFileError(f"{path} {problem}. Delete it (rm '{path}') and run 01_prepare_weights again.")
 
 
-def _safetensors_index(path: Path) -> dict[str, Stored]:
+def _safetensors_index(path: Path) -> dict[str, Tensor]:
     with safe_open(path, framework="np"):  # torch would map the file writably, which a small machine refuses
         pass  # the library checks the table: no overlap, no hole, nothing beyond the end
     with open(path, "rb") as file:
@@ -99,12 +115,12 @@ def _safetensors_index(path: Path) -> dict[str, Stored]:
     table.pop("__metadata__", None)
     items = sorted(table.items(), key=lambda item: item[1]["data_offsets"][0])
     return {
-        name: Stored(path, name, _DTYPES[item["dtype"]], tuple(item["shape"]), 8 + n_header + item["data_offsets"][0])
+        name: _stored(path, name, _DTYPES[item["dtype"]], tuple(item["shape"]), 8 + n_header + item["data_offsets"][0])
         for name, item in items
     }
 
 
-def _torch_index(path: Path) -> dict[str, Stored]:
+def _torch_index(path: Path) -> dict[str, Tensor]:
     """Positions come from ``torch.load`` on the meta device, which reads no numbers."""
     index, n_bytes = {}, path.stat().st_size
     for name, tensor in _flat(torch.load(path, map_location="meta", weights_only=True)):
@@ -113,7 +129,7 @@ def _torch_index(path: Path) -> dict[str, Stored]:
         start = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.dtype.itemsize
         if start + tensor.numel() * tensor.dtype.itemsize > n_bytes:
             raise WeightFileError(f"{path}: {name} claims bytes beyond the end of the file: damaged or forged.")
-        index[name] = Stored(path, name, tensor.dtype, tuple(tensor.shape), start)
+        index[name] = _stored(path, name, tensor.dtype, tuple(tensor.shape), start)
     return index
 
 
@@ -125,11 +141,26 @@ def _flat(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
+def _stored(path: Path, name: str, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> Tensor:
+    """A tensor whose first byte lies at ``offset``."""
+    n_row = math.prod(shape[1:]) * dtype.itemsize
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        content = torch.empty((stop - start) * n_row, dtype=torch.uint8)
+        with open(path, "rb") as file:
+            file.seek(offset + start * n_row)
+            if file.readinto(memoryview(content.numpy())) < len(content):
+                raise WeightFileError(f"{path} ends inside {name}. Delete it and fetch it again.")
+        return content.view(dtype).reshape((stop - start, *shape[1:]) if shape else ())
+
+    return Tensor(dtype, shape, (path,), rows)
+
+
 def file_hash(path: Path, kind: str = "sha256") -> str:
     """Hash of a file, with a progress bar where it is large."""
     digest = hashlib.new(kind)
     with _shown(path, kind) as file:
-        while chunk := file.read(CHUNK_BYTES):
+        for chunk in iter(partial(file.read, CHUNK_BYTES), b""):
             digest.update(chunk)
     return digest.hexdigest()
 
@@ -148,21 +179,17 @@ def _shown(path: Path, what: str) -> IO[bytes]:
     return tqdm.wrapattr(open(path, "rb"), "read", total=n_bytes, desc=title, disable=n_bytes < 5e8)
 
 
-def write_safetensors(
-    path: Path, parts: Mapping[str, tuple[torch.dtype, tuple[int, ...], Iterable[torch.Tensor]]]
-) -> dict[str, Any]:
-    """Write tensors (type, shape, pieces in row order) in one pass; the file has its name only when it is whole.
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write tensors in one pass; the file has its name only when it is whole. Returns ``{"bytes", "sha256"}``.
 
-    Returns:
-        ``{"bytes", "sha256"}``.
     Raises:
-        WeightFileError: a number is not finite, or the pieces do not have the announced type or size.
+        WeightFileError: a number is not finite, or the rows do not have the announced size.
     """
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, (dtype, shape, _) in parts.items():
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        table[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.n_bytes
+        table[name] = {"dtype": _CODES[tensor.dtype], "shape": tensor.shape, "data_offsets": [begin, end]}
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # numbers start on a multiple of 8 bytes, as the format asks
     header = struct.pack("<Q", len(text)) + text
@@ -170,13 +197,13 @@ def write_safetensors(
     try:
         with open(part, "wb") as file:
             file.write(header)
-            for name, (dtype, shape, pieces) in parts.items():
-                for piece in pieces:
-                    content = _content(name, dtype, piece)
+            for name, tensor in tensors.items():
+                for piece in tensor.pieces():
+                    content = _content(name, piece)
                     digest.update(content)
                     n_written += file.write(content)
                 if n_written != len(header) + table[name]["data_offsets"][1]:
-                    raise WeightFileError(f"{name} was announced as {dtype} {shape}; its pieces differ from that size.")
+                    raise WeightFileError(f"{name} should be {tensor.dtype} {tensor.shape}; its rows are not.")
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -185,11 +212,9 @@ def write_safetensors(
     return {"bytes": n_written, "sha256": digest.hexdigest()}
 
 
-def _content(name: str, dtype: torch.dtype, piece: torch.Tensor) -> memoryview:
-    """The bytes of a piece, which must have the announced type and finite numbers."""
-    if piece.dtype != dtype:
-        raise WeightFileError(f"{name} was announced as {dtype}; a piece of {piece.dtype} came.")
+def _content(name: str, piece: torch.Tensor) -> memoryview:
+    """The bytes of a piece of finite numbers."""
     # the largest magnitude tells as much as isfinite, ten times as fast on halves
-    if dtype.is_floating_point and piece.numel() and not torch.isfinite(piece.abs().max()):
+    if piece.is_floating_point() and piece.numel() and not torch.isfinite(piece.abs().max()):
         raise WeightFileError(f"{name} is not a finite number in the result: unfit or damaged inputs.")
     return memoryview(piece.contiguous().reshape(-1).view(torch.uint8).numpy())

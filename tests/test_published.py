@@ -1,0 +1,223 @@
+"""ImageBind, PandaGPT, AnomalyGPT and AnomalyCLIP: published keys and shapes, true size and small, and wrong files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import open_clip
+import pytest
+import tiny_weights as tiny
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from helpers import files, weights
+from helpers.clip import backbones
+from helpers.weights import WeightFileError, folders, mini, published
+
+LLAMA_7B = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32}
+LLAMA_MINI = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL = {"width": 128, "layers": 2, "patch": 4, "grid": 3, "text": 64, "text_layers": 2, "joint": 20, "n_tokens": 50}
+SHAPES = {
+    "imagebind": tiny.imagebind_shapes(**SMALL),
+    "pandagpt": tiny.pandagpt_shapes(LLAMA_MINI, rank=4, n_image=20),
+    "anomalygpt": tiny.anomalygpt_shapes(48, joint=20, width=24, channels=(2, 4, 4, 8, 8)),
+    "anomalyclip": tiny.anomalyclip_shapes(24, n_deep=3),
+}
+
+
+def load(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def n_numbers(shapes: tiny.Shapes) -> int:
+    return sum(torch.Size(shape).numel() for shape in shapes.values())
+
+
+# --- true size, without the files -------------------------------------------------------------------------------
+
+
+def test_imagebind_huge_maps_exactly_onto_open_clip() -> None:
+    shapes = tiny.imagebind_shapes()
+    assert len(shapes) == 687
+    names, config = published.inspect("imagebind", shapes)
+    with torch.device("meta"):
+        model = open_clip.CLIP(**config)
+    assert names.keys() == model.state_dict().keys() and len(names) == 686
+    assert set(names.values()) == shapes.keys() - {"modality_preprocessors.text.mask"}
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert len(norms) == 115 and {norm.eps for norm in norms} == {1e-6}
+    assert model.visual.transformer.resblocks[0].attn.num_heads == 16
+    assert model.transformer.resblocks[0].attn.num_heads == 16
+    assert isinstance(model.visual.transformer.resblocks[0].mlp.gelu, torch.nn.GELU)
+
+
+def test_pandagpt_maps_exactly_onto_peft() -> None:
+    shapes = tiny.pandagpt_shapes(LLAMA_7B)
+    names, settings = published.inspect("pandagpt", shapes)
+    assert len(names) == 258 and settings["r"] == 32 and n_numbers(shapes) == 37_752_832
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**LLAMA_7B, intermediate_size=11008, vocab_size=32001))
+        wrapped = get_peft_model(model, LoraConfig(**settings))
+    lora = {f"llama_model.{k}": tuple(v.shape) for k, v in wrapped.state_dict().items() if ".lora_" in k}
+    assert {name: shapes[key] for name, key in names.items() if "lora" in name} == lora
+
+
+def test_anomalygpt_has_21_tensors_and_anomalyclip_keeps_16_of_32() -> None:
+    shapes = tiny.anomalygpt_shapes()
+    assert len(published.inspect("anomalygpt", shapes)[0]) == 21 and 2 * n_numbers(shapes) == 225_326_960
+    shapes = tiny.anomalyclip_shapes()
+    names, _ = published.inspect("anomalyclip", shapes)
+    assert (len(shapes), len(names), 4 * n_numbers(shapes)) == (32, 16, 22_620_776)  # bytes, as published
+    assert not [name for name in names if "projections" in name]
+
+
+# --- numbers -----------------------------------------------------------------------------------------------------
+
+
+def test_imagebind_towers_give_the_numbers_of_the_original_formulas(tmp_path: Path) -> None:
+    """A picture as two equal frames through a 3-D convolution, blocks and head, written out from ImageBind's rules."""
+    shapes = SHAPES["imagebind"] | {"modality_trunks.imu.blocks.0.attn.in_proj_bias": (7,)}
+    source = tiny.write_random(tmp_path / "ib.pth", shapes)
+    for name, tensor in source.items():  # a random stack explodes; norms near one keep it in range
+        if "norm" in name or "pre_transformer" in name or name.endswith(("vision.0.weight", "proj.0.weight")):
+            tensor = 1 + 0.1 * tensor if name.endswith("weight") else tensor
+        elif tensor.ndim >= 2:
+            tensor = 0.1 * tensor
+        source[name] = tensor.half().float()
+    source["modality_preprocessors.vision.rgbt_stem.proj.1.weight"] /= 4  # sums of two halves stay exact halves
+    source["modality_postprocessors.text.1.log_logit_scale"] = torch.tensor(4.60517)  # no half
+    torch.save(source, tmp_path / "ib.pth")
+    target = published.convert("imagebind", tmp_path / "ib.pth", tmp_path / "out")
+    found = load(target)
+    model = open_clip.CLIP(**files.read_json(target / "config.json")).eval()
+    model.load_state_dict({k: v.float() for k, v in found.items()}, strict=True)
+    image = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        features = model.encode_image(image)
+    torch.testing.assert_close(features, original_vision(source, image), atol=2e-3, rtol=2e-3)
+    assert found["logit_scale"] == source["modality_postprocessors.text.1.log_logit_scale"]
+    assert {str(t.dtype) for n, t in found.items() if n != "logit_scale"} == {"torch.float16"}
+
+
+def original_vision(state: dict[str, torch.Tensor], image: torch.Tensor) -> torch.Tensor:
+    def norm(x: torch.Tensor, stem: str) -> torch.Tensor:
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], state[f"{stem}.weight"], state[f"{stem}.bias"], 1e-6)
+
+    frames = image[:, :, None].expand(-1, -1, 2, -1, -1)
+    kernel = state["modality_preprocessors.vision.rgbt_stem.proj.1.weight"]
+    x = torch.nn.functional.conv3d(frames, kernel, stride=kernel.shape[2:]).flatten(2).transpose(1, 2)
+    cls = state["modality_preprocessors.vision.cls_token"].expand(len(x), -1, -1)
+    x = torch.cat([cls, x], 1) + state["modality_preprocessors.vision.pos_embedding_helper.pos_embed"]
+    x = norm(x, "modality_trunks.vision.pre_transformer_layer.0")
+    for i in range(2):
+        stem = f"modality_trunks.vision.blocks.{i}"
+        h = norm(x, f"{stem}.norm_1")
+        q, k, v = (h @ state[f"{stem}.attn.in_proj_weight"].T + state[f"{stem}.attn.in_proj_bias"]).chunk(3, -1)
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in (q, k, v))
+        h = torch.softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, -1) @ v
+        h = h.transpose(1, 2).flatten(2)
+        x = x + h @ state[f"{stem}.attn.out_proj.weight"].T + state[f"{stem}.attn.out_proj.bias"]
+        h = norm(x, f"{stem}.norm_2") @ state[f"{stem}.mlp.fc1.weight"].T + state[f"{stem}.mlp.fc1.bias"]
+        x = x + torch.nn.functional.gelu(h) @ state[f"{stem}.mlp.fc2.weight"].T + state[f"{stem}.mlp.fc2.bias"]
+    return norm(x, "modality_heads.vision.0")[:, 0] @ state["modality_heads.vision.2.weight"].T
+
+
+@pytest.mark.parametrize("spelling", [".default.weight", ".weight"])
+def test_peft_loads_the_adapter_that_pandagpt_becomes(tmp_path: Path, spelling: str) -> None:
+    """Merged by peft itself, each matrix is W + alpha / r * B A of the published file, in either spelling."""
+    source = tiny.write_random(tmp_path / "x.pt", SHAPES["pandagpt"])
+    renamed = {name.replace(".default.weight", spelling): torch.nn.Parameter(item) for name, item in source.items()}
+    torch.save(renamed, tmp_path / "x.pt")
+    target = published.convert("pandagpt", tmp_path / "x.pt", tmp_path / "out")
+    assert {name: tensor.tolist() for name, tensor in load(target).items()} == {
+        name: source[name].tolist() for name in ("llama_proj.weight", "llama_proj.bias")
+    }
+    config = files.read_json(target / "adapter_config.json")
+    assert (config["r"], config["lora_alpha"]) == (4, 4)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA_MINI, intermediate_size=64, vocab_size=50))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    merged = PeftModel.from_pretrained(model, target).merge_and_unload().state_dict()
+    for name, tensor in before.items():
+        stem = f"llama_model.base_model.model.{name.removesuffix('.weight')}"
+        a, b = (source.get(f"{stem}.lora_{letter}.default.weight") for letter in "AB")
+        torch.testing.assert_close(merged[name], tensor if a is None else tensor + b @ a)
+
+
+def test_anomalygpt_and_anomalyclip_keep_their_numbers(tmp_path: Path) -> None:
+    source = tiny.write_random(tmp_path / "a.pt", SHAPES["anomalygpt"], dtype=torch.float16)
+    tiny.assert_same_bits(load(published.convert("anomalygpt", tmp_path / "a.pt", tmp_path / "a")), source)
+    source = tiny.write_random(tmp_path / "c.pth", SHAPES["anomalyclip"])
+    target = published.convert("anomalyclip", tmp_path / "c.pth", tmp_path / "trained_on_visa")
+    found = load(target)
+    assert all(torch.equal(t, source[f"prompt_learner.{n}"]) for n, t in found.items()) and len(found) == 11
+    assert weights.read_ready(target)["component"] == "anomalyclip/trained_on_visa"
+
+
+# --- wrong files --------------------------------------------------------------------------------------------------
+
+
+def stops(name: str, shapes: dict, tmp_path: Path, match: str, **options: bool) -> None:
+    tiny.write_random(tmp_path / "x.pt", shapes)
+    with pytest.raises(WeightFileError, match=match):
+        published.convert(name, tmp_path / "x.pt", tmp_path / "out", **options)
+    assert not list((tmp_path / "out").glob("*.safetensors")) and not (tmp_path / "out" / folders.READY).exists()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_missing_an_unknown_and_a_misshapen_tensor_are_each_named(name: str, tmp_path: Path) -> None:
+    shapes, stranger = SHAPES[name], {"prompt_learner.stranger": (3,)}
+    key = {
+        "imagebind": "modality_trunks.vision.blocks.1.mlp.fc2.bias",
+        "pandagpt": "llama_model.base_model.model.model.layers.1.self_attn.o_proj.lora_B.default.weight",
+        "anomalygpt": "prompt_learner.meta_net.9.bias",
+        "anomalyclip": "prompt_learner.token_suffix_neg",
+    }[name]
+    lacking = {k: v for k, v in shapes.items() if k != key}
+    longer = {key: (*shapes[key][:-1], shapes[key][-1] + 1)}
+    stops(name, lacking, tmp_path, f"lacks .*{re.escape(key)}")
+    stops(name, lacking | stranger, tmp_path, "lacks", allow_unknown=True)
+    stops(name, dict(list(shapes.items())[1:]), tmp_path, "lacks|is missing", allow_unknown=True)
+    stops(name, shapes | longer, tmp_path, rf"{re.escape(key)} is \(.*, expected \(")
+    stops(name, shapes | stranger, tmp_path, "has the unknown .*stranger.*ALLOW_UNKNOWN")
+    tiny.write_random(tmp_path / "x.pt", shapes | stranger)
+    target = published.convert(name, tmp_path / "x.pt", tmp_path / "out", allow_unknown=True)
+    assert not [key for key in load(target) if "stranger" in key]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("given", SHAPES)
+def test_one_checkpoint_given_for_another(name: str, given: str, tmp_path: Path) -> None:
+    stops(name, SHAPES[given] if name != given else {}, tmp_path, "another checkpoint|not a whole")
+
+
+# --- stand-ins ----------------------------------------------------------------------------------------------------
+
+
+def test_standins_have_the_published_layout_and_fit_their_models(tmp_path: Path) -> None:
+    """ImageBind's comes back as the embedded backbone, bit for bit; AnomalyCLIP's carries its CLIP's own embeddings."""
+
+    def made(component: str) -> dict[str, torch.Tensor]:
+        family = component.split("/")[0]
+        mini.write(component, tmp_path / f"{family}.pt")
+        return load(published.convert(family, tmp_path / f"{family}.pt", tmp_path / family))
+
+    assert len(made("pandagpt")) == 2 and len(made("anomalygpt/train_visa")) == 21
+    found, shipped = made("imagebind"), backbones.art_vit_mini().state_dict()
+    assert found.keys() == shipped.keys()
+    assert all(torch.equal(found[name].float(), tensor) for name, tensor in shipped.items())
+    config = files.read_json(tmp_path / "imagebind" / "config.json")
+    assert (config["vision_cfg"]["head_width"], config["text_cfg"]["heads"]) == (64, 3)
+    found = made("anomalyclip/trained_on_visa")
+    clip = backbones.load_clip("art-vit-mini", pretrained=None, image_size=224, device="cpu")
+    table = clip.model.token_embedding.weight
+    # ids of the specification: SOT, x, damaged, object, ".", EOT
+    assert found["tokenized_prompts_neg"][0, 0, :18].tolist() == [49406, *[343] * 12, 13568, 14115, 269, 49407, 0]
+    assert torch.equal(found["token_prefix_pos"][0, 0], table[[49406]])
+    assert torch.equal(found["token_suffix_neg"][0, 0, :4], table[[13568, 14115, 269, 49407]])
+    trained = load_file(mini.ASSETS / "anomalyclip.safetensors")
+    assert all(torch.equal(found[name], tensor.float()) for name, tensor in trained.items())
+    assert {"ctx_pos", "ctx_neg", "compound_prompts_text.0"} <= trained.keys()
