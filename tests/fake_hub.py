@@ -20,8 +20,7 @@ class Hub:
         repositories: content by repository and file; files under ``"plain"`` are served at ``/plain/<file>``.
         gated: repositories that ask for the token ``"hf_right"``.
         cut_every: every so many files are cut in half, the first time they are asked for.
-        status: answer to everything, where it is not 200.
-        seconds_per_block: pause after each 20 kB.
+        status, seconds_per_block: answer to everything, where it is not 200; pause after each 20 kB.
         asked: path and first byte of each file that was asked for.
     """
 
@@ -34,18 +33,13 @@ class Hub:
     cut: set[str] = field(default_factory=set)
     url: str = ""
 
-    def starts(self) -> list[int]:
-        return [start for _, start in self.asked]
-
     def describe(self, repository: str) -> bytes:
         """What the hub's API says about a repository."""
         siblings = []
         for name, content in self.repositories[repository].items():
+            lfs = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "pointerSize": 130}
             item = {"rfilename": name, "size": len(content), "blobId": "0" * 40}
-            if not name.endswith(".json"):
-                digest = hashlib.sha256(content).hexdigest()
-                item["lfs"] = {"size": len(content), "sha256": digest, "pointerSize": 130}
-            siblings.append(item)
+            siblings.append(item if name.endswith(".json") else item | {"lfs": lfs})
         gated = "auto" if repository in self.gated else False
         return json.dumps({"id": repository, "private": False, "gated": gated, "siblings": siblings}).encode()
 
@@ -60,28 +54,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path, hub = self.path.split("?")[0], self.hub
-        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        repository, _, name = path.removeprefix("/api/models").strip("/").partition("/resolve/main/")
-        if path.startswith("/plain/"):
-            repository, name = "plain", path.removeprefix("/plain/")
+        repository, _, name = path.removeprefix("/").rpartition("/" if path.startswith("/plain/") else "/resolve/main/")
+        model = path.removeprefix("/api/models/").removesuffix("/revision/main")
         if hub.status != 200:
-            self.send_error(hub.status)
-        elif repository.removesuffix("/revision/main") not in hub.repositories and path.startswith("/api"):
+            self.answer(hub.status)
+        elif path.startswith("/api/models/") and model in hub.repositories:
+            self.answer(200, hub.describe(model))
+        elif path.startswith("/api/models/"):
             self.answer(404, **{"X-Error-Code": "RepoNotFound"})
-        elif path.startswith("/api"):
-            self.answer(200, hub.describe(repository.removesuffix("/revision/main")))
-        elif repository in hub.gated and token != "hf_right":
+        elif repository in hub.gated and self.headers.get("Authorization") != "Bearer hf_right":
             self.answer(403, **{"X-Error-Code": "GatedRepo"})
-        elif name in hub.repositories.get(repository, {}):
-            self.send_file(path, hub.repositories[repository][name])
         else:
-            self.send_error(404)
+            self.send_file(path, hub.repositories[repository][name])
 
     def answer(self, status: int, body: bytes = b"", n_bytes: int | None = None, **headers: str) -> None:
         self.send_response(status)
-        for name, value in headers.items():
+        for name, value in {"Content-Length": str(len(body) if n_bytes is None else n_bytes), **headers}.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body) if n_bytes is None else n_bytes))
         self.end_headers()
         with contextlib.suppress(ConnectionError):
             for position in range(0, len(body) if self.command == "GET" else 0, 20_000):
@@ -101,16 +90,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": "0" * 40}
         if wanted:
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        if start >= len(content) > 0:
-            self.send_error(416)
-        else:
-            self.answer(206 if wanted else 200, body, len(content) - start, **headers)
+        self.answer(206 if wanted else 200, body, len(content) - start, **headers)
 
 
 @contextlib.contextmanager
 def serve(hub: Hub) -> Iterator[Hub]:
-    handler = type("Handler", (Handler,), {"hub": hub})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": hub}))
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     try:

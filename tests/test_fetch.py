@@ -50,7 +50,7 @@ def begun(tmp_path: Path, content: bytes) -> None:
 
 def test_a_cut_connection_goes_on_where_it_stopped(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     hub.cut_every = 1
-    assert fetch_dat(hub, tmp_path) == CONTENT and hub.starts()[0] == 0 and hub.starts()[-1] > 500_000
+    assert fetch_dat(hub, tmp_path) == CONTENT and hub.asked[0][1] == 0 and hub.asked[-1][1] > 500_000
     assert "trying again" in capsys.readouterr().out and [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
@@ -66,7 +66,7 @@ def test_a_killed_process_goes_on_where_it_stopped(hub: Hub, tmp_path: Path) -> 
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     hub.seconds_per_block = 0
-    assert fetch_dat(hub, tmp_path) == CONTENT and hub.starts()[0] == 0 and hub.starts()[-1] > 500_000
+    assert fetch_dat(hub, tmp_path) == CONTENT and hub.asked[0][1] == 0 and hub.asked[-1][1] > 500_000
 
 
 def test_a_file_that_had_all_come_is_only_checked(hub: Hub, tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_a_file_that_had_all_come_is_only_checked(hub: Hub, tmp_path: Path) -> N
 
 def test_a_flipped_bit_is_fetched_anew(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     begun(tmp_path, bytes([CONTENT[0] ^ 1]) + CONTENT[1:1_000_000])
-    assert fetch_dat(hub, tmp_path) == CONTENT and hub.starts()[-1] == 0 and 1_000_000 in hub.starts()
+    assert fetch_dat(hub, tmp_path) == CONTENT and [start for _, start in hub.asked][1:] == [1_000_000, 0]
     assert "damaged, or another version" in capsys.readouterr().out
 
 

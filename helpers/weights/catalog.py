@@ -27,9 +27,9 @@ class WeightFile:
     """One file, or one folder of files, that a route needs.
 
     Attributes:
-        component, path, licence: what it becomes, for example ``"vicuna"``, where it must lie, and its terms.
+        component, path: what it becomes, for example ``"vicuna"``, and where it must lie.
         source: ``hub:<repository>[/<file>]``, ``https://...``, ``manual``, ``LLAMA_FOLDER`` or ``mini``.
-        n_bytes: about how large, computed from shapes.
+        n_bytes, licence: about how large, computed from shapes; its terms.
         is_folder, published_hash: a whole repository; ``<kind>:<value>``, or empty.
     """
 
@@ -40,11 +40,6 @@ class WeightFile:
     licence: str
     is_folder: bool = False
     published_hash: str = ""
-
-    @property
-    def is_restricted(self) -> bool:
-        """Whether the licence forbids commercial use."""
-        return "NC" in self.licence or "LLaMA" in self.licence
 
     @property
     def is_by_hand(self) -> bool:
@@ -153,13 +148,9 @@ def route(
         llama_dir, choices = Path(llama_folder).expanduser(), choices - {base} | {"merged"}
         if base != "merged":
             base = "meta" if (llama_dir / "params.json").exists() else "huggingface"
-    needed = [
-        WeightFile(
-            row.component, raw_dir / row.path, row.source, row.n_bytes, row.licence, row.path.endswith("/"),
-            row.published_hash,
-        )
-        for row in table[table["choice"].isin(choices)].itertuples()
-    ]  # fmt: skip
+    columns = ["component", "path", "source", "n_bytes", "licence", "is_folder", "published_hash"]
+    rows = table[table["choice"].isin(choices)].assign(is_folder=lambda rows: rows["path"].str.endswith("/"))
+    needed = [WeightFile(**row | {"path": raw_dir / row["path"]}) for row in rows[columns].to_dict("records")]
     if llama_folder:
         needed[0] = replace(needed[0], path=llama_dir, source="LLAMA_FOLDER")
     return Route(Path(weights_dir), settings, base, version, llama_dir, tuple(needed), delete_raw, allow_unknown)

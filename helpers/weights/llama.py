@@ -22,8 +22,7 @@ from helpers.weights import folders
 from helpers.weights.folders import SHARD_BYTES, account
 from helpers.weights.tensors import Tensor, WeightFileError, read_index
 
-EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
-"""The two tensors with one row per token: the only ones that a delta may lengthen."""
+EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")  # one row per token: all that a delta may lengthen
 
 _LAYER = {
     "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
@@ -65,9 +64,8 @@ def convert_llama(source: Path, target: Path, *, shard_bytes: int = SHARD_BYTES,
     """Convert Meta's ``consolidated.*.pth`` into a Hugging Face folder; numbers are moved, never rounded.
 
     Args:
-        source, target: folder with ``consolidated.00.pth`` ..., ``params.json`` and, there or above it, the tokenizer;
-            and folder to write.
-        shard_bytes: largest file to write.
+        source: folder with ``consolidated.00.pth`` ..., ``params.json`` and, there or above it, the tokenizer.
+        target, shard_bytes: folder to write, and its largest file.
         allow_unknown: leave out keys that LLaMA does not have instead of stopping.
     Raises:
         FileNotFoundError, ValueError, OSError: files are missing (all are named); damaged, of another model, or the
@@ -162,8 +160,8 @@ def open_meta(folder: Path, *, allow_unknown: bool = False) -> Model:
     names = [f"consolidated.{number:02d}.pth" for number in range(n_files)]
     if there != names:
         raise FileNotFoundError(
-            f"{folder} holds {', '.join(there) or 'no weights'}; {n_files} files of one model would be "
-            f"{', '.join(names)}. Put the missing ones there, and give each its name."
+            f"{folder} holds {', '.join(there) or 'no weights'}, not {', '.join(names)}. Put the missing ones there, "
+            f"and give each its name."
         )
     shards = [{name_of(key): item for key, item in _read(folder / name).items()} for name in names]
     gate = "model.layers.0.mlp.gate_proj.weight"
@@ -196,8 +194,7 @@ def open_meta(folder: Path, *, allow_unknown: bool = False) -> Model:
 
 def name_of(key: str) -> str:
     """Hugging Face's name of one of Meta's keys; unknown keys stay as they are."""
-    layer = re.fullmatch(r"(layers\.\d+)\.(.+)\.weight", key)
-    if layer and layer[2] in _LAYER:
+    if layer := re.fullmatch(rf"(layers\.\d+)\.({'|'.join(_LAYER)})\.weight", key):
         return f"model.{layer[1]}.{_LAYER[layer[2]]}.weight"
     outer = key.removesuffix(".weight")
     return f"{_OUTER[outer]}.weight" if outer in _OUTER else key

@@ -36,7 +36,8 @@ def obtain(route: Route, *, accept_licences: bool) -> None:
             f"These files cannot be fetched for you. Put them exactly here, or give their folder as LLAMA_FOLDER, or "
             f"set BASE = 'huggingface', and run this cell again:\n{places}"
         )
-    restricted = sorted({f"{file.component} ({file.licence})" for file in missing if file.is_restricted})
+    terms = {f"{file.component} ({file.licence})" for file in missing}
+    restricted = sorted(term for term in terms if "NC" in term or "LLaMA" in term)
     if restricted and not accept_licences:
         raise PermissionError(
             f"Not for commercial use: {', '.join(restricted)}. Read the licences at their sources in the table above, "
@@ -99,19 +100,17 @@ def check(route: Route) -> None:
     hidden = files.read_json(folder["vicuna"] / "config.json")["hidden_size"]
     eyes = files.read_json(folder["imagebind"] / "config.json")
     joint, width = eyes["embed_dim"], eyes["vision_cfg"]["width"]
-    for component, path in folder.items():
-        family = component.split("/")[0]
-        wanted = {
-            "pandagpt": {"llama_proj.weight": (hidden, joint)},
-            "anomalygpt": {"image_decoder.fc.0.weight": (joint, width), "prompt_learner.meta_net.15.bias": (hidden,)},
-        }.get(family, {})
-        index = read_index(path / "model.safetensors") if wanted else {}
-        for name, shape in wanted.items():
-            if index[name].shape != shape:
-                raise WeightFileError(
-                    f"{component}: {name} is {index[name].shape}; Vicuna and ImageBind need {shape}. Use one size: the "
-                    f"published AnomalyGPT files exist for 7B only."
-                )
+    wanted = {("pandagpt", "llama_proj.weight"): (hidden, joint)}
+    for component in (component for component in folder if component.startswith("anomalygpt/")):
+        wanted[component, "image_decoder.fc.0.weight"] = (joint, width)
+        wanted[component, "prompt_learner.meta_net.15.bias"] = (hidden,)
+    for (component, name), shape in wanted.items():
+        found = read_index(folder[component] / "model.safetensors")[name].shape
+        if found != shape:
+            raise WeightFileError(
+                f"{component}: {name} is {found}; Vicuna and ImageBind need {shape}. Use one size: the published "
+                f"AnomalyGPT files exist for 7B only."
+            )
     print(f"✓ they fit each other: language model {hidden} wide, image vector {joint}, image tower {width}")
     source = folders.read_ready(folder["vicuna"])["source"]
     if "delta_to_base" in source:

@@ -5,6 +5,7 @@ At position 0 a model with wrongly ordered queries and keys gives exactly the ri
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +60,13 @@ def self_test(folder: Path, *, device: str) -> float:
 def nats_per_token(model: torch.nn.Module, tokenizer: Any, text: str) -> float:
     """Mean negative log-likelihood of ``text``, in nats; nan counts as infinitely bad."""
     ids = tokenizer(text, return_tensors="pt").input_ids.to(model.device)
-    with torch.no_grad():
-        loss = float(model(ids, labels=ids).loss)
-    return loss if loss == loss else float("inf")
+    with torch.inference_mode():
+        return torch.nan_to_num(model(ids, labels=ids).loss.float(), nan=math.inf).item()
 
 
 def _continue(model: torch.nn.Module, tokenizer: Any, prompt: str) -> str:
     given = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    with torch.no_grad():
-        written = model.generate(**given, max_new_tokens=6, do_sample=False, pad_token_id=2)
+    written = model.generate(**given, max_new_tokens=6, do_sample=False, pad_token_id=2)
     return tokenizer.decode(written[0, given.input_ids.shape[1] :], skip_special_tokens=True)
 
 

@@ -25,8 +25,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 CHUNK_BYTES = 4 << 20
-"""Largest piece in memory at a time. Measured: a third less CPU time than pieces of 16 MB, whose fresh memory pages
-cost more than the sums."""
+"""Largest piece in memory; a third less CPU time than 16 MB, whose fresh memory pages cost more than the sums."""
 
 _CODES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -45,13 +44,10 @@ class WeightFileError(ValueError):
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor that is read, or made, on demand.
+    """A tensor that is read, or made, on demand from ``files``, and written as ``dtype`` and ``shape``.
 
-    Attributes:
-        dtype, shape: as it will be written.
-        files: where its numbers come from.
-        rows: gives rows start to stop of the first axis, in any type; a scalar has one row.
-        multiple: so many rows belong together (one attention head).
+    ``rows(start, stop)`` gives rows of the first axis in any type (a scalar has one row), ``multiple`` at a time (one
+    attention head).
     """
 
     dtype: torch.dtype
