@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import data, synthesis
+from helpers import data, files, synthesis
 from helpers.data import DatasetError, build, images, overview
 from helpers.profiles import DataSettings
 from helpers.records import NORMAL_KIND, SPLITS, Sample
@@ -46,10 +45,6 @@ def source_tree(folder: Path, *, train: int, good: int = 0, real: int = 0) -> li
 def make(samples: list[Sample], target: Path, *, sizes: DataSettings = SIZES, seed: int = 7) -> data.Dataset:
     source = build.Source(target.parent, "", samples=samples)
     return data.open_dataset(build.build_dataset(source, target, sizes, seed=seed).parent)
-
-
-def information(dataset: data.Dataset) -> dict:
-    return json.loads((dataset.folder / "manifest.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -111,16 +106,12 @@ def test_real_anomalies_and_their_masks_are_kept_for_testing(built: tuple[list[S
 def test_the_report_s_changes_of_the_whole_picture_are_tested_without_masks(tmp_path: Path) -> None:
     samples = source_tree(tmp_path / "source", train=3)
     dataset = make(samples, tmp_path / "dataset", sizes=replace(SIZES, n_test_anomalous=16))
-    whole = [s for s in dataset.select(is_anomalous=True) if s.kind in synthesis.REPORT_VARIATIONS]
-    assert {s.kind for s in whole} == {"different_colour", "fuzziness"}
-    assert all(s.mask_path is None and s.visibility is None for s in whole)
+    whole = {s.kind for s in dataset.select(is_anomalous=True) if s.mask_path is None and s.visibility is None}
+    assert whole == set(synthesis.REPORT_VARIATIONS)
     assert overview.summary(dataset).loc[("saint", "test")].tolist() == [1, 3, 0, 16, 1]
     examples = overview.kind_examples(dataset, category="saint")
     assert [example[0] for example in examples] == list(build.TEST_KINDS)
     overview.check_dataset(dataset)
-    for kind, original, anomalous, mask in examples:
-        assert original.shape == anomalous.shape and (mask is None) == (kind in synthesis.REPORT_VARIATIONS)
-        assert mask is None or (original[~mask] == anomalous[~mask]).all()
 
 
 def test_a_scroll_keeps_its_proportions_down_to_a_limit(tmp_path: Path, capsys) -> None:
@@ -131,7 +122,7 @@ def test_a_scroll_keeps_its_proportions_down_to_a_limit(tmp_path: Path, capsys) 
     dataset = make(samples, tmp_path / "dataset")
     shapes = {images.load_image(s.image_path).shape for s in dataset.samples if s.image_path.stem == "photo_0"}
     assert shapes == {(44, 384, 3)}  # 96 px long it would be 11 px high; at most four times as long as the others
-    left_out, printed = information(dataset)["left_out"], capsys.readouterr().out
+    left_out, printed = files.read_json(dataset.folder / "manifest.json")["left_out"], capsys.readouterr().out
     assert [Path(file["path"]).name for file in left_out] == ["photo 1.png", "photo 2.png"]
     assert "cut a long scroll" in left_out[0]["reason"] and all(file["path"] in printed for file in left_out)
 
@@ -234,10 +225,10 @@ def test_a_frozen_dataset_wins_over_another_library_machine_and_wording(
     samples = source_tree(tmp_path / "source", train=1)
     dataset = make(samples, tmp_path / "dataset")
     stamp = (dataset.folder / "manifest.csv").stat().st_mtime_ns
-    recorded = information(dataset)
+    recorded = files.read_json(dataset.folder / "manifest.json")
     recorded["machine"] |= {"cv2": "4.12.0", "machine": "a Xeon of Colab"}
     recorded["notes"] = ["worded otherwise"]
-    (dataset.folder / "manifest.json").write_text(json.dumps(recorded))
+    files.write_json(dataset.folder / "manifest.json", recorded)
     monkeypatch.setattr(synthesis, "synthesize", None)  # and whatever the generators would draw today
     capsys.readouterr()
     assert make(samples[::-1], tmp_path / "dataset").hash == dataset.hash

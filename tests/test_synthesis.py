@@ -109,9 +109,7 @@ def test_seeds_stay_what_they_were():
     """The first 8 bytes of the hash of seed, line break and name, without the last bit; seed and name both matter."""
     expected = int.from_bytes(hashlib.sha256(b"1\na.png").digest()[:8], "big") // 2
     assert synthesis.seed_for(1, "a.png") == expected < 2**63
-    keys = ((1, "a"), (2, "a"), (1, "b"))
-    made = [synthesis.synthesize(_painting(), "box", synthesis.rng_for(*key))[0] for key in keys]
-    assert (made[0] != made[1]).any() and (made[0] != made[2]).any()
+    assert len({synthesis.seed_for(*key) for key in ((1, "a"), (2, "a"), (1, "b"))}) == 3
 
 
 def test_marks_range_from_hidden_to_plain():
@@ -147,18 +145,12 @@ def test_every_variation_changes_a_picture_and_not_its_input(variation):
     assert result.shape != image.shape or (result != image).any()
 
 
-def test_rephotographs_use_normal_variations_only():
-    assert set(synthesis.REPORT_VARIATIONS) <= set(synthesis.ANOMALOUS_VARIATIONS)
-    for seed in range(20):
-        _, names = synthesis.rephotograph(_painting(), np.random.default_rng(seed))
-        assert 2 <= len(set(names)) == len(names) <= 4 and set(names) <= set(synthesis.NORMAL_VARIATIONS)
-
-
 @pytest.mark.parametrize("kind", [None, "stain", "invert"])
 def test_a_damaged_view_is_a_rephotograph_with_damage(kind):
     view, mask, record = synthesis.damaged_view(_painting(), seed=5, kind=kind)
     plain, _, _ = synthesis.damaged_view(_painting(), seed=5)
-    assert view.shape == plain.shape and record["variations"]
+    assert view.shape == plain.shape and 2 <= len(record["variations"]) <= 4
+    assert set(record["variations"]) <= set(synthesis.NORMAL_VARIATIONS)
     assert (mask is None) == (kind != "stain") and (view == plain).all() == (kind is None)
     if mask is not None:
         assert record["kind"] == kind and (view[~mask] == plain[~mask]).all() and (view[mask] != plain[mask]).any()

@@ -1,8 +1,6 @@
 """Source pictures -> one frozen dataset: splits by source picture, re-photographs, anomalies with masks.
 
-The dataset is written in the MVTec layout with ``manifest.csv``; ``synthesis.jsonl`` beside it says how each picture
-came about. Everything is saved as PNG: JPEG would change pixels outside the mask, and a detector could learn the
-compression instead of the damage.
+Everything is saved as PNG: JPEG would change pixels outside the mask, and a detector could learn the compression.
 """
 
 from __future__ import annotations
@@ -32,17 +30,17 @@ from helpers.data.reading import read_folder
 from helpers.records import NORMAL_KIND, SPLITS, Sample
 from helpers.results import category_label
 
-RECORDS = "synthesis.jsonl"
-TEST_KINDS = synthesis.LOCAL_KINDS + synthesis.REPORT_VARIATIONS
-"""Kinds of synthetic anomalies in a test set by default."""
+RECORDS = "synthesis.jsonl"  # how each picture of the dataset came about, its origin among them
 ORIGINS = GENUINE, REPHOTOGRAPHED, REAL, SYNTHETIC = "genuine", "rephotographed", "real anomaly", "synthetic anomaly"
-"""How a picture of the dataset came about; ``origin`` in the records."""
+TEST_KINDS = synthesis.LOCAL_KINDS + synthesis.REPORT_VARIATIONS  # of synthetic anomalies in a test set by default
 MIN_SIDE = 64  # pixels of a scroll's shorter side, at up to four times the longer side of the others
 MOST_TIMES = 3  # genuine pictures beyond this many times the number asked for are left out, at random
 CALIBRATION_SHARE = 0.3  # of the source pictures set thresholds, when there are test pictures of its own
 OWN_TEST_SHARES = (0.2, 0.3)  # of calibration and test when there are none; the rest is learnt from
 _KINDS = (*synthesis.LOCAL_KINDS, *synthesis.ANOMALOUS_VARIATIONS)
 _NUMBERS = ("n_train", "n_calibration", "n_test_normal")
+_MACHINE = {module.__name__: module.__version__ for module in (cv2, np, PIL, skimage)}
+_MACHINE |= {"python": platform.python_version(), "machine": platform.processor() or platform.machine()}
 
 
 @dataclass
@@ -77,17 +75,15 @@ def build_dataset(
     source: Source, target: Path | str, sizes: Any, *, seed: int, kinds: Sequence[str] = TEST_KINDS,
     kinds_held_out: Sequence[str] = synthesis.HELD_OUT_KINDS,
 ) -> Path:  # fmt: skip
-    """Make and freeze a dataset; returns the path of ``manifest.csv``.
+    """Make and freeze a dataset in the MVTec layout; returns the path of ``manifest.csv``.
 
     A frozen one of the same source and settings is kept, whatever library or machine made it; it is made again, and
     that is said, when source pictures or settings changed or a file is gone. Pictures of one source picture (``group``)
     stay in one split; with one or two of them splits share one, and ``limits`` in ``manifest.json`` says so. Damage is
-    done to test normals only, to each source picture about equally often, so that an anomalous picture differs from a
-    normal one by the damage. The source's own anomalous pictures are all kept, for testing only.
+    done to test normals only, to each source picture about equally often; the source's own anomalies are all kept.
 
     Args:
-        sizes: has ``max_image_side`` (pixels) and, per artwork, ``n_train``, ``n_calibration``, ``n_test_normal`` and
-            ``n_test_anomalous``: synthetic anomalies, spread over ``kinds``, the report's five with the largest share.
+        sizes: :class:`helpers.profiles.DataSettings`; the report's five kinds have the largest share of anomalies.
         kinds, kinds_held_out: what the test set shows, and what of it no training may use (``ValueError``: unknown).
     Raises:
         DatasetError: there is no readable genuine picture, or ``target`` holds something else.
@@ -99,7 +95,7 @@ def build_dataset(
     settings |= {"seed": seed, "count_real": source.count_real, "kinds": list(kinds)}
     settings["kinds_held_out"] = sorted(kinds_held_out, key=_KINDS.index)
     target, identity = Path(os.path.abspath(target)), source.identity or manifest.dataset_hash(source.samples)
-    info = {"made_by": "build_dataset", "settings": settings, "sources_hash": identity, "machine": _machine()}
+    info = {"made_by": "build_dataset", "settings": settings, "sources_hash": identity, "machine": _MACHINE}
     reason = _reason_to_make(target, info)
     if reason is None:
         print(f"{target} is complete: nothing to do.")
@@ -107,19 +103,14 @@ def build_dataset(
         print(f"The dataset in {target} is made again: {reason}." if reason else f"The dataset is made in {target}.")
         _write(source, target, info)
     made = files.read_json(target / manifest.MANIFEST_JSON)
-    now, left_out = _machine(), [f"{file['path']}: {file['reason']}" for file in made["left_out"]]
-    other = [f"{name} {was}, here {now.get(name)}" for name, was in made["machine"].items() if was != now.get(name)]
+    # On another machine the same plan may draw pixels a grey level apart.
+    other = [f"{name} {was}, here {_MACHINE[name]}" for name, was in made["machine"].items() if was != _MACHINE[name]]
     lines = [f"It was made with {'; '.join(other)}, and is kept as it is."] if other else []
     lines += [f"Note: {note}" for note in made["notes"]] + [f"Limit: {limit}" for limit in made["limits"].values()]
+    left_out = [f"{file['path']}: {file['reason']}" for file in made["left_out"]]
     lines += [f"Left out (all stand in manifest.json): {few(left_out)}"] if left_out else []
     print(*lines, sep="\n", end="\n" * bool(lines))
     return target / manifest.MANIFEST_CSV
-
-
-def _machine() -> dict[str, str]:
-    """Versions and machine: on another one, the same plan may draw pixels a grey level apart."""
-    versions = {module.__name__: module.__version__ for module in (cv2, np, PIL, skimage)}
-    return {**versions, "python": platform.python_version(), "machine": platform.processor() or platform.machine()}
 
 
 def _reason_to_make(target: Path, info: Mapping[str, Any]) -> str | None:
@@ -142,18 +133,15 @@ def _reason_to_make(target: Path, info: Mapping[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class Job(Sample):
-    """A picture to write: ``image_path`` in the dataset, ``mask_path`` of its source, and ``source_path``, the file or
-    the picture of the dataset that it is made of."""
+    """A picture to write: its path in the dataset, its source's mask, and the file or picture that it is made of."""
 
     origin: str = GENUINE
     source_path: str = ""
 
 
 def plan(samples: Sequence[Sample], settings: Mapping[str, Any]) -> tuple[list[Job], list[str], dict[str, str]]:
-    """All pictures of a dataset, notes, and a sentence on the limits of each artwork with few source pictures.
-
-    ``samples`` are usable source pictures, ``settings`` those of ``manifest.json``; the same input gives the same plan.
-    """
+    """All pictures to make of usable source pictures, notes, and a sentence on the limits of each artwork with few;
+    ``settings`` are those of ``manifest.json``, and the same input gives the same plan."""
     jobs, notes, limits, taken = [], [], {}, set()
     samples = [replace(s, group=f"{s.category}/{s.group.removeprefix(f'{s.category}/')}") for s in samples]
     for category in sorted({sample.category for sample in samples}):

@@ -1,8 +1,4 @@
-"""Pictures to start from: two embedded paintings (offline), Wikimedia Commons and Kaggle (network).
-
-Genuine pictures lie in ``train/good``, other works after the same motif in ``test/replica`` and
-``test/reinterpretation``. What the network gave is kept, checked and listed with its licence.
-"""
+"""Pictures to start from: two embedded paintings (offline), Wikimedia Commons and Kaggle (network)."""
 
 from __future__ import annotations
 
@@ -25,8 +21,7 @@ from helpers.records import NORMAL_KIND, Sample
 
 Difference = Callable[[np.ndarray, np.ndarray], str]
 """Main scan and picture, uint8 RGB -> why the picture is no faithful photograph of what the scan shows; "" if it is."""
-N_GENUINE = 30
-"""Photographs of each embedded painting."""
+N_GENUINE = 30  # photographs of each embedded painting
 PAINTINGS = Path(__file__).resolve().parent.parent / "assets" / "paintings"
 COMMONS_API = "https://commons.wikimedia.org/w/api.php"
 USER_AGENT = "art-anomaly-notebooks/1.0 (https://github.com/art-anomaly/art-anomaly-notebooks) python-requests"
@@ -47,10 +42,9 @@ class SourceError(RuntimeError):
 def embedded_artworks(target: Path, *, max_side: int, seed: int) -> list[Sample]:
     """Two paintings that ship with the suite (see the card in ``helpers/assets``), without any download.
 
-    The original is photographed :data:`N_GENUINE` times with other crops, stands, light and cameras; each photograph is
-    a source of its own. A replica is the motif painted again by another hand, a reinterpretation another work after it.
-    All are photographed alike, so that the camera betrays nothing. The longer side has ``max_side`` pixels, each
-    session's own up to 15 % less. A complete folder ``target`` of the same settings is returned as it is.
+    The original is photographed with other crops, stands, light and cameras; each photograph is a source of its own. A
+    replica is the motif painted again by another hand, a reinterpretation another work after it; they are photographed
+    alike. The longer side has up to 15 % less than ``max_side`` pixels. A complete ``target`` is returned as it is.
     """
     settings, samples = {"max_side": max_side, "seed": seed, "n_genuine": N_GENUINE}, []
     if kept := _kept(target, "embedded", settings):
@@ -93,17 +87,12 @@ class _Skip(Exception):
 
 
 def wikimedia(target: Path, difference: Difference) -> tuple[list[Sample], list[tuple[Path, str]]]:
-    """Public-domain reproductions, replicas and reinterpretations from Wikimedia Commons (:func:`titles`), and members
-    of categories that show ``difference`` none and are no copies of another picture; a line is printed for each file.
+    """Pictures of :func:`titles` from Wikimedia Commons, and members of categories in which ``difference`` finds none
+    and which are no copies; name and reason of every file left out. A line is printed for each file.
 
-    The MediaWiki API is asked for renderings (originals can have hundreds of megapixels; addresses made by hand fail
-    since August 2026). A file is used only if its licence is a free one; ``licences.csv`` in ``target`` lists it.
-    Downloads go one by one and are kept: a stopped call goes on, and a complete folder is returned without asking.
-
-    Returns:
-        pictures; name and reason of every file left out.
-    Raises:
-        SourceError: no network, the server refuses us, or no genuine picture could be had.
+    The API is asked for renderings (originals can have hundreds of megapixels; addresses made by hand fail since August
+    2026). Licences must be free, and are listed in ``licences.csv``. Downloads are kept: a stopped call goes on, and a
+    complete ``target`` is returned without asking. ``SourceError``: no network, a refusal, or no genuine picture.
     """
     if kept := _kept(target, "wikimedia", titles()):
         left_out = files.read_json(target / manifest.MANIFEST_JSON)["left_out"]
@@ -211,22 +200,19 @@ def _meta(entry: Mapping[str, Any], name: str) -> str:
 
 
 def best_artworks(*, limit: int) -> list[Sample]:
-    """*Best Artworks of All Time*: pictures by 50 painters, ``limit`` of each, where ``kagglehub`` keeps them (2 GB).
-
-    All are normal, ``train``, of the artist as category. Folder names with broken encoding are repaired; pictures that
-    lie there twice under two spellings are taken once. ``SourceError``: nothing could be had.
-    """
-    page = "https://www.kaggle.com/datasets/ikarus777/best-artworks-of-all-time"
-    print(f"Best Artworks of All Time: about 2 GB; the licence stands on {page}")
+    """*Best Artworks of All Time*: pictures by 50 painters (their categories), ``limit`` of each, all normal. Folder
+    names with broken encoding are repaired; pictures that lie there twice are taken once."""
+    name = "ikarus777/best-artworks-of-all-time"
+    print(f"Best Artworks of All Time: about 2 GB; the licence stands on https://www.kaggle.com/datasets/{name}")
     try:
         import kagglehub
 
-        folder = Path(kagglehub.dataset_download("ikarus777/best-artworks-of-all-time"))
+        folder = Path(kagglehub.dataset_download(name))
     except Exception as error:  # kagglehub lets its own, requests' and the system's errors through
-        raise SourceError(f"Kaggle gave no dataset ({type(error).__name__}: {error}). Try later; see {page}") from error
+        raise SourceError(f"Kaggle gave no dataset ({type(error).__name__}: {error}). Try again later.") from error
     paths = {files.sha256_file(path): path for path in sorted(folder.glob("images/images/*/*.jpg"), reverse=True)}
     if not paths:
-        raise SourceError(f"{folder} does not hold images/images/<Artist>/*.jpg. See {page}")
+        raise SourceError(f"{folder} does not hold images/images/<Artist>/*.jpg, as {name} does.")
     table = pd.DataFrame({"path": sorted(paths.values())})
     table["artist"] = [repaired(path.parent.name) for path in table["path"]]
     taken = table.groupby("artist").head(limit).itertuples(index=False)
