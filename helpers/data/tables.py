@@ -100,7 +100,7 @@ def _frame(table: Path, reading: FolderReading) -> tuple[pd.DataFrame, list[str]
         raise DatasetError(f"{table} cannot be read as a table ({error}).") from error
     reading.left_out += [(table, f"a row with too many cells: {', '.join(cells)[:80]}") for cells in long]
     frame = frame.fillna("").map(str.strip).map(lambda cell: cell * (cell.casefold() not in vocabulary()["cell empty"]))
-    header = {plain(str(column)): column for column in frame.columns}
+    header = {plain(str(column)): column for column in reversed(frame.columns)}  # the first of equal ones
     aliases = {meaning: list(vocabulary()[f"column {meaning}"]) for meaning in _COLUMNS}
     aliases["label"] += [name for name in header if meaning_of(name.removeprefix("is_")).kind]  # is_defect
     known = {
