@@ -6,7 +6,6 @@ python -m tests.record_results --check    # exit 1 when the README shows anythin
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +20,7 @@ _BEGIN, _END = "<!-- results: begin (python -m tests.record_results --record) --
 
 
 def with_table(text: str, table: str) -> str:
-    """The README with another table between its two marks.
-
-    Raises:
-        ValueError: the marks are missing or not in order.
-    """
+    """The README with another table between its two marks; ``ValueError`` when they are missing or not in order."""
     before, begin, rest = text.partition(_BEGIN)
     _, end, after = rest.partition(_END)
     if not begin or not end:
@@ -46,36 +41,23 @@ def as_markdown(path: Path) -> str:
     absent = [method for method in METHODS if method not in ids]
     lines += [[f"{method_label(m)} (run `{comparison.NOTEBOOKS[m]}`)", *["–"] * len(shown.columns)] for m in absent]
     text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return (
-        f"{text}\n\nProfile `{table.profile.iloc[0]}`, {findings.n_pictures(table, 'all')}, dataset "
-        f"`{str(table.dataset_hash.iloc[0])[:12]}`. Brackets are 95 % intervals; thresholds were set on genuine "
-        "pictures before any test picture was read.\n"
-    )
+    facts = f"{findings.n_pictures(table, 'all')}, dataset `{str(table.dataset_hash.iloc[0])[:12]}`"
+    words = "Brackets are 95 % intervals; thresholds were set on genuine pictures before any test picture was read."
+    return f"{text}\n\nProfile `{table.profile.iloc[0]}`, {facts}. {words}\n"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Record or check; 0 when README and recorded run agree afterwards."""
-    parser = argparse.ArgumentParser(prog="python -m tests.record_results", description=__doc__.splitlines()[0])
-    task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--record", action="store_true", help="take the last mini run and rewrite the table")
-    task.add_argument("--check", action="store_true", help="compare only")
-    options = parser.parse_args(arguments)
-    if options.record:
-        newest = profiles.REPOSITORY / "workspace" / "mini" / "report" / "comparison.csv"
-        if not newest.exists():
-            print(f"No {newest}. Run `bash colab_setup.sh run` first.")
-            return 1
-        table = comparison.read(newest)
+    if arguments == ["--record"]:
+        table = comparison.read(profiles.REPOSITORY / "workspace" / "mini" / "report" / "comparison.csv")
         files.write_text(RECORDED, table[table["kind"] == "all"].to_csv(index=False))
+        files.write_text(README, with_table(README.read_text(encoding="utf-8"), as_markdown(RECORDED)))
     text = README.read_text(encoding="utf-8")
-    wanted = with_table(text, as_markdown(RECORDED))
-    if options.record:
-        files.write_text(README, wanted)
-    elif text != wanted:
-        print("The results table of README.md is not that of tests/golden/mini_comparison.csv: run with --record.")
-        return 1
-    return 0
+    if text == with_table(text, as_markdown(RECORDED)):
+        return 0
+    print("The results table of README.md is not that of tests/golden/mini_comparison.csv: run with --record.")
+    return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

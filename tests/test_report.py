@@ -183,3 +183,17 @@ def test_figures_are_saved_with_words_and_ring_what_is_wrong(tmp_path: Path) -> 
     assert [list(line.get_xdata()) for line in rings] == [[3.0], [2.0]]  # a false alarm and a miss
     panel = figures.Panel(np.zeros((30, 20, 3), np.uint8), anomaly_map=np.ones((3, 2)), caption="one")
     assert figures.map_rows([panel], scale=figures.Scale(0, 0.5, 1), title="t").get_label().endswith("t")
+
+
+def test_worse_photographs_are_counted_by_strength() -> None:
+    facts = {"method": "clip_lof", "is_anomalous": [False, False, True, True], "threshold": 2.5}
+    frame = pd.concat([
+        pd.DataFrame({**facts, "category": category, "strength": strength, "anomaly_score": scores})
+        for category, strength, scores in (("a", 0, (1, 2, 3, 4)), ("b", 0, (1, 3, 2, 4)), ("a", 1, (3, 4, 1, 2)),
+                                           ("b", 1, (3, 1, 4, 2)))
+    ])  # fmt: skip
+    fig = report.robustness(frame)
+    (ax,) = fig.axes
+    assert list(ax.lines[0].get_ydata()) == [(1 + 0.75) / 2, (0 + 0.75) / 2]  # of the paintings' AUROCs the mean
+    assert [text.get_text() for text in ax.texts] == ["1", "3"]  # false alarms of both paintings
+    assert "on 4 genuine pictures: 3 to 3 on the worst" in fig.get_label()

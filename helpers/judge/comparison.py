@@ -44,8 +44,7 @@ GROUPS: Mapping[str, str] = {
     "whole": "whole picture", "real": "real alteration", "plain": "plain mark", "moderate": "moderate mark",
     "faint": "faint mark", "mark": "mark",
 }  # fmt: skip
-"""Groups of anomalous pictures. *Real* are only those that the user brought, *whole* those that differ as a whole;
-marks go by the fixed limits of :data:`helpers.synthesis.marks.VISIBILITY_BINS`."""
+"""Groups of anomalous pictures: *real* are only those that the user brought, *whole* those that differ as a whole."""
 NOTEBOOKS: Mapping[str, str] = {
     **{method: "03_clip" for method in METHODS if method.startswith("clip_")},
     "anomalyclip": "04_anomalyclip",
@@ -82,10 +81,6 @@ class Comparison:
     def samples(self) -> list[Sample]:
         return self.dataset.select(split="test")
 
-    @property
-    def methods(self) -> list[str]:
-        return list(self.runs)
-
 
 def numbers(table: pd.DataFrame) -> dict[tuple[str, str, str, str], Mapping[str, Any]]:
     """The table for look-up: (method, category, kind, metric) -> row."""
@@ -93,11 +88,9 @@ def numbers(table: pd.DataFrame) -> dict[tuple[str, str, str, str], Mapping[str,
 
 
 def compare(dataset: data.Dataset, results_dir: Path, *, profile: str) -> Comparison:
-    """Read every method's results on this dataset's test pictures and compute the whole comparison.
-
-    ``results_dir`` holds a results folder per method; complete results in folders of unknown name join as further rows.
-    ``profile`` is written into every row. ``ValueError``: the dataset has no test picture.
-    """
+    """Read every method's results on this dataset's test pictures and compute the whole comparison. ``results_dir``
+    holds a folder per method; complete results in folders of unknown name join as further rows. ``profile`` is written
+    into every row. ``ValueError``: the dataset has no test picture."""
     samples = dataset.select(split="test")
     if not samples:
         raise ValueError(f"{dataset.folder} has no test picture; run 02_synthesize_anomalies again.")
@@ -121,9 +114,9 @@ def compare(dataset: data.Dataset, results_dir: Path, *, profile: str) -> Compar
 
 def write(comparison: Comparison, folder: Path) -> Path:
     """Write ``comparison.csv`` (returned) and ``paired_tests.csv``, atomically."""
-    files.write_text(Path(folder) / "paired_tests.csv", comparison.tests.to_csv(index=False))
-    files.write_text(Path(folder) / "comparison.csv", comparison.table.to_csv(index=False))
-    return Path(folder) / "comparison.csv"
+    for name, table in (("paired_tests", comparison.tests), ("comparison", comparison.table)):
+        files.write_text(folder / f"{name}.csv", table.to_csv(index=False))
+    return folder / "comparison.csv"
 
 
 def read(path: Path) -> pd.DataFrame:
@@ -133,7 +126,6 @@ def read(path: Path) -> pd.DataFrame:
 
 
 def _read_all(results_dir: Path, samples: Sequence[Sample], dataset: data.Dataset) -> tuple[dict, dict, dict]:
-    """Runs in the order of the table, what is missing, and what is refused."""
     others = sorted(path.parent.name for path in results_dir.glob(f"[!.]*/{results.MANIFEST}"))
     runs, missing, refused = {}, {}, {}
     for method in dict.fromkeys(one for one in (*METHODS, *others) if one != ALWAYS):
@@ -153,7 +145,6 @@ def _read_all(results_dir: Path, samples: Sequence[Sample], dataset: data.Datase
 
 
 def _facts(samples: Sequence[Sample], dataset: data.Dataset) -> pd.DataFrame:
-    """One row a test picture."""
     facts = pd.DataFrame([vars(s) for s in samples])[["sha256", "category", "kind", "is_anomalous"]]
     rendered = dataset.folder.name == "embedded"
     return facts.assign(
@@ -180,7 +171,6 @@ def picture_group(sample: Sample, *, rendered: bool) -> str:
 
 
 def _frame(run: MethodResult, facts: pd.DataFrame, folder: Path) -> pd.DataFrame:
-    """The facts with a method's verdicts, and what its words say."""
     given = run.frame().drop(columns=["category", "kind", "is_anomalous"])
     said = run.manifest.get("answers_say", {})
     says = [said.get(results.relative_path(prediction.sample, folder)) for prediction in run.predictions]
@@ -190,7 +180,6 @@ def _frame(run: MethodResult, facts: pd.DataFrame, folder: Path) -> pd.DataFrame
 def _method_rows(
     frame: pd.DataFrame, run: MethodResult | None, samples: Sequence[Sample], notes: list[str]
 ) -> list[dict[str, Any]]:
-    """Rows of one method: over all paintings first, then painting by painting."""
     trained_on = () if run is None else run.manifest.get("trained_on_kinds", ())
     rows = [row | {"category": "all"} for row in _rates(frame, trained_on)]
     for category, part in frame.groupby("category"):
@@ -204,7 +193,6 @@ def _method_rows(
 
 
 def _subsets(frame: pd.DataFrame, trained_on: Sequence[str]) -> Iterator[tuple[str, pd.Series]]:
-    """Name and rows of each group of anomalous pictures that is not empty."""
     made = frame.is_anomalous & frame.is_synthetic
     found = {"synthetic": made, "found": frame.is_anomalous & ~frame.is_synthetic}
     if trained_on:
@@ -217,7 +205,6 @@ def _subsets(frame: pd.DataFrame, trained_on: Sequence[str]) -> Iterator[tuple[s
 
 
 def _row(kind: str, metric: str, estimate: Sequence[float], frame: pd.DataFrame) -> dict[str, Any]:
-    """A row of the table: value and ends of the interval, and the pictures behind them."""
     counts = dict(zip(_COUNTS, (len(frame), int(frame.is_anomalous.sum()))))
     return {"kind": kind, "metric": metric, **dict(zip(_ESTIMATE, map(float, estimate))), **counts}
 
@@ -251,7 +238,6 @@ def _rates(frame: pd.DataFrame, trained_on: Sequence[str]) -> Iterator[dict[str,
 
 
 def _rankings(frame: pd.DataFrame, trained_on: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """AUROC of one painting for all anomalous pictures and each group of them; average precision for all."""
     if frame.is_anomalous.all() or not frame.is_anomalous.any():
         return
     for name, chosen in [("all", frame.is_anomalous), *_subsets(frame, trained_on)]:
@@ -260,14 +246,14 @@ def _rankings(frame: pd.DataFrame, trained_on: Sequence[str]) -> Iterator[dict[s
         interval = statistics.auroc_interval(kept.anomaly_score, kept.is_anomalous, sources=sources)
         value = metrics.image_auroc(kept.anomaly_score, kept.is_anomalous)
         yield _row(name, "image_auroc", (value, *interval), kept)
-    precisions = metrics.average_precisions(frame.anomaly_score, frame.is_anomalous, _draws(frame))
+    draws = _draws(tuple(frame.is_anomalous), tuple(frame.source))
+    precisions = metrics.average_precisions(frame.anomaly_score, frame.is_anomalous, draws)
     yield _row("all", "image_ap", _bootstrap(precisions, frame), frame)
 
 
 def _pixels(
     frame: pd.DataFrame, run: MethodResult | None, samples: Sequence[Sample], notes: list[str]
 ) -> Iterator[dict[str, Any]]:
-    """Pixel AUROC and AUPRO over genuine pictures and anomalous ones with a known mask."""
     usable = frame[frame.has_truth]
     maps = [] if run is None else [run.anomaly_map(run.predictions[place]) for place in usable.place]
     if not usable.is_anomalous.any() or not maps or any(one is None for one in maps):
@@ -279,23 +265,19 @@ def _pixels(
     chosen = [samples[place] for place in usable.place]
     masks = (images.load_mask(one.mask_path) if one.is_anomalous else np.zeros((1, 1)) for one in chosen)
     table = metrics.pixel_table(maps, masks)
-    for metric, values in zip(("pixel_auroc", "aupro"), metrics.pixel_metrics(table, _draws(usable)).T):
+    drawn = metrics.pixel_metrics(table, _draws(tuple(usable.is_anomalous), tuple(usable.source)))
+    for metric, values in zip(("pixel_auroc", "aupro"), drawn.T):
         if math.isfinite(values[0]):
             yield _row("all", metric, _bootstrap(values, usable), usable)
 
 
 def _bootstrap(values: np.ndarray, frame: pd.DataFrame) -> tuple[float, float, float]:
-    """A metric of all :func:`_draws` as value and interval; one source gives no interval."""
     return (values[0], *(_NAN if frame.source.nunique() < 2 else statistics.percentile_interval(values[1:])))
 
 
-def _draws(frame: pd.DataFrame) -> np.ndarray:
-    """How often each picture is taken: once in the first row, in the others as the bootstrap draws them."""
-    return _redraws(tuple(frame.is_anomalous), tuple(frame.source))
-
-
 @lru_cache(maxsize=128)
-def _redraws(labels: tuple[bool, ...], sources: tuple[str, ...]) -> np.ndarray:
+def _draws(labels: tuple[bool, ...], sources: tuple[str, ...]) -> np.ndarray:
+    """How often each picture is taken: once in the first row, in the others as the bootstrap draws them."""
     return np.vstack([np.ones(len(labels), int), statistics.redraws(labels, sources)])
 
 
@@ -303,8 +285,7 @@ def paired_tests(predictions: pd.DataFrame) -> pd.DataFrame:
     """Every pair of detectors on the same pictures: DeLong on the scores, exact McNemar on the verdicts.
 
     Over all paintings DeLong's test is stratified by painting and verdicts are pooled. One Holm family per question:
-    which detectors rank better, which are right more often, and both again painting by painting. Methods without a
-    threshold have no row for accuracy.
+    which detectors rank better, which are right more often (given a threshold), and both again painting by painting.
     """
     paintings = sorted(set(predictions.category))
     rows = []

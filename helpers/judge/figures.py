@@ -50,10 +50,8 @@ plt.style.use(Path(__file__).parent / "templates" / "figures.mplstyle")
 
 
 def save_figure(fig: Figure, name: str, folder: Path, footer: str = "", *, close: bool = False) -> Path:
-    """Write the figure as ``folder/name.png`` (returned), atomically, with its alt text inside.
-
-    ``footer`` is a small line below. ``close`` frees the figure; notebooks leave it open, so that the cell shows it.
-    """
+    """Write the figure as ``folder/name.png`` (returned), atomically, with its alt text inside and a small ``footer``
+    below. ``close`` frees the figure; notebooks leave it open, so that the cell shows it."""
     if footer:
         fig.text(0.01, -0.01, footer, fontsize=8.5, color=_MUTED, va="top")
     path = Path(folder) / f"{name}.png"
@@ -124,11 +122,8 @@ def map_scale(genuine_maps: Iterable[np.ndarray]) -> Scale:
 def marked(
     image: np.ndarray, anomaly_map: np.ndarray | None, limit: float, mask: np.ndarray | None = None
 ) -> np.ndarray:
-    """The picture in its own colours with the verdict (tint and solid outline) and, when known, the truth (dashed).
-
-    Arguments as in :class:`Panel`; ``limit`` is that of :func:`map_scale`: only what lies above it is tinted. Returns
-    uint8 RGB of the picture's size.
-    """
+    """The picture in its own colours with the verdict (tint and solid outline, only above ``limit`` of the map, see
+    :func:`map_scale`) and, when known, the truth (dashed): uint8 RGB. Arguments as in :class:`Panel`."""
     out, size = image.copy(), (image.shape[1], image.shape[0])
     width = max(1, round(max(size) / 170))
     if anomaly_map is not None:
@@ -150,7 +145,7 @@ def _outlines(mask: np.ndarray) -> Sequence[np.ndarray]:
 
 
 def map_rows(panels: Sequence[Panel], *, scale: Scale, title: str) -> Figure:
-    """Rows of picture | anomaly map | marked picture, all maps on one colour scale; at most 8 panels read well."""
+    """Rows of picture | anomaly map | marked picture, all maps on one colour scale."""
     heights = [min(1.5, panel.image.shape[0] / panel.image.shape[1]) for panel in panels]
     size = (9.6, 0.8 + sum(2.25 * height + 0.1 for height in heights))
     fig, axes = plt.subplots(len(panels), 3, figsize=size, squeeze=False, gridspec_kw={"height_ratios": heights})
@@ -177,11 +172,8 @@ def map_rows(panels: Sequence[Panel], *, scale: Scale, title: str) -> Figure:
 
 
 def map_examples(result: MethodResult, category: str) -> tuple[list[Panel], Scale]:
-    """Panels for :func:`map_rows`: a find, a miss and the most marked genuine picture of a painting, and the scale.
-
-    A find is a marked place inside the mask. Of finds and misses the picture with the middle score is shown, not the
-    best; what did not happen is left out.
-    """
+    """Panels for :func:`map_rows`: a find (a marked place inside the mask), a miss and the most marked genuine picture
+    of a painting, and the scale. Of finds and misses the middle score is shown, not the best."""
     mine = sorted((p for p in result.predictions if p.sample.category == category), key=lambda p: p.anomaly_score)
     pairs = [(p, result.anomaly_map(p)) for p in mine]
     genuine = [pair for pair in pairs if not pair[0].sample.is_anomalous]
@@ -217,11 +209,9 @@ def picture_grid(panels: Sequence[Panel], *, title: str, n_columns: int = 5, lim
 
 
 def scores(frame: pd.DataFrame, *, title: str) -> Figure:
-    """A dot for each picture, genuine above anomalous, and the threshold: a row per method, a column per painting.
-
-    Each panel has its own axis, because the methods' scores have no common scale. Dots on the wrong side are ringed.
-    ``frame`` has a row a picture and method: ``method, category, anomaly_score, is_anomalous, threshold`` (nan: none).
-    """
+    """A dot for each picture, genuine above anomalous, and the threshold: a row per method, a column per painting; dots
+    on the wrong side are ringed. Each panel has its own axis, because scores have no common scale. ``frame`` has a row
+    per picture and method: ``method, category, anomaly_score, is_anomalous, threshold`` (nan: none)."""
     methods, categories = (list(dict.fromkeys(frame[name])) for name in ("method", "category"))
     size = (2.4 + 4.2 * len(categories), 0.9 + 0.95 * len(methods))
     fig, axes = plt.subplots(len(methods), len(categories), figsize=size, squeeze=False)
@@ -250,10 +240,8 @@ def scores(frame: pd.DataFrame, *, title: str) -> Figure:
 
 
 def intervals(frame: pd.DataFrame, *, title: str, x_label: str) -> Figure:
-    """Value and interval: a panel per group, a row per method; a dotted line at 0.5, chance.
-
-    ``frame`` has columns ``panel, method, value, low, high``; values in [0, 1], nan ends draw no interval.
-    """
+    """Value and interval: a panel per group, a row per method; a dotted line at 0.5, chance. ``frame`` has columns
+    ``panel, method, value, low, high``; values in [0, 1], nan ends draw no interval."""
     methods, panels = (list(dict.fromkeys(frame[name])) for name in ("method", "panel"))
     fig, axes = _grid(len(panels), 3, (3.2, 0.9 + 0.36 * len(methods)), (2.6, 0.7), sharey=True)
     for ax, panel in zip(axes, panels):
@@ -271,17 +259,16 @@ def intervals(frame: pd.DataFrame, *, title: str, x_label: str) -> Figure:
 
 
 def lines(frame: pd.DataFrame, *, title: str, x_label: str, y_label: str = "") -> Figure:
-    """Values along an axis (epoch, strength, seconds, evaluation): a panel per measure, a line per method or name.
-
-    ``frame`` has columns ``series, x, value``; optional ``panel``, ``low`` and ``high`` (interval), ``part`` (points of
-    different parts are not joined), ``ring`` (bool, encircled) and ``note`` (text above the point).
-    """
+    """Values along an axis (epoch, strength, evaluation): a panel per measure, a line per method or name. ``frame`` has
+    columns ``series, x, value``; optional ``panel``, ``low`` and ``high`` (interval), ``part`` (points of different
+    parts are not joined), ``ring`` (bool, encircled) and ``note`` (text below the point)."""
     optional = {"panel": "", "low": math.nan, "high": math.nan, "part": 0, "ring": False, "note": ""}
     frame = frame.assign(**{key: value for key, value in optional.items() if key not in frame})
     panels, series = (list(dict.fromkeys(frame[name])) for name in ("panel", "series"))
     others = [name for name in series if name not in METHOD_COLORS]
     colors = dict(zip(others, [_INK] if len(others) == 1 else METHOD_COLORS.values())) | dict(METHOD_COLORS)
-    fig, axes = _grid(len(panels), 3, (4.0, 3.5 if len(panels) < 7 else 2.3), (2.2, 0.6))
+    size = (4.0, 3.5 if len(panels) < 4 else 2.4)
+    fig, axes = _grid(len(panels), 3, size, (2.2, 0.6), sharey=bool(y_label))
     for ax, panel in zip(axes, panels):
         for name, rows in frame[frame.panel == panel].groupby("series", sort=False):
             color, marker = colors.get(name, OTHER_COLOR), _MARKERS.get(name, "o") if len(rows) <= 24 else ""
@@ -291,10 +278,12 @@ def lines(frame: pd.DataFrame, *, title: str, x_label: str, y_label: str = "") -
                 ax.vlines(part.x, part.low, part.high, color=color, linewidth=1.2, alpha=0.7)
             ringed = rows[rows.ring.astype(bool)]
             ax.plot(ringed.x, ringed.value, "o", markersize=15, color=_INK, fillstyle="none", markeredgewidth=1.6)
-        ax.set(title=_wrap(panel, 36), xlabel=x_label, ylabel=y_label)
-        if (frame.x == frame.x.round()).all():
-            ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(6, integer=True))
-    handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
+            for x, y, note in zip(rows.x, rows.value, rows.note):
+                ax.annotate(note, (x, y), (0, -15), textcoords="offset points", ha="center", fontsize=9.5)
+        ax.set(title=_wrap(panel, 36), xlabel=x_label, ylabel=y_label, ymargin=0.25 if frame.note.any() else 0.05)
+        ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(6, integer=True))
+    handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())
+               if label != ax.get_title(loc="left")}  # fmt: skip
     if len(handles) > 1:
         fig.legend(handles.values(), handles.keys(), loc="outside right center")
     return _finish(fig, title, f"{y_label or ', '.join(panels)} against {x_label}, {len(series)} lines.")
@@ -303,7 +292,6 @@ def lines(frame: pd.DataFrame, *, title: str, x_label: str, y_label: str = "") -
 def _grid(
     n: int, most: int, cell: tuple[float, float], frame: tuple[float, float], **options: Any
 ) -> tuple[Figure, list]:
-    """A figure of ``n`` axes in rows of at most ``most``; ``cell`` and ``frame`` are sizes in inches."""
     n_columns = min(most, n)
     n_rows = math.ceil(n / n_columns)
     size = (frame[0] + cell[0] * n_columns, frame[1] + cell[1] * n_rows)
@@ -314,7 +302,6 @@ def _grid(
 
 
 def _finish(fig: Figure, title: str, words: str) -> Figure:
-    """Title at the left, wrapped to the figure's width, and alt text."""
     _glyphs()
     fig.suptitle(_wrap(title, int(fig.get_figwidth() * 10.5)), x=0.01, ha="left", fontsize=13, fontweight="bold")
     fig.set_label(f"{words} {title}".strip())
@@ -322,12 +309,10 @@ def _finish(fig: Figure, title: str, words: str) -> Figure:
 
 
 def _wrap(text: str, width: int) -> str:
-    """Lines of at most ``width`` letters; words longer than that are broken, line breaks are kept."""
     return "\n".join(line for part in str(text).split("\n") for line in textwrap.wrap(part, width) or [""])
 
 
 def _bare(ax: Any) -> Any:
-    """Axes without ticks, grid and frame."""
     ax.set(xticks=[], yticks=[], frame_on=False)
     ax.grid(visible=False)
     return ax

@@ -41,10 +41,11 @@ def verdict(comparison: Comparison) -> str:
 
 
 def trust(comparison: Comparison, measure: str = "accuracy") -> str:
-    """How much these pictures can decide by a measure of the paired tests, in a sentence or two."""
+    """How much these pictures can decide by a measure of the paired tests, in words."""
     samples, (n_pairs, sure) = comparison.samples, _told(comparison, measure)
-    facts = {"n": len(samples), "n_sources": len({sample.group for sample in samples}), "measure": measure}
-    return " ".join(say("trust", n_pairs=n_pairs, n_told=len(sure), **facts))
+    sources = {sample.group for sample in samples}
+    facts = {"n": len(samples), "n_sources": len(sources), "n_pairs": n_pairs, "n_told": len(sure)}
+    return " ".join(say("trust", measure=measure, **facts))
 
 
 def findings(comparison: Comparison) -> list[str]:
@@ -94,7 +95,7 @@ def _told(comparison: Comparison, measure: str) -> tuple[int, pd.DataFrame]:
 def _rows(comparison: Comparison, metric: str, kind: str = "all") -> dict[str, Mapping[str, Any]]:
     """A number of each detector that has it, over all paintings."""
     look = numbers(comparison.table)
-    return {method: look[key] for method in comparison.methods if (key := (method, "all", kind, metric)) in look}
+    return {method: look[key] for method in comparison.runs if (key := (method, "all", kind, metric)) in look}
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:

@@ -54,9 +54,8 @@ def changes(history: pd.DataFrame) -> pd.DataFrame:
     """The last evaluation of each method against the one before and against its first, on the pictures both have.
 
     Ranking is tested for each painting (DeLong), verdicts over all (exact test of balanced accuracy); p-values are
-    corrected (Holm) over *all* tests of the report: one false alarm among many methods is still one. Columns:
-    ``method, against, measure, category, value_a`` (now), ``value_b`` (then), ``difference, p_value, n_images, p_holm,
-    is_fall``.
+    corrected (Holm) over *all* tests of the report: one false alarm among many methods is still one. ``value_a`` is
+    now, ``value_b`` then.
     """
     rows = []
     for _, runs in history.groupby("series", sort=False):

@@ -72,9 +72,8 @@ def pixel_table(maps: Iterable[np.ndarray], masks: Iterable[np.ndarray]) -> np.n
         maps: float ``(h, w)`` for each picture, raw, one scale for all; sizes may differ, generators are welcome.
         masks: bool or 0/1 ``(H, W)`` for each picture, True = anomalous; all False on a genuine picture.
     Returns:
-        float64 ``(3, pictures, bins)``, from the highest scores down: genuine pixels; anomalous pixels; anomalous
-        pixels, each weighing 1 / area of its region (8-connected), which makes every region count the same.
-        ``ValueError``: no picture, a wrong number of masks, a mask or map that is none.
+        float64 ``(3, pictures, bins)``, from the highest scores down: genuine pixels; anomalous pixels; those weighing
+        1 / area of their region (8-connected). ``ValueError``: no picture, too few masks, a mask or map that is none.
     """
     sorted_pixels, pools = [], ([], [])
     for anomaly_map, mask in zip(maps, masks, strict=True):

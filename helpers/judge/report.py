@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from helpers import data, files, results
 from helpers.data import images
-from helpers.judge import figures, findings, statistics
+from helpers.judge import figures, findings, metrics, statistics
 from helpers.judge.comparison import ALWAYS, GROUPS, NOTEBOOKS, RESERVED, Comparison, numbers, read
-
-_N_TILES = 240
 
 
 def write_report(comparison: Comparison, path: Path, drawn: Mapping[str, Path]) -> Path:
@@ -53,7 +53,7 @@ def table_html(comparison: Comparison) -> str:
 def _render(name: str, comparison: Comparison, **values: Any) -> str:
     samples, table = comparison.dataset.samples, comparison.table
     return findings.TEMPLATES.get_template(name).render(
-        c=comparison, look=numbers(table), methods=[*comparison.methods, ALWAYS], always=ALWAYS,
+        c=comparison, look=numbers(table), methods=[*comparison.runs, ALWAYS], always=ALWAYS,
         paintings=sorted({sample.category for sample in comparison.samples}), wilson=statistics.wilson,
         groups=[name for name in GROUPS if (comparison.predictions.group == name).any()],
         kinds=[kind for kind in dict.fromkeys(table.kind) if kind not in RESERVED and not kind.startswith("group:")],
@@ -78,14 +78,14 @@ class _Pictures:
         self.facts = comparison.predictions[comparison.predictions.method == ALWAYS].set_index("place")
         judged = comparison.predictions[comparison.predictions.threshold.notna()]
         verdicts = judged.pivot(index="place", columns="method", values="is_predicted_anomalous").astype(bool)
-        self.verdicts = verdicts[[method for method in comparison.methods if method in verdicts]]
+        self.verdicts = verdicts[[method for method in comparison.runs if method in verdicts]]
         self.n_calls = self.verdicts.sum(axis=1).astype(int)
         rows = comparison.table[(comparison.table.metric == "pixel_auroc") & (comparison.table.category == "all")]
         self.best_map = str(rows.method.loc[rows.value.idxmax()]) if len(rows) else ""
 
     @cached_property
     def limits(self) -> dict[tuple[str, str], float]:
-        """What the genuine pictures of a painting reach on a method's maps, for the methods that have maps."""
+        """(method with maps, painting) -> what its genuine pictures reach."""
         found = {}
         for (method, run), (category, rows) in itertools.product(self.c.runs.items(), self.facts.groupby("category")):
             places = rows.index if rows.is_anomalous.all() else rows.index[~rows.is_anomalous]
@@ -108,7 +108,7 @@ class _Pictures:
         """Thumbnails of the test pictures with the filters they pass; evenly thinned when there are very many."""
         filters = ["all", *GROUPS, "genuine", "missed by all", "false alarm"]
         shown = []
-        for place in self.facts.index[:: math.ceil(len(self.facts) / _N_TILES)]:
+        for place in self.facts.index[:: math.ceil(len(self.facts) / 240)]:
             one = self._picture(place, 190, "", quality=72)
             wrong = not one["n_calls"] if one["is_anomalous"] else one["n_calls"]
             kinds = ["all", one["group"], "missed by all" if one["is_anomalous"] else "false alarm"]
@@ -167,7 +167,7 @@ def _uri(content: bytes, kind: str) -> str:
 
 def draw_all(comparison: Comparison, folder: Path) -> dict[str, Path]:
     """Draw and save the figures that the results allow: name -> PNG; ``auroc_2``, ``scores_2`` ... are more pages."""
-    table, scored = (f[f.method.isin(comparison.methods)] for f in (comparison.table, comparison.predictions))
+    table, scored = (f[f.method.isin([*comparison.runs])] for f in (comparison.table, comparison.predictions))
     table = table[(table.kind == "all") & (table.metric == "image_auroc")].assign(low=table.ci_low, high=table.ci_high)
     paintings, found = sorted(set(scored.category)), {}
     for name, names in _pages("auroc", paintings, 6):
@@ -185,19 +185,31 @@ def draw_all(comparison: Comparison, folder: Path) -> dict[str, Path]:
 
 
 def _pages(name: str, paintings: Sequence[str], most: int) -> list[tuple[str, Sequence[str]]]:
-    """Pages of a figure with at most so many paintings: name of the file, and the paintings on it."""
+    """Name of the file, and the paintings on it, at most so many."""
     starts = range(0, len(paintings), most)
     return [(f"{name}_{start // most + 1}" if start else name, paintings[start : start + most]) for start in starts]
 
 
 def _scores_title(scored: pd.DataFrame) -> str:
-    wrong = scored.is_predicted_anomalous != scored.is_anomalous
+    wrong, one = scored.is_predicted_anomalous != scored.is_anomalous, scored[scored.method == scored.method.iloc[0]]
     missed, alarms = ((wrong & (scored.is_anomalous == kind)).groupby(scored.method).sum() for kind in (True, False))
-    one = scored[scored.method == scored.method.iloc[0]].is_anomalous
-    return (
-        f"Of {one.sum()} anomalous pictures each detector misses {missed.min()} to {missed.max()}; of "
-        f"{(~one).sum()} genuine ones at most {alarms.max()} are called anomalous"
-    )
+    words = f"Of {one.is_anomalous.sum()} anomalous pictures each detector misses {missed.min()} to {missed.max()}; of "
+    return f"{words}{(~one.is_anomalous).sum()} genuine ones at most {alarms.max()} are called anomalous"
+
+
+def robustness(frame: pd.DataFrame) -> Figure:
+    """AUROC of each detector, the mean over paintings, on photographs that get worse; below each point the number of
+    genuine pictures that it calls anomalous. ``frame`` has a row per picture, detector and strength: ``strength,
+    method, category, is_anomalous, anomaly_score, threshold``."""
+    rows = []
+    for (method, strength), part in frame.groupby(["method", "strength"], sort=False):
+        aurocs = [metrics.image_auroc(one.anomaly_score, one.is_anomalous) for _, one in part.groupby("category")]
+        row = {"panel": results.method_label(method), "series": method, "x": strength, "value": np.nanmean(aurocs)}
+        rows.append(row | {"note": str(((part.anomaly_score > part.threshold) & ~part.is_anomalous).sum())})
+    points = pd.DataFrame(rows)
+    last, n = points.note[points.x == points.x.max()].astype(int), (~part.is_anomalous).sum()
+    title = f"False alarms (the numbers) on {n} genuine pictures: {last.min()} to {last.max()} on the worst photographs"
+    return figures.lines(points, title=title, x_label="strength of the changes", y_label="AUROC")
 
 
 def show(page: Path) -> None:

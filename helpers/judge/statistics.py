@@ -77,7 +77,6 @@ def p_values(normal_scores: ArrayLike, scores: ArrayLike) -> np.ndarray:
 
 
 def _checked_normals(normal_scores: ArrayLike) -> np.ndarray:
-    """Calibration scores in ascending order."""
     scores = np.asarray(list(normal_scores), dtype=np.float64)
     if scores.ndim != 1 or len(scores) == 0 or not np.isfinite(scores).all():
         got = f"got shape {scores.shape}, {(~np.isfinite(scores)).sum()} of them not finite"
@@ -107,8 +106,8 @@ def wilson(successes: float, n: float) -> Interval:
 def mover(estimates: Sequence[Sequence[float]]) -> tuple[float, float, float]:
     """Mean of independent estimates, (value, low, high) each, with the interval that follows from theirs.
 
-    For balanced accuracy and for means over paintings; nan at both ends when one of the intervals is unknown.
-    Source: method of variance estimates recovery; Zou and Donner, Statistics in Medicine 2008.
+    For balanced accuracy and for means over paintings; nan at both ends when one of the intervals is unknown. Source:
+    method of variance estimates recovery; Zou and Donner, Statistics in Medicine 2008.
 
     >>> mover([(0.5, 0.2, 0.6), (0.9, 0.5, 0.9)])
     (0.7, 0.45, 0.75)
@@ -149,9 +148,8 @@ def redraws(strata: Sequence[Hashable], groups: Sequence[Hashable], *, n_draws: 
     """Bootstrap draws of pictures by source, for what has no formula: average precision, pixel AUROC, AUPRO.
 
     Groups (sources, ``(n,)``) are drawn among the groups with the same set of ``strata`` (labels, ``(n,)``), copies of
-    one picture together. Percentile intervals are too narrow near the end of a statistic's range (80 to 90 % coverage
-    of a nominal 95 % at 50 pictures): :func:`auroc_interval` and :func:`wilson` are for image AUROC and rates.
-    Returns int64 ``(n_draws, n)``: how often each draw has each picture; the same draws each time.
+    one picture together: int64 ``(n_draws, n)``, how often each draw has each picture, the same each time. Percentile
+    intervals are too narrow near the end of a range (80 to 90 % coverage at 50 pictures): not for AUROC and rates.
     """
     source = pd.factorize(np.asarray(groups, dtype=object))[0]
     kind = pd.factorize(pd.Series(strata).groupby(source).agg(frozenset))[0]
@@ -213,9 +211,8 @@ def delong_paired(
 def mcnemar_exact(correct_a: ArrayLike, correct_b: ArrayLike) -> PairedTest:
     """Do two methods differ in accuracy on the same pictures? Exact McNemar test on verdicts (True where right).
 
-    Only pictures on which exactly one of them is right count; fewer than six of those can never reach 5 %. Verdicts
-    of several paintings may be pooled, since each was made at its own painting's threshold.
-    Source: McNemar, Psychometrika 1947; binomial tail.
+    Only pictures on which exactly one of them is right count; fewer than six of those can never reach 5 %. Verdicts of
+    several paintings may be pooled, each made at its own threshold. Source: McNemar, Psychometrika 1947.
     """
     from scipy.stats import binomtest
 
