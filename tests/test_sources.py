@@ -188,8 +188,10 @@ def test_members_of_the_category_are_sorted(commons: Commons, tmp_path: Path, mo
     assert all(reasons[path.stem] in why for path, why in left_out) and len(left_out) == len(reasons)
     assert max(n for name, n in Counter(commons.asked).items() if name != "api") == 1
     commons.asked.clear()
-    again, kept = sources.wikimedia(tmp_path, genuine.difference)
-    assert len(again) == len(samples) and kept == left_out and not commons.asked
+    options = {"builtin": "wikimedia", "target": tmp_path, "max_side": 96, "seed": 1}
+    again = build.source_for(None, difference=genuine.difference, **options)
+    assert len(again.samples) == len(samples) and again.left_out == left_out and not commons.asked
+    assert "mirror.jpg: it does not lie on the main scan" in again.describe()
 
 
 def test_a_busy_server_is_asked_again(commons: Commons, tmp_path: Path) -> None:
