@@ -154,7 +154,7 @@ def read_tree(root: Path) -> FolderReading:
         file = File(path, [step for step in steps if step])
         if None in steps:
             reading.left_out.append(
-                (path, "0/ and 1/, yes/ and no/ ... may be labels or paintings: say good/ and anomaly/")
+                (path, "0/ and 1/ (yes/ and no/ ...) may be labels or paintings: say good/ and bad/")
             )
         elif file.is_mask or (bare != path.stem and (path.parent, bare) in stems):
             masks.append(file)
@@ -234,12 +234,12 @@ def _listed(root: Path, reading: FolderReading) -> list[Path]:
     """Pictures by their suffix, broken links among them; other files are left out. Links are followed."""
     pictures, n_hidden, seen = [], 0, set()
     for here, folders, names in os.walk(root, followlinks=True):
-        if os.path.realpath(here) in seen:  # a linked folder that leads back into itself is entered once
-            folders, names = folders.clear() or [], []
-        seen.add(os.path.realpath(here))
         n_hidden += sum(map(words.is_hidden, folders + names))
-        folders[:] = sorted(name for name in folders if not words.is_hidden(name))
-        for path in (Path(here, name) for name in sorted(names) if not words.is_hidden(name) and name not in _OURS):
+        is_new = os.path.realpath(here) not in seen  # a linked folder that leads back into itself is entered once
+        seen.add(os.path.realpath(here))
+        folders[:] = sorted(name for name in folders if is_new and not words.is_hidden(name))
+        kept = sorted(name for name in names if is_new and not words.is_hidden(name) and name not in _OURS)
+        for path in (Path(here, name) for name in kept):
             if str(path).encode("utf-8", "replace").decode() != str(path):
                 reading.left_out.append((path, "its name is not valid UTF-8: rename it"))
             elif path.suffix.lower() in IMAGE_SUFFIXES:
