@@ -1,8 +1,4 @@
-"""Files that are whole or absent: atomic writes, JSON, hashes, and lines appended by several sessions.
-
-Everything is written under a hidden temporary name in the same folder, flushed to disk and renamed. A folder is
-complete when its mark (``manifest.json`` or ``READY.json``), written last, is there.
-"""
+"""Files that are whole or absent: atomic writes, JSON, hashes, and lines appended by several sessions."""
 
 from __future__ import annotations
 
@@ -21,10 +17,7 @@ from filelock import FileLock
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Temporary name to write to; renamed to ``path`` when the block succeeds, removed when it fails.
-
-    The suffix of ``path`` is kept, so that libraries which choose a format by suffix work.
-    """
+    """Hidden name with the suffix of ``path`` to write to; renamed to it when the block succeeds, else removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem[:40]}.{uuid.uuid4().hex[:8]}{path.suffix}")
@@ -52,7 +45,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; a ValueError names the file when it is not JSON."""
+    """The value of a JSON file; a ValueError names a file that is none."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -62,14 +55,8 @@ def read_json(path: Path) -> Any:
 def append_line(path: Path | str, line: str) -> None:
     """Add a line to a text file that other sessions may be adding to; it is on disk when this returns.
 
-    The unfinished last line of a writer that died is closed first, for the reader to report.
-
-    Raises:
-        ValueError: the line holds a line break.
-        TimeoutError: another session held the lock for a minute.
+    ``line`` holds no line break. The unfinished last line of a writer that died is closed first.
     """
-    if len(line.splitlines()) > 1 or line.endswith("\n"):
-        raise ValueError(f"A line holds a line break: {line[:80]!r}. Escape it, for example as JSON.")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock"), timeout=60), open(path, "ab+") as file:
@@ -95,6 +82,4 @@ def sha256_json(value: Any) -> str:
 def free_bytes(path: Path) -> int:
     """Free space of the disk that holds ``path`` (which need not exist yet)."""
     path = Path(path).absolute()
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free

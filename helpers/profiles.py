@@ -1,8 +1,5 @@
-"""The two profiles, ``mini`` and ``full``: the same code with other numbers.
-
-``mini`` runs everything on a 2-core CPU without network in minutes; ``full`` is Colab with a GPU and the published
-weights. Notebooks ask :func:`active` once and hand its values to the helpers; no cell asks which profile is on.
-This module imports no other helper.
+"""The two profiles: ``mini``, everything on a 2-core CPU without network in minutes, and ``full``, Colab with a GPU and
+the published weights. Notebooks ask :func:`active` once and hand its values to the helpers; no cell asks which is on.
 """
 
 from __future__ import annotations
@@ -17,9 +14,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-NAMES = ("mini", "full")
-MIN_FULL_GPU_GB = 20
-"""GPU memory from which ``full`` is chosen by itself: the 7B chain in bf16 with its batches (an L4 has 22.5 GB)."""
+MIN_FULL_GPU_GB = 20  # from which full is chosen by itself: the 7B chain in bf16 with its batches (an L4 has 22.5)
 
 
 @dataclass(frozen=True)
@@ -108,8 +103,7 @@ _MINI = {
         image_size=224, row="best", batch_size=16, auxiliary="packages", auxiliary_views=12, n_epochs=10
     ),
     "anomalygpt": AnomalyGptSettings(
-        precision="fp32",
-        training_precision="fp32",
+        precision="fp32", training_precision="fp32",
         training={  # at the report's learning rate of 1e-3 so few steps make every answer a yes
             "n_epochs": 6, "batch_size": 4, "micro_batch": 4, "learning_rate": 2e-4, "max_pairs": 12, "n_tuning": 4,
             "patience": None, "wording": "short", "checkpoint_every": 0,
@@ -138,6 +132,11 @@ class Profile:
     anomalyclip: AnomalyClipSettings = field(default_factory=AnomalyClipSettings)
     anomalygpt: AnomalyGptSettings = field(default_factory=AnomalyGptSettings)
 
+    weights_dir = property(lambda self: self.home / "weights")
+    features_dir = property(lambda self: self.home / "features")
+    report_dir = property(lambda self: self.home / "report")
+    data_dir = property(lambda self: self.home / "data" / self.dataset_name)
+
     @property
     def dataset_name(self) -> str:
         """Folder name of the dataset: of the built-in pictures, or of the user's folder and its place."""
@@ -145,22 +144,6 @@ class Profile:
             return {"mini": "embedded", "full": "wikimedia"}[self.name]
         place = hashlib.sha256(str(self.data_source).encode()).hexdigest()[:6]
         return f"{re.sub(r'[^A-Za-z0-9]+', '_', self.data_source.stem).strip('_').lower() or 'data'}_{place}"
-
-    @property
-    def data_dir(self) -> Path:
-        return self.home / "data" / self.dataset_name
-
-    @property
-    def weights_dir(self) -> Path:
-        return self.home / "weights"
-
-    @property
-    def features_dir(self) -> Path:
-        return self.home / "features"
-
-    @property
-    def report_dir(self) -> Path:
-        return self.home / "report"
 
     def checkpoint_dir(self, method: str) -> Path:
         return self.home / "checkpoints" / method
@@ -176,45 +159,28 @@ class Profile:
 def active() -> Profile:
     """The profile in force, from ``ART_PROFILE``, ``ART_HOME``, ``ART_DATA`` and the GPU.
 
-    ``ART_PROFILE`` is ``mini``, ``full`` or unset (``full`` with a CUDA GPU of at least 20 GB, else ``mini``).
-
-    Raises:
-        ValueError: ``ART_PROFILE`` is neither.
-        FileNotFoundError: ``ART_DATA`` names nothing that exists.
+    ``ART_PROFILE`` is ``mini``, ``full`` or unset (``full`` with a CUDA GPU of at least 20 GB, else ``mini``); anything
+    else is a ValueError, and an ``ART_DATA`` that names nothing that exists a FileNotFoundError.
     """
-    name, gpu = os.environ.get("ART_PROFILE", "").strip().lower(), _cuda_gpu()
-    reason = f"ART_PROFILE={name}"
-    if name not in ("", *NAMES):
-        raise ValueError(f"ART_PROFILE is {name!r}; allowed are {', '.join(NAMES)}, or unset it to choose by GPU.")
-    if not name and gpu is None:
-        name, reason = "mini", "no CUDA device"
-    elif not name and gpu[1] < MIN_FULL_GPU_GB:
-        name, reason = "mini", f"{gpu[0]} has {gpu[1]:.1f} GB, full needs {MIN_FULL_GPU_GB}"
-    elif not name:
-        name, reason = "full", f"{gpu[0]} with {gpu[1]:.1f} GB"
-    home = Path(os.environ.get("ART_HOME") or REPOSITORY / "workspace").expanduser().resolve() / name
-    settings = _MINI if name == "mini" else {}
-    return Profile(name, reason, home, data_source(), device="cuda" if gpu else "cpu", **settings)
-
-
-def _cuda_gpu() -> tuple[str, float] | None:
-    """Name and memory in GB of the first CUDA device, None without one."""
     import torch
 
-    if not torch.cuda.is_available():
-        return None
-    properties = torch.cuda.get_device_properties(0)
-    return properties.name, properties.total_memory / 1e9
+    name = os.environ.get("ART_PROFILE", "").strip().lower()
+    if name not in ("", "mini", "full"):
+        raise ValueError(f"ART_PROFILE is {name!r}; allowed are mini, full, or unset it to choose by GPU.")
+    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    memory = gpu.total_memory / 1e9 if gpu else 0.0
+    seen = f"{gpu.name} has {memory:.1f} GB, full needs {MIN_FULL_GPU_GB}" if gpu else "no CUDA device"
+    fitting = "full" if memory >= MIN_FULL_GPU_GB else "mini"
+    name, reason = (name, f"ART_PROFILE={name}") if name else (fitting, seen)
+    home = Path(os.environ.get("ART_HOME") or REPOSITORY / "workspace").expanduser().resolve() / name
+    settings = _MINI if name == "mini" else {}
+    return Profile(name, reason, home, _data_source(), "cuda" if gpu else "cpu", **settings)
 
 
-def data_source() -> Path | None:
-    """``ART_DATA`` as an absolute path, None when it is unset.
+def _data_source() -> Path | None:
+    """``ART_DATA`` as an absolute path, looked up from here, then from the repository; None when it is unset.
 
-    A relative path is looked up from here, then from the repository. Quotes, ``file://``, variables and escaped
-    blanks, as they come with copied paths, are understood.
-
-    Raises:
-        FileNotFoundError: it names nothing that exists; the message says what seems to be wrong.
+    Quotes, ``file://``, variables and escaped blanks, as they come with copied paths, are understood.
     """
     asked = os.environ.get("ART_DATA", "").strip()
     text = os.path.expandvars(asked.strip("\"'`“”‘’").strip())
@@ -222,12 +188,12 @@ def data_source() -> Path | None:
         return None
     if text.lower().startswith("file:"):
         text = unquote(urlsplit(text).path)
-    spellings = dict.fromkeys((asked, text, text.replace("\\ ", " "), text.replace("\\", "/")))
-    for candidate in (Path(place, os.path.expanduser(one)) for one in spellings for place in (Path(), REPOSITORY)):
-        if candidate.exists():
-            return candidate.resolve()
+    for spelling in (asked, text, text.replace("\\ ", " "), text.replace("\\", "/")):
+        for place in (Path(), REPOSITORY):
+            if (path := place / os.path.expanduser(spelling)).exists():
+                return path.resolve()
     raise FileNotFoundError(
-        f"ART_DATA is {asked!r}, but neither {Path(text).absolute()} nor {REPOSITORY / text} exists. Give a folder (or "
-        "CSV file) on this machine; a web address, a path of Windows and an unset variable are none. Copy pictures to "
-        "Drive and give /content/drive/MyDrive/<folder>, or unset ART_DATA for the built-in ones."
+        f"ART_DATA is {asked!r}, but neither {Path(text).absolute()} nor {REPOSITORY / text} exists. Give a folder or "
+        "CSV file on this machine (no web address, path of Windows or unset variable), on Drive for example "
+        "/content/drive/MyDrive/<folder>, or unset ART_DATA for the built-in pictures."
     )

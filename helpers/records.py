@@ -9,17 +9,12 @@ from pathlib import Path
 import numpy as np
 
 SPLITS = ("train", "calibration", "test")
-NORMAL_KIND = "good"
-"""The kind of every normal picture, after MVTec AD's folder name."""
+NORMAL_KIND = "good"  # of every normal picture, after MVTec AD's folder name
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture of a dataset: a row of ``manifest.csv``.
-
-    Raises:
-        ValueError: the split is unknown, or label and kind contradict each other.
-    """
+    """One picture of a dataset, a row of ``manifest.csv``; ValueError when split, label and kind do not fit."""
 
     image_path: Path
     category: str  # the artwork, for example "mona_lisa"
@@ -37,10 +32,7 @@ class Sample:
             raise ValueError(f"{self.image_path}: split is {self.split!r}, allowed are {', '.join(SPLITS)}.")
         if self.is_anomalous == (self.kind == NORMAL_KIND):
             label = "anomalous" if self.is_anomalous else "normal"
-            raise ValueError(
-                f"{self.image_path}: labelled {label} but its kind is {self.kind!r}. "
-                f"Normal pictures have kind {NORMAL_KIND!r}, anomalous ones any other."
-            )
+            raise ValueError(f"{self.image_path}: labelled {label} but its kind is {self.kind!r}.")
 
 
 @dataclass(frozen=True)
@@ -55,15 +47,11 @@ class Scored:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One method's verdict on one picture, a row of ``predictions.csv``; fields as in :class:`Scored`.
-
-    Raises:
-        ValueError: the score is not finite.
-    """
+    """One method's verdict on one picture, a row of ``predictions.csv``; ValueError for a score that is not finite."""
 
     sample: Sample
     anomaly_score: float
-    anomaly_map: np.ndarray | None = None  # None, too, when it lies on disk
+    anomaly_map: np.ndarray | None = None  # as in Scored; None, too, when it lies on disk
     threshold: float = math.nan  # fixed before any test picture was read
     p_value: float = math.nan  # conformal, of the score among calibration normals, in (0, 1]
     seconds: float = math.nan
@@ -71,10 +59,7 @@ class Prediction:
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.anomaly_score):
-            raise ValueError(
-                f"{self.sample.image_path}: anomaly score is {self.anomaly_score}. A score must be finite; "
-                "check the checkpoint for nan values and train it again."
-            )
+            raise ValueError(f"{self.sample.image_path}: anomaly score is {self.anomaly_score}, which must be finite.")
 
     @property
     def is_predicted_anomalous(self) -> bool:

@@ -1,7 +1,7 @@
 """Results of a method on a dataset: written picture by picture, read back only for the same dataset.
 
-A results folder holds ``predictions.csv``, ``maps/`` (float16 arrays) and, written last, ``manifest.json``: its
-presence means that the run is complete. :func:`predict` is the one loop over test pictures of all methods.
+A results folder holds ``predictions.csv``, ``maps/`` (float16 arrays) and, written last, ``manifest.json``, the mark of
+a complete run. :func:`predict` is the one loop over test pictures of all methods.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
@@ -41,41 +42,30 @@ METHOD_LABELS: Mapping[str, str] = {
     "always_anomaly": "Always “anomaly”",
 }
 """What a reader sees instead of a method's file name, in the order of the comparison's rows."""
-
 METHODS = tuple(METHOD_LABELS)
-"""The rows of the comparison, in the order of the table."""
 
-MANIFEST = "manifest.json"
-PREDICTIONS = "predictions.csv"
-_JOURNAL = "journal.jsonl"
-_OF_THE_SAMPLE = ("category", "kind", "is_anomalous")
+MANIFEST, PREDICTIONS = "manifest.json", "predictions.csv"
+_KNOWN = ("category", "kind", "is_anomalous")
 _VERDICT = ("anomaly_score", "threshold", "is_predicted_anomalous", "p_value", "seconds", "answer")
+_NUMBERS = ("anomaly_score", "threshold", "p_value", "seconds")
 _SMALL_WORDS = ("a", "an", "and", "at", "by", "de", "in", "la", "of", "on", "the", "with")
-_VERSIONED = (
-    "torch", "transformers", "peft", "open_clip_torch", "timm", "scikit-learn", "numpy", "opencv-python",
-    "opencv-python-headless",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class MethodResult:
-    """A complete run of one method: what :func:`read` and :func:`predict` return."""
+    """A complete run of one method on a dataset."""
 
     method: str  # name of the row in the comparison
     folder: Path
     manifest: Mapping[str, Any]  # settings, versions, dataset_hash, checkpoint_hash, profile, and predict's facts
     predictions: Sequence[Prediction]  # one per test picture, in the dataset's order; their maps stay on disk
 
-    @property
-    def dataset_hash(self) -> str:
-        return self.manifest["dataset_hash"]
+    dataset_hash = property(lambda self: self.manifest["dataset_hash"])
 
     def frame(self) -> pd.DataFrame:
-        """One row a test picture: ``method, category, kind, is_anomalous, anomaly_score, threshold,
-        is_predicted_anomalous, p_value, seconds, answer``."""
-        names = (*_OF_THE_SAMPLE, *_VERDICT)
+        """One row a test picture: the columns of ``predictions.csv`` but its path and hash, and ``method``."""
         rows = [_row(prediction) for prediction in self.predictions]
-        return pd.DataFrame(rows, columns=names).assign(method=self.method)
+        return pd.DataFrame(rows, columns=(*_KNOWN, *_VERDICT)).assign(method=self.method)
 
     def anomaly_map(self, prediction: Prediction) -> np.ndarray | None:
         """The picture's anomaly map, float32 ``(H, W)``, raw; None when the method made none."""
@@ -92,14 +82,14 @@ def predict(
 ) -> MethodResult:  # fmt: skip
     """Score every test picture, call those above the conformal threshold anomalous, write all of it as it comes.
 
-    A complete run on this dataset with these settings and weights is returned as it is; an interrupted one is
-    finished without scoring a picture twice.
+    A complete run on this dataset with these settings and weights is returned as it is, an interrupted one finished;
+    a run of others is replaced, or for another dataset moved aside, when this one is complete.
 
     Args:
         folder, method, profile: results folder, name of the row (see :data:`METHODS`), name of the profile.
         dataset: a :class:`helpers.data.Dataset`; its test pictures are predicted, painting by painting.
-        score: (category, ``batch_size`` test pictures of it) -> one :class:`~helpers.records.Scored` each, in their
-            order; where ``seconds`` is 0 the time of the call is shared among them.
+        score: (category, up to ``batch_size`` pictures of it) -> one :class:`~helpers.records.Scored` each, in order;
+            where ``seconds`` is 0 the time of the call is shared among them.
         calibration: category -> scores of genuine pictures that the detector has not learnt from, higher = more
             anomalous; or a function that gives them, called only when pictures are left to predict.
         alpha: false-alarm rate that the thresholds aim at.
@@ -107,8 +97,8 @@ def predict(
         trained_on, trained_on_kinds: what the weights have seen, in words, and the kinds of synthetic marks among it.
         calibration_groups: category -> source picture of each calibration score (default: of the calibration split).
         answers_say: answer -> True (anomalous), False (normal) or None (neither), for methods that answer.
-    Raises:
-        ValueError: a painting without calibration scores, or a wrong number of scores.
+
+    ValueError: a painting without calibration scores, or a wrong number of scores.
     """
     folder, work = Path(folder), Path(folder).with_name(f".{Path(folder).name}.partial")
     head = {"method": method, "profile": profile, "dataset_hash": dataset.hash, "checkpoint_hash": checkpoint_hash}
@@ -117,9 +107,10 @@ def predict(
     if any(done.get(name) != value for name, value in head.items()):
         normals = calibration() if callable(calibration) else calibration
         facts = {"trained_on": trained_on, "trained_on_kinds": sorted(trained_on_kinds), "versions": versions()}
-        facts["calibration"] = _calibration_facts(method, dataset, normals, calibration_groups or {})
+        facts["calibration"] = _calibrated(method, dataset, normals, calibration_groups or {})
         samples = {relative_path(sample, dataset.folder): sample for sample in dataset.select(split="test")}
-        rows = _resume(work, head)
+        journal = work / "journal.jsonl"
+        rows = _resume(journal, head)
         left = [sample for path, sample in samples.items() if path not in rows]
         for prediction in _verdicts(left, score, normals, alpha, batch_size, method_label(method)):
             path = relative_path(prediction.sample, dataset.folder)
@@ -127,13 +118,20 @@ def predict(
                 with files.atomic_path(map_path(work, prediction.sample)) as temporary:
                     np.save(temporary, np.asarray(prediction.anomaly_map, dtype=np.float16))
             rows[path] = {"image_path": path, "sha256": prediction.sample.sha256, **_row(prediction)}
-            files.append_line(work / _JOURNAL, json.dumps(rows[path]))
-        if answers_say is not None:
+            files.append_line(journal, json.dumps(rows[path]))
+        if answers_say:
             facts["answers_say"] = {path: answers_say(row["answer"]) for path, row in rows.items()}
-        table = pd.DataFrame([rows[path] for path in samples])
-        files.write_text(work / PREDICTIONS, table.to_csv(index=False))
+        files.write_text(work / PREDICTIONS, pd.DataFrame([rows[path] for path in samples]).to_csv(index=False))
         files.write_json(work / MANIFEST, facts | head)
-        _put_in_place(work, folder, dataset.hash)
+        if done.get("dataset_hash", dataset.hash) != dataset.hash:  # results of another dataset are kept
+            aside = folder.parent / "other_datasets" / done["dataset_hash"][:12] / folder.name
+            shutil.rmtree(aside, ignore_errors=True)
+            os.renames(folder, aside)
+        (folder / MANIFEST).unlink(missing_ok=True)  # from here on the earlier run is not complete
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(work, folder)
+        for leftover in folder.glob("*journal.jsonl*"):  # and its lock
+            leftover.unlink()
     return read(folder, dataset.samples, dataset.folder, dataset.hash)
 
 
@@ -143,114 +141,75 @@ def _verdicts(
     """Score pictures in batches of one painting, and hold every score against the painting's normal ones."""
     from helpers.judge.statistics import conformal_threshold, p_values
 
-    with tqdm(total=len(samples), desc=title, unit="picture", leave=False, delay=2) as bar:
-        for category in dict.fromkeys(sample.category for sample in samples):
-            threshold = conformal_threshold(normals[category], alpha)
-            own = [sample for sample in samples if sample.category == category]
-            for start in range(0, len(own), batch_size):
-                batch, started = own[start : start + batch_size], time.perf_counter()
-                found = list(score(category, batch))
-                if len(found) != len(batch):
-                    raise ValueError(f"{category}: {len(found)} scores for {len(batch)} pictures; one each is needed.")
-                share = (time.perf_counter() - started) / len(batch)
-                for sample, one in zip(batch, found):
-                    value, p_value = float(one.anomaly_score), p_values(normals[category], [one.anomaly_score])
-                    seconds = float(one.seconds) or share
-                    yield Prediction(sample, value, one.anomaly_map, threshold, float(p_value[0]), seconds, one.answer)
-                bar.update(len(batch))
+    batches = []
+    for category in dict.fromkeys(sample.category for sample in samples):
+        own = [sample for sample in samples if sample.category == category]
+        batches += [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
+    for batch in tqdm(batches, desc=title, unit="batch", leave=False, delay=2):
+        category, started = batch[0].category, time.perf_counter()
+        found = list(score(category, batch))
+        if len(found) != len(batch):
+            raise ValueError(f"{category}: {len(found)} scores for {len(batch)} pictures; one each is needed.")
+        share = (time.perf_counter() - started) / len(batch)
+        threshold = conformal_threshold(normals[category], alpha)
+        for sample, one, p_value in zip(batch, found, p_values(normals[category], [s.anomaly_score for s in found])):
+            numbers = threshold, float(p_value), float(one.seconds) or share
+            yield Prediction(sample, float(one.anomaly_score), one.anomaly_map, *numbers, one.answer)
 
 
 def _row(prediction: Prediction) -> dict[str, Any]:
     """What tables say of a prediction, beside the picture's name."""
-    known = {name: getattr(prediction.sample, name) for name in _OF_THE_SAMPLE}
+    known = {name: getattr(prediction.sample, name) for name in _KNOWN}
     return known | {name: getattr(prediction, name) for name in _VERDICT}
 
 
-def _calibration_facts(
-    method: str, dataset: Any, normals: Mapping[str, Sequence[float]], groups: Mapping[str, Sequence[str]]
-) -> dict[str, dict[str, Any]]:
+def _calibrated(method: str, dataset: Any, normals: Mapping[str, Any], groups: Mapping[str, Any]) -> dict[str, Any]:
     """What the manifest says of each painting's threshold: scores, and on how many true sources they rest."""
     facts = {}
     for category in dataset.categories:
         scores = [float(score) for score in normals.get(category, ())]
         if not scores:
-            raise ValueError(
-                f"{category} has no calibration scores of {method_label(method)}: its threshold cannot be set. Add "
-                "genuine pictures of it and run 02_synthesize_anomalies again."
-            )
+            raise ValueError(f"{category} has no calibration scores of {method_label(method)}: add genuine pictures.")
         held_out = dataset.select(split="calibration", category=category, is_anomalous=False)
-        n_sources = len(set(groups.get(category) or [sample.group or str(sample.image_path) for sample in held_out]))
-        is_optimistic = "optimistic" in dataset.limits.get(category, "")
-        facts[category] = {"scores": scores, "n": len(scores), "n_sources": n_sources, "optimistic": is_optimistic}
+        sources = set(groups.get(category) or [sample.group or str(sample.image_path) for sample in held_out])
+        facts[category] = {"scores": scores, "n": len(scores), "n_sources": len(sources)}
+        facts[category]["optimistic"] = "optimistic" in dataset.limits.get(category, "")
     return facts
 
 
-def _resume(work: Path, head: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _resume(journal: Path, head: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Rows by picture of an interrupted run with the same head; a torn line costs one picture."""
-    journal, lines = work / _JOURNAL, []
+    lines = []
     for line in journal.read_text(encoding="utf-8").splitlines() if journal.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
             lines.append(json.loads(line))
-    if lines and lines[0] == head:
+    if lines[:1] == [head]:
         return {row["image_path"]: row for row in lines[1:]}
-    shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(journal.parent, ignore_errors=True)
     files.append_line(journal, json.dumps(head))
     return {}
 
 
-def _put_in_place(work: Path, folder: Path, dataset_hash: str) -> None:
-    """Rename a finished run to its folder; an older run on another dataset is kept aside, on the same one replaced."""
-    for journal in work.glob(f"*{_JOURNAL}*"):  # and its lock
-        journal.unlink()
-    old = aside = folder.with_name(f".{folder.name}.old")
-    other = files.read_json(folder / MANIFEST)["dataset_hash"] if (folder / MANIFEST).exists() else dataset_hash
-    if other != dataset_hash:
-        aside = folder.parent / "other_datasets" / other[:12] / folder.name
-    shutil.rmtree(aside, ignore_errors=True)
-    if folder.exists():
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(folder, aside)
-    os.replace(work, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def read(folder: Path, samples: Sequence[Sample], dataset_dir: Path, dataset_hash: str) -> MethodResult:
-    """Read a complete results folder that was made on this dataset.
-
-    Raises:
-        FileNotFoundError: the run is missing or not complete.
-        ValueError: the run was made on another dataset, or its pictures are not the dataset's.
-    """
-    folder = Path(folder)
-    if not (folder / MANIFEST).exists():
+    """Read a results folder: FileNotFoundError when it is not complete, ValueError when it is of another dataset."""
+    if not (Path(folder) / MANIFEST).exists():
         raise FileNotFoundError(f"No complete results in {folder}. Run the notebook that makes them.")
-    manifest = files.read_json(folder / MANIFEST)
+    folder, manifest = Path(folder), files.read_json(Path(folder) / MANIFEST)
     if manifest["dataset_hash"] != dataset_hash:
-        raise ValueError(
-            f"{manifest['method']} was measured on dataset {manifest['dataset_hash'][:12]}, the dataset in use is "
-            f"{dataset_hash[:12]}. Rows of different datasets are not compared: run the method's notebook again."
-        )
+        which = f"dataset {manifest['dataset_hash'][:12]}, the dataset in use is {dataset_hash[:12]}"
+        raise ValueError(f"{manifest['method']} was measured on {which}: run the method's notebook again.")
     by_path = {relative_path(sample, dataset_dir): sample for sample in samples}
     # Read as text: an answer "None" or a kind "nan" is one, and numbers keep their last digit.
     table = pd.read_csv(folder / PREDICTIONS, dtype=str, keep_default_na=False).to_dict("records")
-    unknown = sorted({row["image_path"] for row in table} - by_path.keys())
-    if unknown:
-        raise ValueError(
-            f"{folder / PREDICTIONS} names {len(unknown)} pictures not in the dataset, first {unknown[0]}."
-        )
-    predictions = []
-    for row in table:
-        numbers = {name: float(row[name] or "nan") for name in ("anomaly_score", "threshold", "p_value", "seconds")}
-        predictions.append(Prediction(by_path[row["image_path"]], answer=row["answer"], **numbers))
+    predictions = [
+        Prediction(by_path[row["image_path"]], answer=row["answer"], **{n: float(row[n] or "nan") for n in _NUMBERS})
+        for row in table
+    ]
     return MethodResult(manifest["method"], folder, manifest, predictions)
 
 
 def confirm(facts: Mapping[str, bool]) -> None:
-    """Print a ✓ line for every fact, in words; the checks at the end of a notebook.
-
-    Raises:
-        AssertionError: some do not hold; the message names them.
-    """
+    """Print a ✓ line for every fact, in words; an AssertionError names those that do not hold."""
     for words, holds in facts.items():
         print("✓" if holds else "✗", words)
     if failed := [words for words, holds in facts.items() if not holds]:
@@ -279,16 +238,11 @@ def method_label(method: str) -> str:
 
 
 def category_label(category: str) -> str:
-    """Folder names for readers; ``"all"`` becomes ``"All paintings"``.
-
-    >>> category_label("girl_with_a_pearl_earring")
-    'Girl with a Pearl Earring'
-    """
+    """Folder names for readers: "Girl with a Pearl Earring" instead of ``girl_with_a_pearl_earring``."""
     if category == "all":
         return "All paintings"
     words = category.replace("_", " ").split()
-    kept = [word if n and word in _SMALL_WORDS else word[:1].upper() + word[1:] for n, word in enumerate(words)]
-    return " ".join(kept) or category
+    return " ".join(word if n and word in _SMALL_WORDS else word[:1].upper() + word[1:] for n, word in enumerate(words))
 
 
 def map_path(folder: Path, sample: Sample) -> Path:
@@ -305,11 +259,9 @@ def relative_path(sample: Sample, dataset_dir: Path) -> str:
 
 def versions() -> dict[str, str]:
     """Installed versions of the libraries that results depend on."""
-    found = {"python": platform.python_version()}
-    for package in _VERSIONED:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
+    names = ("torch", "transformers", "peft", "open_clip_torch", "timm", "scikit-learn", "numpy")
+    found = {"python": platform.python_version(), "opencv": cv2.__version__}
+    return found | {name: metadata.version(name) for name in names}
 
 
 def machine() -> str:

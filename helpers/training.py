@@ -1,9 +1,8 @@
 """One training loop for every method that learns: exact resume, early stopping, 1 or N processes.
 
-The loop runs under Hugging Face ``accelerate``: the same call trains on a CPU, a GPU, or in each of N processes that
-``accelerate launch`` started. A checkpoint is what ``accelerate`` saves of the trained module, its optimiser, its
-scheduler and the random states, beside a card that says where the run is. A killed run goes on from its last
-checkpoint and ends with the parameters that the uninterrupted run would have had, bit for bit on a CPU.
+The same call trains on a CPU, a GPU, or in each of N processes that ``accelerate launch`` started. A checkpoint is what
+``accelerate`` saves of the trained module, its optimiser, its scheduler and the random states, beside a card that says
+where the run is. A killed run ends with the parameters of the uninterrupted one, bit for bit on a CPU.
 """
 
 from __future__ import annotations
@@ -33,18 +32,14 @@ _ADVICE = "The last checkpoint is good. Lower the learning rate or set max_grad_
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot go on (the loss or a parameter is nan or infinite); the last good checkpoint is kept."""
+    """The loss or a parameter is nan or infinite; the last good checkpoint is kept."""
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a run went; the module holds the best parameters, or the last where no score was taken.
+    """How a run went; the module holds the best parameters, or the last where no score was taken."""
 
-    ``history`` has rows ``{"epoch", "step", "loss", <parts>, "learning_rate", "seconds"}`` per optimiser step and rows
-    ``{"epoch", "step", "score"}`` per tuning score; only ``seconds`` differ between two equal runs.
-    """
-
-    history: list[dict[str, Any]]
+    history: list[dict[str, Any]]  # epoch, step and loss, its parts, learning_rate, seconds, or score
     best_score: float | None  # None without tuning
     best_epoch: int  # 1-based, of the parameters that the module holds
     n_steps: int  # over all resumed runs, as are the seconds
@@ -67,9 +62,9 @@ def train(
         module: what is trained and saved, alone; frozen models belong into ``loss_of``.
         loss_of: (module, batch) -> ``{"loss": scalar, <part>: scalar, ...}``, means over the batch.
         dataset: ``len`` and ``[index]``; a method ``set_epoch(epoch)`` is told the epoch (0-based) before each one.
-        optimizer, scheduler: over ``module``; the scheduler is stepped once per optimiser step.
-        folder: checkpoints go here; one run, one folder.
-        n_epochs, patience: passes over the samples, tuning scores without improvement until it stops. Both may grow.
+        optimizer, scheduler: over ``module``; both are stepped once per optimiser step.
+        folder: of the checkpoints of this run alone.
+        n_epochs, patience: passes over the samples, epochs without a better score until it stops. Both may grow.
         batch_size, n_accumulation: samples per forward pass in each process, passes per optimiser step; both may
             change between calls as long as their product does not (after running out of memory).
         evaluate: module in eval mode -> tuning score, higher is better, after each epoch. Never test pictures.
@@ -78,7 +73,7 @@ def train(
         identity: JSON values that determine the run; a checkpoint with other values is not resumed.
         on_checkpoint: called in the main process with the folder of each complete checkpoint.
     Raises:
-        TrainingStopped: the loss or a parameter became nan or infinite; the last good checkpoint is kept.
+        TrainingStopped: the loss or a parameter became nan or infinite.
         ValueError: no sample; a checkpoint of another run; a tuning score that is nan.
     """
     if len(dataset) == 0:
@@ -95,17 +90,12 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def curves(history: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """The course of a training for :func:`helpers.judge.figures.lines`: ``panel, series, x, value``.
-
-    The held-out score comes first, because it counts; then the mean losses of each epoch.
-    """
+    """Held-out scores and mean losses of each epoch for :func:`helpers.judge.figures.lines`."""
     rows = pd.DataFrame(history).rename(columns={"epoch": "x", "score": "tuning score"})
     tidy = rows.drop(columns=["step", "learning_rate", "seconds"]).melt("x", var_name="series").dropna()
     tidy = tidy.groupby(["x", "series"], as_index=False, sort=False)["value"].mean()
-    is_score = tidy["series"] == "tuning score"
-    panels = is_score.map({True: "held-out score (higher is better)", False: "training losses"})
-    tidy = tidy.assign(panel=panels, series=tidy["series"].str.replace("_", " "))
-    return pd.concat([tidy[is_score], tidy[~is_score]])
+    panels = tidy["series"].map({"tuning score": "held-out score (higher is better)"}).fillna("training losses")
+    return tidy.assign(panel=panels, series=tidy["series"].str.replace("_", " ")).sort_values("panel", kind="stable")
 
 
 class _Run(SimpleNamespace):
@@ -122,27 +112,24 @@ class _Run(SimpleNamespace):
             accelerator.register_for_checkpointing(self.scheduler)
         self.per_step = self.batch_size * self.n_accumulation * accelerator.num_processes
         self.steps_per_epoch = math.ceil(len(self.dataset) / self.per_step)
-        facts = {"samples_per_step": self.per_step, "max_grad_norm": self.max_grad_norm, "seed": self.seed}
-        facts |= {"n_samples": len(self.dataset), **(self.identity or {})}
+        facts = {"samples_per_step": self.per_step, "n_samples": len(self.dataset), "seed": self.seed}
+        facts |= {"max_grad_norm": self.max_grad_norm, **(self.identity or {})}
         self.identity = now = json.loads(json.dumps(facts))
         set_seed(self.seed, device_specific=True)
         for newest in checkpoints(self.folder)[-1:]:
             saved = files.read_json(newest / _CARD)
-            pairs = {name: (saved["identity"].get(name), now.get(name)) for name in sorted(saved["identity"] | now)}
-            changes = [f"{name} {before!r} -> {after!r}" for name, (before, after) in pairs.items() if before != after]
-            if changes:
-                raise ValueError(
-                    f"{newest} was trained with other settings ({'; '.join(changes)}). Give this run its own folder, "
-                    f"or delete {self.folder} to train anew."
-                )
+            old, self.history = saved["identity"], saved["history"]
+            changed = [name for name in sorted(old | now) if old.get(name) != now.get(name)]
+            if changed:
+                changes = "; ".join(f"{name} {old.get(name)!r} -> {now.get(name)!r}" for name in changed)
+                raise ValueError(f"{newest} was trained with other settings ({changes}). Delete {self.folder}.")
             accelerator.load_state(str(newest))
-            self.history = saved["history"]
 
     def loop(self) -> None:
         """Train until the last epoch, or until the tuning score has stopped rising."""
-        total, is_hidden = self.n_epochs * self.steps_per_epoch, not self.accelerator.is_main_process
+        shown = {"desc": self.title, "unit": "step", "disable": not self.accelerator.is_main_process}
         started = time.monotonic() - max((row.get("seconds", 0.0) for row in self.history), default=0.0)
-        with tqdm(total=total, initial=self.n_steps, desc=self.title, unit="step", disable=is_hidden) as bar:
+        with tqdm(total=self.n_epochs * self.steps_per_epoch, initial=self.n_steps, **shown) as bar:
             while (epoch := self.n_steps // self.steps_per_epoch) < self.n_epochs and not self._is_stale():
                 if hasattr(self.dataset, "set_epoch"):
                     self.dataset.set_epoch(epoch)
@@ -153,9 +140,9 @@ class _Run(SimpleNamespace):
                     self.history.append({**row, "seconds": round(time.monotonic() - started, 3)})
                     bar.update()
                     bar.set_postfix(epoch=epoch + 1, loss=f"{row['loss']:.4f}", refresh=False)
-                    if self.checkpoint_every and self.n_steps % self.checkpoint_every == 0:
-                        if self.n_steps % self.steps_per_epoch:
-                            self._save()
+                    is_due = self.checkpoint_every and self.n_steps % self.checkpoint_every == 0
+                    if is_due and self.n_steps % self.steps_per_epoch:
+                        self._save()
                 if self.evaluate is not None:
                     self.history.append({"epoch": epoch + 1, "step": self.n_steps, "score": self._score()})
                 self._save()
@@ -163,46 +150,35 @@ class _Run(SimpleNamespace):
     def result(self) -> TrainingResult:
         """Load the best parameters and say how it went."""
         best = self._best() or self.history[-1]
-        checkpoint = self.folder / _name(best["step"])
+        checkpoint = self._place(best["step"])
         self.module.load_state_dict(load_file(checkpoint / "model.safetensors"))
         reason = "early stopping" if self._is_stale() else "all epochs"
         return TrainingResult(self.history, best.get("score"), best["epoch"], self.n_steps, reason, checkpoint)
 
-    @property
-    def n_steps(self) -> int:
-        return self.history[-1]["step"] if self.history else 0
+    n_steps = property(lambda self: self.history[-1]["step"] if self.history else 0)
+
+    def _place(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
 
     def _best(self) -> dict[str, Any] | None:
         """The first row with the highest tuning score."""
         return max((row for row in self.history if "score" in row), key=lambda row: row["score"], default=None)
 
     def _is_stale(self) -> bool:
-        """Whether ``patience`` scores came since the best one."""
-        scores = [row["score"] for row in self.history if "score" in row]
-        n_since = len(scores) - 1 - scores.index(max(scores)) if scores else -1
-        return self.patience is not None and n_since >= self.patience
+        """Whether ``patience`` epochs ended since the best score."""
+        best, n_epochs = self._best(), self.n_steps // self.steps_per_epoch
+        return None not in (best, self.patience) and n_epochs - best["epoch"] >= self.patience
 
     def _steps(self, epoch: int) -> Iterator[list[tuple[float, Any]]]:
-        """For each step left in the epoch this process's batches, with the share of the step's samples in each.
-
-        The order is a function of seed and epoch; batches are dealt out to the processes in turn.
-        """
+        """For each step left in the epoch this process's batches, with the share of the step's samples in each."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order, size, plan = torch.randperm(len(self.dataset), generator=generator).tolist(), self.batch_size, []
+        order, size = torch.randperm(len(self.dataset), generator=generator).tolist(), self.batch_size
+        collate = self.collate or torch.utils.data.default_collate
         for start in range(self.n_steps % self.steps_per_epoch * self.per_step, len(order), self.per_step):
             step = order[start : start + self.per_step]
             parts = [step[i : i + size] for i in range(0, len(step), size)]
             mine = parts[self.accelerator.process_index :: self.accelerator.num_processes]
-            plan.append([(len(part) / len(step), part) for part in mine])
-        loader = torch.utils.data.DataLoader(
-            self.dataset,
-            batch_sampler=[part for step in plan for _, part in step],
-            collate_fn=self.collate,
-            generator=generator,  # keeps the loader off the global random state
-        )
-        loaded = iter(loader)
-        for step in plan:
-            yield [(share, next(loaded)) for share, _ in step]
+            yield [(len(part) / len(step), collate([self.dataset[index] for index in part])) for part in mine]
 
     def _step(self, batches: list[tuple[float, Any]]) -> dict[str, float]:
         """One optimiser step; the mean losses over its samples in all processes."""
@@ -211,15 +187,13 @@ class _Run(SimpleNamespace):
         for share, batch in batches:
             losses = self.loss_of(self.module, send_to_device(batch, self.accelerator.device))
             (losses["loss"] * share).backward()
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + value.detach().double() * share
+            sums = {name: sums.get(name, 0.0) + value.detach().double() * share for name, value in losses.items()}
         everywhere = gather_object([{name: float(value) for name, value in sums.items()}])
         means = {name: sum(one.get(name, 0.0) for one in everywhere) for one in everywhere for name in one}
         if not all(math.isfinite(value) for value in means.values()):
-            found = ", ".join(f"{name} {value:.3g}" for name, value in means.items())
-            raise TrainingStopped(f"The loss is not finite: {found}. {_ADVICE}")
+            raise TrainingStopped(f"The loss is not finite: {means}. {_ADVICE}")
         if self.accelerator.num_processes > 1:  # each has weighted its samples by their share
-            for parameter in [parameter for parameter in self.module.parameters() if parameter.requires_grad]:
+            for parameter in (one for one in self.module.parameters() if one.requires_grad):
                 own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = self.accelerator.reduce(own, reduction="sum")
         if self.max_grad_norm is not None:
@@ -231,22 +205,20 @@ class _Run(SimpleNamespace):
 
     def _score(self) -> float:
         """The tuning score of the main process, the same in all."""
-        box: list[Any] = [None]
-        if self.accelerator.is_main_process:
-            self.module.eval()
-            with torch.no_grad():
-                box = [float(self.evaluate(self.module))]
-        broadcast_object_list(box)
-        if math.isnan(box[0]):
+        self.module.eval()
+        with torch.no_grad():
+            box = [float(self.evaluate(self.module)) if self.accelerator.is_main_process else None]
+        (score,) = broadcast_object_list(box)
+        if math.isnan(score):
             raise ValueError("The tuning score is nan. The tuning split needs normal and anomalous pictures.")
-        return box[0]
+        return score
 
     def _save(self) -> None:
         """Write a checkpoint folder under a temporary name, rename it, drop all but the last two and the best."""
-        broken = [name for name, value in self.module.state_dict().items() if not value.isfinite().all()]
-        if broken:
-            raise TrainingStopped(f"{broken[0]} is not finite: nothing was saved. {_ADVICE}")
-        target, temporary = self.folder / _name(self.n_steps), self.folder / ".partial"
+        for name, value in self.module.state_dict().items():
+            if not value.isfinite().all():
+                raise TrainingStopped(f"{name} is not finite: nothing was saved. {_ADVICE}")
+        target, temporary = self._place(self.n_steps), self.folder / ".partial"
         if self.accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -259,11 +231,7 @@ class _Run(SimpleNamespace):
         os.replace(temporary, target)
         best = self._best()
         for old in checkpoints(self.folder)[:-2]:
-            if best is None or old.name != _name(best["step"]):
+            if best is None or old != self._place(best["step"]):
                 shutil.rmtree(old)
         if self.on_checkpoint is not None:
             self.on_checkpoint(target)
-
-
-def _name(step: int) -> str:
-    return f"step_{step:08d}"

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import debug_launcher
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from helpers import files
 from helpers.training import TrainingStopped, checkpoints, curves, train
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 FROZEN = nn.Linear(6, 6).requires_grad_(False)
 with torch.no_grad():
     FROZEN.weight.copy_(0.3 * torch.randn(6, 6, generator=torch.Generator().manual_seed(3)))
@@ -34,9 +33,7 @@ class Points(torch.utils.data.Dataset):
     def __init__(self, n: int = 22, noise: float = 0.1) -> None:
         self.x = torch.randn(n, 6, generator=torch.Generator().manual_seed(5))
         self.y = self.x @ torch.arange(6.0) + 1.0
-        self.noise = noise
-        self.epochs: list[int] = []
-        self.seen: list[int] = []
+        self.noise, self.epochs, self.seen = noise, [], []
 
     def set_epoch(self, epoch: int) -> None:
         self.epochs.append(epoch)
@@ -55,19 +52,15 @@ class Head(nn.Module):
 
     def __init__(self, dropout: float = 0.2, norm: bool = True) -> None:
         super().__init__()
-        self.trained = nn.Linear(6, 1)
+        self.trained, self.dropout = nn.Linear(6, 1), nn.Dropout(dropout)
         self.norm = nn.BatchNorm1d(6) if norm else nn.Identity()
-        self.dropout = nn.Dropout(dropout)
         with torch.no_grad():
             self.trained.weight.copy_(0.3 * torch.randn(1, 6, generator=torch.Generator().manual_seed(4)))
             self.trained.bias.zero_()
 
-    def score(self, x: torch.Tensor) -> torch.Tensor:
-        return self.trained(self.dropout(self.norm(x)))[:, 0]
-
 
 def loss_of(module: Head, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    error = module.score(FROZEN(batch["x"])) - batch["y"]
+    error = module.trained(module.dropout(module.norm(FROZEN(batch["x"]))))[:, 0] - batch["y"]
     return {"loss": (error**2).mean(), "bias": error.mean()}
 
 
@@ -78,13 +71,13 @@ def run(folder: Path, loss=loss_of, module: nn.Module | None = None, dataset=Non
     return module, train(module, loss, dataset, optimizer, folder=folder, scheduler=scheduler, **SETTINGS | changes)
 
 
-def without_seconds(history) -> list[dict]:
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
-
-
-def assert_same_state(ours: nn.Module, theirs: nn.Module) -> None:
-    for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
-        assert torch.equal(a, b), f"{name} differs by {(a - b).abs().max()}"
+def assert_same_run(ours: tuple, theirs: tuple) -> None:
+    (a, rest), (b, whole) = ours, theirs
+    for (name, one), other in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        assert torch.equal(one, other), f"{name} differs by {(one - other).abs().max()}"
+    histories = [[{k: v for k, v in row.items() if k != "seconds"} for row in r.history] for r in (rest, whole)]
+    assert histories[0] == histories[1]
+    assert (rest.best_score, rest.best_epoch) == (whole.best_score, whole.best_epoch)
 
 
 def interrupt_at(step: int):
@@ -98,39 +91,29 @@ def interrupt_at(step: int):
 @pytest.mark.parametrize("stop_after", [1, 2, 3, 4, 7])
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path, stop_after: int) -> None:
     options = {"evaluate": lambda module: float(module.trained.weight.std())}
-    uninterrupted, whole = run(tmp_path / "whole", **options)
+    whole = run(tmp_path / "whole", **options)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", on_checkpoint=interrupt_at(stop_after), **options)
     random.seed(99), np.random.seed(99), torch.manual_seed(99)
-    resumed, rest = run(tmp_path / "cut", **options)
-    assert_same_state(resumed, uninterrupted)
-    assert without_seconds(rest.history) == without_seconds(whole.history)
-    assert (rest.best_score, rest.best_epoch) == (whole.best_score, whole.best_epoch)
-    seconds = [row["seconds"] for row in rest.history if "seconds" in row]
+    resumed = run(tmp_path / "cut", **options)
+    assert_same_run(resumed, whole)
+    seconds = [row["seconds"] for row in resumed[1].history if "seconds" in row]
     assert seconds == sorted(seconds), "the time before the interruption counts, too"
 
 
 def test_killed_process_resumes_to_the_same_parameters(tmp_path: Path) -> None:
     """A real SIGKILL in the middle of a run; the run after it ends with the bits of the uninterrupted one."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"import sys, time; sys.path.insert(0, {str(REPOSITORY)!r})\n"
-        "from pathlib import Path\n"
-        "from tests.test_training import run\n"
-        "run(Path(sys.argv[1]), on_checkpoint=lambda folder: time.sleep(0.15))\n"
-    )
-    folder = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, str(script), str(folder)], stderr=subprocess.DEVNULL)
+    folder, slow = tmp_path / "killed", {"on_checkpoint": lambda folder: time.sleep(0.15)}
+    process = multiprocessing.get_context("fork").Process(target=run, args=(folder,), kwargs=slow)
+    process.start()
     deadline = time.monotonic() + 60
-    while len(checkpoints(folder)) < 2 and time.monotonic() < deadline and process.poll() is None:
+    while len(checkpoints(folder)) < 2 and time.monotonic() < deadline and process.is_alive():
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "the run ended before it could be killed"
     assert files.read_json(checkpoints(folder)[-1] / "checkpoint.json")["history"][-1]["step"] < 9
-    resumed, rest = run(folder)
-    uninterrupted, whole = run(tmp_path / "whole")
-    assert_same_state(resumed, uninterrupted)
-    assert without_seconds(rest.history) == without_seconds(whole.history)
+    assert_same_run(run(folder), run(tmp_path / "whole"))
     assert not (folder / ".partial").exists()
 
 
@@ -150,24 +133,22 @@ def test_best_parameters_are_restored_and_training_stops_early(tmp_path: Path) -
 
 
 def test_finished_run_returns_at_once_and_more_epochs_go_on(tmp_path: Path) -> None:
-    first, _ = run(tmp_path)
-    dataset = Points()
-    again, result = run(tmp_path, dataset=dataset)
-    assert_same_state(again, first)
-    assert dataset.epochs == [] and result.reason == "all epochs"
-    extended, _ = run(tmp_path, dataset=dataset, n_epochs=4)
+    first, dataset = run(tmp_path), Points()
+    again = run(tmp_path, dataset=dataset)
+    assert_same_run(again, first)
+    assert dataset.epochs == [] and again[1].reason == "all epochs"
+    extended = run(tmp_path, dataset=dataset, n_epochs=4)
     assert dataset.epochs == [3]
-    assert_same_state(extended, run(tmp_path / "direct", n_epochs=4)[0])
+    assert_same_run(extended, run(tmp_path / "direct", n_epochs=4))
 
 
 def test_a_smaller_batch_goes_on_where_memory_ran_out(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, on_checkpoint=interrupt_at(2))
-    _, result = run(tmp_path, batch_size=2, n_accumulation=4)
-    assert result.n_steps == 9
+    assert run(tmp_path, batch_size=2, n_accumulation=4)[1].n_steps == 9
 
 
-def test_nan_loss_stops_and_the_last_good_checkpoint_stays(tmp_path: Path) -> None:
+def test_nan_stops_and_the_last_good_checkpoint_stays(tmp_path: Path) -> None:
     calls = []
 
     def explode(module: Head, batch: dict) -> dict:
@@ -224,33 +205,21 @@ def test_the_curves_of_a_history_counted_by_hand() -> None:
     assert rows[1:] == [["training losses", "loss", 1, 3.0], ["training losses", "map loss", 1, 1.0]]
 
 
-def two_process_run(folder: str, n_processes: int) -> None:
-    """Called by the script below: 17 samples, batch 8 over all processes (1 is left for the last step), no noise."""
+def shared_run(folder: Path, n_processes: int) -> None:
+    """17 samples without noise, 8 a step over all processes: 1 is left for the last step."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # a forked process has its parent's
     options = {"batch_size": 8 // n_processes, "n_accumulation": 1, "n_epochs": 2, "checkpoint_every": 2}
     evaluate = {"evaluate": lambda module: float(module.trained.weight.sum())}
-    module, result = run(Path(folder), module=Head(0, False), dataset=Points(17, noise=0.0), **options, **evaluate)
+    module, result = run(folder, module=Head(0, False), dataset=Points(17, noise=0.0), **options, **evaluate)
     if int(os.environ.get("RANK", 0)) == 0:
         weight = module.trained.weight.flatten().tolist()
-        files.write_json(Path(folder) / "result.json", {"history": result.history, "weight": weight})
+        files.write_json(folder / "result.json", {"history": result.history, "weight": weight})
 
 
 def test_two_processes_take_the_steps_of_one_with_twice_the_batch(tmp_path: Path) -> None:
-    """``accelerate launch --cpu`` alone starts one process without MPI (1.15), so torchrun stands in between."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"import os, sys; sys.path.insert(0, {str(REPOSITORY)!r})\n"
-        "from tests.test_training import two_process_run\n"
-        "two_process_run(sys.argv[1], int(os.environ['WORLD_SIZE']))\n"
-    )
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch += ["--module", "torch.distributed.run", "--nproc-per-node", "2"]
-    launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    command = [*launch, str(script), str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    two_process_run(str(tmp_path / "one"), 1)
-    one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two"))
+    debug_launcher(shared_run, (tmp_path / "two", 2))
+    shared_run(tmp_path / "one", 1)
+    one, two = (files.read_json(tmp_path / name / "result.json") for name in ("one", "two"))
     assert len(one["history"]) == len(two["history"]) == 8
     for ours, theirs in zip(two["history"], one["history"]):
         key = "loss" if "loss" in ours else "score"
