@@ -20,11 +20,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-_ERRORS = {
-    errno.ENOTCONN: "Transport endpoint is not connected",
-    errno.ENOENT: "No such file or directory",
-    errno.EIO: "Input/output error",
-}
+_ERRORS = (errno.ENOTCONN, errno.ENOENT, errno.EIO)
+_CALLS = [(os, name) for name in ("replace", "listdir", "unlink", "remove", "mkdir", "rmdir", "stat")]
+_CALLS += [(builtins, "open"), (io, "open"), (shutil, "copyfile")]
 
 
 class FailingDrive:
@@ -34,42 +32,34 @@ class FailingDrive:
         self, folder: Path, *, seed: int = 0, rate: float = 0.0, kill_at: int | None = None, is_full: bool = False
     ) -> None:
         self._folder, self._random = str(folder), random.Random(seed)
-        self.rate, self.kill_at, self.is_full = rate, kill_at, is_full
-        self.is_lost = False
+        self.rate, self.kill_at, self.is_full, self.is_lost = rate, kill_at, is_full, False
         self.n_calls = self.n_failures = self.n_reconnects = 0
 
     def reconnect(self) -> None:
         """``drive.mount(..., force_remount=True)``: works often, not always."""
         self.n_reconnects += 1
-        if self._random.random() < 0.8:
-            self.is_lost = False
+        self.is_lost = self.is_lost and self._random.random() >= 0.8
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[FailingDrive]:
         """Puts itself between the program and the disk for the length of the block."""
-        before = {
-            (owner, name): getattr(owner, name)
-            for owner, names in (
-                (os, ("replace", "listdir", "unlink", "remove", "mkdir", "rmdir", "stat")),
-                (builtins, ("open",)),
-                (io, ("open",)),
-                (shutil, ("copyfile",)),
-            )
-            for name in names
-        }
-        for (owner, name), real in before.items():
-            setattr(owner, name, self._open(real) if name == "open" else self._guarded(real, name))
+        before = [(owner, name, getattr(owner, name)) for owner, name in _CALLS]
+        for owner, name, real in before:
+            setattr(owner, name, self._guarded(real, name))
         try:
             yield self
         finally:
-            for (owner, name), real in before.items():
+            for owner, name, real in before:
                 setattr(owner, name, real)
 
     def _guarded(self, real: Callable, name: str) -> Callable:
         def call(*arguments: Any, **options: Any) -> Any:
-            self._strike(arguments[:2], changes=name not in ("listdir", "stat"))
-            if name == "copyfile" and self.is_full and self._is_ours(arguments[1]):
-                raise OSError(errno.ENOSPC, "No space left on device", str(arguments[1]))
+            mode = str(arguments[1] if len(arguments) > 1 else options.get("mode", "r")) if name == "open" else ""
+            changes = any(letter in mode for letter in "wax+") if name == "open" else name not in ("listdir", "stat")
+            paths = arguments[:1] if name == "open" else arguments[:2]
+            self._strike(paths, changes)
+            if self.is_full and changes and name in ("open", "copyfile") and self._is_ours(paths[-1]):
+                raise OSError(errno.ENOSPC, "No space left on device", str(paths[-1]))
             result = real(*arguments, **options)
             if name == "copyfile" and self._is_ours(arguments[1]) and self._random.random() < self.rate:
                 os.truncate(arguments[1], os.path.getsize(arguments[1]) // 2)
@@ -77,32 +67,18 @@ class FailingDrive:
 
         return call
 
-    def _open(self, real: Callable) -> Callable:
-        def call(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
-            writes = any(letter in mode for letter in "wax+")
-            self._strike((file,), changes=writes)
-            if writes and self.is_full and self._is_ours(file):
-                raise OSError(errno.ENOSPC, "No space left on device", str(file))
-            return real(file, mode, *arguments, **options)
-
-        return call
-
     def _is_ours(self, path: Any) -> bool:
         return isinstance(path, str | os.PathLike) and os.fspath(path).startswith(self._folder)
 
-    def _strike(self, paths: tuple[Any, ...], *, changes: bool) -> None:
+    def _strike(self, paths: tuple[Any, ...], changes: bool) -> None:
         ours = any(self._is_ours(path) for path in paths)
-        if not (ours or changes):
-            return
-        self.n_calls += 1
-        if self.kill_at is not None and self.n_calls >= self.kill_at:
+        self.n_calls += ours or changes
+        if (ours or changes) and self.n_calls == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        if not ours:
-            return
-        if not self.is_lost and self._random.random() < self.rate:
-            code = self._random.choice(list(_ERRORS))
-            self.is_lost = code == errno.ENOTCONN
+        if ours and not self.is_lost and self._random.random() < self.rate:
             self.n_failures += 1
-            raise OSError(code, _ERRORS[code], str(paths[0]))
-        if self.is_lost:
-            raise OSError(errno.ENOTCONN, _ERRORS[errno.ENOTCONN], str(paths[0]))
+            code = self._random.choice(_ERRORS)
+            self.is_lost = code == errno.ENOTCONN
+            raise OSError(code, os.strerror(code), str(paths[0]))
+        if ours and self.is_lost:
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN), str(paths[0]))

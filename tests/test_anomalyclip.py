@@ -28,18 +28,11 @@ from helpers.training import TrainingStopped
 
 def tiny_clip(*, seed: int = 0, quick_gelu: bool = True) -> SimpleNamespace:
     torch.manual_seed(seed)
-    towers = open_clip.CLIP(
-        embed_dim=24,
-        vision_cfg={"image_size": 24, "patch_size": 8, "width": 64, "layers": 4, "head_width": 32},
-        text_cfg={"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 3},
-        quick_gelu=quick_gelu,
-    )
-    return SimpleNamespace(
-        model=towers.eval().requires_grad_(False),
-        tokenizer=open_clip.get_tokenizer("ViT-B-32"),
-        preprocess=square_preprocess(32),
-        model_id=f"tiny/seed {seed}/32",
-    )
+    vision = {"image_size": 24, "patch_size": 8, "width": 64, "layers": 4, "head_width": 32}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 3}
+    towers = open_clip.CLIP(24, vision, text, quick_gelu=quick_gelu).eval().requires_grad_(False)
+    tokenizer, preprocess = open_clip.get_tokenizer("ViT-B-32"), square_preprocess(32)
+    return SimpleNamespace(model=towers, tokenizer=tokenizer, preprocess=preprocess, model_id=f"tiny/seed {seed}/32")
 
 
 @pytest.fixture(scope="module")
@@ -52,27 +45,23 @@ def learner(clip: SimpleNamespace) -> PromptLearner:
     return PromptLearner(clip.model, clip.tokenizer, seed=1)
 
 
-def painting(rng: np.random.Generator, *, marked: bool) -> tuple[np.ndarray, np.ndarray]:
-    """A smooth picture, 40 x 32, with a black square if marked."""
-    image = np.kron(rng.integers(90, 220, (5, 4, 3)).astype(np.uint8), np.ones((8, 8, 1), np.uint8))
-    mask = np.zeros(image.shape[:2], bool)
-    if marked:
-        row, column = rng.integers(0, 28), rng.integers(0, 20)
-        mask[row : row + 12, column : column + 12] = True
-        image[mask] = 0
-    return image, mask
+@pytest.fixture(scope="module")
+def ours(clip: SimpleNamespace, learner: PromptLearner) -> detector.Detector:
+    return detector.build_detector(clip, learner, sigma=1.0)
 
 
 def write_pictures(folder: Path, category: str, split: str, n: int, rng: np.random.Generator, *, marked: bool) -> list:
-    samples = []
+    """Smooth pictures, 40 x 32, with a black square if marked."""
+    samples, kind = [], "box" if marked else "good"
     for number in range(n):
-        image, mask = painting(rng, marked=marked)
-        kind = "box" if marked else "good"
-        path = folder / category / split / kind / f"{number}.png"
-        images.save_png(path, image)
-        mask_path = path.with_name(f"{number}_mask.png") if marked else None
+        image = np.kron(rng.integers(90, 220, (5, 4, 3)).astype(np.uint8), np.ones((8, 8, 1), np.uint8))
+        path, mask_path = folder / category / split / kind / f"{number}.png", None
         if marked:
+            mask, row, column = np.zeros(image.shape[:2], bool), rng.integers(0, 28), rng.integers(0, 20)
+            mask[row : row + 12, column : column + 12] = True
+            image[mask], mask_path = 0, path.with_name(f"{number}_mask.png")
             images.save_png(mask_path, mask)
+        images.save_png(path, image)
         group = f"{category}/{split}/{kind}/{number}"
         samples.append(Sample(path, category, marked, mask_path, split, kind, group, files.sha256_file(path)))
     return samples
@@ -97,19 +86,15 @@ def auxiliary(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
     return [sample for part in parts for sample in part]
 
 
-# --- the model and its inputs ----------------------------------------------------------------------------------------
+# --- the model and its files -----------------------------------------------------------------------------------------
 
 
-def test_sides_and_blocks_that_do_not_fit_are_refused(clip, learner: PromptLearner) -> None:
-    with pytest.raises(ValueError, match="a multiple is needed. Use 24 or 32"):
-        model.dual_path(clip.model.visual, torch.zeros(1, 3, 30, 30), first_dual_block=1, taps=[4])
-    with pytest.raises(ValueError, match="block numbers from 1 to 4"):
-        model.dual_path(clip.model.visual, torch.zeros(1, 3, 24, 24), first_dual_block=1, taps=[5])
+def test_what_does_not_fit_is_refused(clip, learner: PromptLearner) -> None:
+    for side, taps, message in ((30, [4], "a multiple is needed. Use 24 or 32"), (24, [5], "numbers from 1 to 4")):
+        with pytest.raises(ValueError, match=message):
+            model.dual_path(clip.model.visual, torch.zeros(1, 3, side, side), first_dual_block=1, taps=taps)
     with pytest.raises(ValueError, match="do not fit"):
         PromptLearner(clip.model, clip.tokenizer, n_deep=3)
-
-
-def test_clip_without_quick_gelu_or_without_a_transformer_is_refused(learner: PromptLearner) -> None:
     with pytest.raises(ValueError, match="quick GELU"):
         detector.build_detector(tiny_clip(quick_gelu=False), learner)
     resnet = open_clip.CLIP(16, {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}, {"width": 32, "heads": 2})
@@ -117,34 +102,24 @@ def test_clip_without_quick_gelu_or_without_a_transformer_is_refused(learner: Pr
         model.check_clip(resnet)
 
 
-def test_each_setting_matters(clip, learner: PromptLearner) -> None:
+def test_each_setting_matters_and_without_dual_blocks_it_is_plain_clip(clip, ours: detector.Detector) -> None:
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
-    ours = detector.build_detector(clip, learner, sigma=1.0)
     _, plain = ours.detect(pixels)
     for changes in ({"taps": (2,)}, {"taps": (2, 4)}, {"first_dual_block": 4}, {"first_dual_block": 0}, {"sigma": 0.0}):
         _, maps = replace(ours, **changes).detect(pixels)
         assert np.abs(maps - plain).max() > 1e-4, changes
     assert plain.shape == (2, 32, 32) and plain.dtype == np.float32
-
-
-def test_without_dual_blocks_it_is_plain_clip(clip) -> None:
     visual, pixels = clip.model.visual, torch.randn(2, 3, 24, 24)
     feature, (tokens,) = model.dual_path(visual, pixels, first_dual_block=4, taps=[4])
-    plain = visual.transformer(visual._embeds(pixels))
-    torch.testing.assert_close(tokens, visual.ln_post(plain) @ visual.proj, atol=1e-5, rtol=0)
-    torch.testing.assert_close(feature, plain[:, 0] @ visual.proj, atol=1e-5, rtol=0)
+    blocks = visual.transformer(visual._embeds(pixels))
+    torch.testing.assert_close(tokens, visual.ln_post(blocks) @ visual.proj, atol=1e-5, rtol=0)
+    torch.testing.assert_close(feature, blocks[:, 0] @ visual.proj, atol=1e-5, rtol=0)
 
 
 def test_random_prompts_leave_the_random_state_alone(clip) -> None:
-    torch.manual_seed(4)
-    expected = torch.rand(1)
-    torch.manual_seed(4)
-    one = PromptLearner(clip.model, clip.tokenizer, seed=5)
-    assert torch.equal(torch.rand(1), expected)
-    assert torch.equal(one.ctx_pos, PromptLearner(clip.model, clip.tokenizer, seed=5).ctx_pos)
-
-
-# --- prompt files ----------------------------------------------------------------------------------------------------
+    state = torch.get_rng_state()
+    one, two = (PromptLearner(clip.model, clip.tokenizer, seed=5) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(one.ctx_pos, two.ctx_pos)
 
 
 @pytest.fixture
@@ -153,68 +128,62 @@ def prompt_file(tmp_path: Path, learner: PromptLearner) -> Path:
     return tmp_path / "model.safetensors"
 
 
-def test_prompts_survive_the_file(clip, learner: PromptLearner, prompt_file: Path) -> None:
+def test_prompts_survive_the_file_and_belong_to_one_clip(clip, learner: PromptLearner, prompt_file: Path) -> None:
     loaded = model.load_prompts(prompt_file, clip)
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in learner.state_dict().items())
     assert model.prompts_hash(loaded) == model.prompts_hash(learner)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    with pytest.raises(ValueError, match="another CLIP"):
+        model.load_prompts(prompt_file, tiny_clip(seed=3))
+    with pytest.raises(FileNotFoundError, match="01_prepare_weights"):
+        model.load_prompts(prompt_file.with_name("none.safetensors"), clip)
 
 
 def test_published_pickle_is_read_without_running_it(clip, learner: PromptLearner, tmp_path: Path) -> None:
     dead = {f"compound_prompt_projections.{i}.weight": torch.zeros(9, 32) for i in range(2)}
     torch.save({"prompt_learner": dict(learner.state_dict()) | dead}, tmp_path / "epoch_15.pth")
     assert torch.equal(model.load_prompts(tmp_path / "epoch_15.pth", clip).ctx_neg, learner.ctx_neg)
-    marker = tmp_path / "ran"
 
     class Evil:
         def __reduce__(self):
-            return (os.mkdir, (str(marker),))
+            return (os.mkdir, (str(tmp_path / "ran"),))
 
     torch.save({"prompt_learner": Evil()}, tmp_path / "evil.pth")
     with pytest.raises(pickle.UnpicklingError):
         model.load_prompts(tmp_path / "evil.pth", clip)
-    assert not marker.exists()
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("name", "tensor"),
     [
-        {"ctx_pos": None},
-        {"compound_prompts_text.0": None},
-        {"surprise": torch.zeros(1)},
-        {"ctx_pos": torch.zeros(1, 1, 12, 48)},
-        {"ctx_neg": torch.zeros(1, 1, 9, 32)},
-        {"ctx_neg": torch.full((1, 1, 12, 32), math.nan)},
-        {"token_prefix_pos": torch.zeros(1, 1, 1, 32)},
-        {"tokenized_prompts_neg": torch.zeros(1, 1, 77, dtype=torch.int32)},
+        ("ctx_pos", None),
+        ("compound_prompts_text.0", None),
+        ("surprise", torch.zeros(1)),
+        ("ctx_pos", torch.zeros(1, 1, 12, 48)),
+        ("ctx_neg", torch.zeros(1, 1, 9, 32)),
+        ("ctx_neg", torch.full((1, 1, 12, 32), math.nan)),
+        ("token_prefix_pos", torch.zeros(1, 1, 1, 32)),
+        ("tokenized_prompts_neg", torch.zeros(1, 1, 77, dtype=torch.int32)),
     ],
     ids=str,
 )
-def test_wrong_prompt_files_are_refused_by_name(clip, prompt_file: Path, changes: dict) -> None:
-    state = {name: tensor for name, tensor in (load_file(prompt_file) | changes).items() if tensor is not None}
-    save_file(state, prompt_file)
-    with pytest.raises(ValueError, match=next(iter(changes)).partition(".")[0]):
+def test_wrong_prompt_files_are_refused_by_name(clip, prompt_file: Path, name: str, tensor) -> None:
+    state = load_file(prompt_file) | {name: tensor}
+    save_file({key: value for key, value in state.items() if value is not None}, prompt_file)
+    with pytest.raises(ValueError, match=name.partition(".")[0]):
         model.load_prompts(prompt_file, clip)
-
-
-def test_prompts_of_another_clip_and_a_missing_file(prompt_file: Path) -> None:
-    with pytest.raises(ValueError, match="another CLIP"):
-        model.load_prompts(prompt_file, tiny_clip(seed=3))
-    with pytest.raises(FileNotFoundError, match="01_prepare_weights"):
-        model.load_prompts(prompt_file.with_name("none.safetensors"), tiny_clip())
 
 
 # --- predictions -----------------------------------------------------------------------------------------------------
 
 
-def test_predictions_are_those_of_the_detector(dataset, clip, learner: PromptLearner, tmp_path: Path) -> None:
-    ours = detector.build_detector(clip, learner, sigma=1.0)
-    home = tmp_path / "results" / "anomalyclip"
-    result = detector.predict(ours, dataset, home, alpha=0.2, profile="mini", trained_on="nothing")
+def test_predictions_are_those_of_the_detector(dataset, clip, learner, ours: detector.Detector, tmp_path: Path) -> None:
+    options = {"alpha": 0.2, "profile": "mini", "trained_on": "nothing"}
+    result = detector.predict(ours, dataset, tmp_path / "results" / "anomalyclip", **options)
     assert [p.sample for p in result.predictions] == list(dataset.select(split="test"))
     for prediction in result.predictions:
-        pixels = ours.preprocess(images.load_image(prediction.sample.image_path))[None]
-        scores, maps = ours.detect(pixels)
+        scores, maps = ours.detect(ours.preprocess(images.load_image(prediction.sample.image_path))[None])
         assert prediction.anomaly_score == pytest.approx(scores[0], abs=1e-6) and prediction.seconds > 0
         np.testing.assert_allclose(result.anomaly_map(prediction), maps[0], atol=1e-3)
         known = result.manifest["calibration"][prediction.sample.category]
@@ -229,23 +198,18 @@ def test_predictions_are_those_of_the_detector(dataset, clip, learner: PromptLea
     shown = [images.load_image(prediction.sample.image_path) for prediction in result.predictions]
     again = detector.load(tmp_path, clip)("tower", shown)
     assert [one.anomaly_score for one in again] == pytest.approx([p.anomaly_score for p in result.predictions], 1e-5)
-
-
-def test_artwork_without_normals_is_named(dataset, clip, learner: PromptLearner, tmp_path: Path) -> None:
     left = tuple(s for s in dataset.samples if s.category == "tower" or s.split == "test")
-    ours = detector.build_detector(clip, learner, sigma=1.0)
     with pytest.raises(ValueError, match="garden has no genuine picture"):
-        detector.predict(ours, replace(dataset, samples=left), tmp_path, alpha=0.2, profile="mini", trained_on="")
+        detector.predict(ours, replace(dataset, samples=left), tmp_path, **options)
 
 
-# --- auxiliary pictures ----------------------------------------------------------------------------------------------
+# --- auxiliary pictures and training ---------------------------------------------------------------------------------
 
 
 def test_pictures_under_test_are_not_trained_on(dataset, auxiliary: list[Sample], tmp_path: Path) -> None:
     training.check_auxiliary(auxiliary, dataset)
     shown = dataset.select(split="test")[0]
-    rng = np.random.default_rng(55)
-    unseen = write_pictures(tmp_path, "tower", "train", 1, rng, marked=False)[0]
+    unseen = write_pictures(tmp_path, "tower", "train", 1, np.random.default_rng(55), marked=False)[0]
     images.save_png(tmp_path / "copy.png", np.kron(images.load_image(shown.image_path), np.ones((3, 3, 1), np.uint8)))
     resized = Sample(tmp_path / "copy.png", "other", False, split="train", group="copy")
     same_source = replace(auxiliary[0], group=dataset.samples[0].group)
@@ -255,7 +219,7 @@ def test_pictures_under_test_are_not_trained_on(dataset, auxiliary: list[Sample]
 
 
 def test_every_second_view_is_damaged_and_pictures_keep_to_one_split(tmp_path: Path, monkeypatch) -> None:
-    options = {"n_views": 4, "max_side": 64, "limit": 1, "kinds": ("box", "line")}
+    options = {"n_views": 2, "max_side": 48, "limit": 1, "kinds": ("box", "line")}
     made = training.auxiliary_samples("packages", tmp_path, seed=3, **options)
     assert sum(sample.is_anomalous for sample in made) == len(made) / 2
     assert {sample.kind for sample in made} == {"good", "box", "line"}
@@ -282,29 +246,20 @@ def test_missing_masks_are_known_as_missing_and_small_ones_stay(clip, auxiliary:
     rows = [features[i] for i in range(3)]
     assert [bool(row["has_mask"]) for row in rows] == [True, False, True] and rows[2]["mask"].sum() > 0
     text = F.normalize(torch.randn(2, 24, generator=torch.Generator().manual_seed(1)), dim=-1)
-    two = training.prompt_losses(text, torch.utils.data.default_collate(rows[:2]))
-    known = training.prompt_losses(text, torch.utils.data.default_collate(rows[:1]))
+    known, two = (training.prompt_losses(text, torch.utils.data.default_collate(rows[:n])) for n in (1, 2))
     for name in ("focal", "dice_abnormal", "dice_normal"):
         torch.testing.assert_close(two[name], known[name] / 2)
     assert two["image"] != known["image"], "the image loss counts both"
 
 
-# --- training --------------------------------------------------------------------------------------------------------
+def test_training_learns_keeps_the_best_and_is_found_again(tmp_path: Path, clip, auxiliary, monkeypatch) -> None:
+    def train(samples: list[Sample], folder: str, n_epochs: int = 6) -> tuple:
+        places = {"folder": tmp_path / folder, "features_dir": tmp_path / "cache"}
+        return training.train_prompts(clip, samples, n_epochs=n_epochs, **places)
 
-
-@pytest.fixture(autouse=True)
-def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "LEARNING_RATE", 2e-2)
-
-
-def train(clip, samples: list[Sample], folder: Path, **changes):
-    options = {"n_epochs": 6, "folder": folder / "prompts", "features_dir": folder / "cache"}
-    return training.train_prompts(clip, samples, **(options | changes))
-
-
-def test_training_learns_keeps_the_best_and_is_found_again(tmp_path: Path, clip, auxiliary: list[Sample]) -> None:
     before = {name: tensor.clone() for name, tensor in clip.model.state_dict().items()}
-    own, tuning, history = train(clip, auxiliary, tmp_path)
+    own, tuning, history = train(auxiliary, "prompts")
     start = PromptLearner(clip.model, clip.tokenizer)
     chosen, scores = training.choose_prompts({"published": start, "own": own}, clip, tuning)
     assert chosen == "own" and scores["own"] > scores["published"] + 0.1
@@ -314,19 +269,12 @@ def test_training_learns_keeps_the_best_and_is_found_again(tmp_path: Path, clip,
         training.choose_prompts({"published": start}, clip, tuning, row="mvtec")
     assert all(torch.equal(tensor, before[name]) for name, tensor in clip.model.state_dict().items())
     (path,) = tmp_path.glob("prompts/*/prompts.safetensors")
-    again, _, same = train(clip, auxiliary, tmp_path)
+    again, _, same = train(auxiliary, "prompts")
     hashes = {model.prompts_hash(one) for one in (own, again, model.load_prompts(path, clip))}
     assert len(hashes) == 1 and same == history
-    assert train(clip, auxiliary, tmp_path, n_epochs=0)[0] is None
-
-
-def test_nan_loss_stops_the_training(tmp_path: Path, clip, auxiliary: list[Sample], monkeypatch) -> None:
+    assert train(auxiliary, "prompts", n_epochs=0)[0] is None
+    with pytest.raises(ValueError):  # tuning needs both labels
+        train([s for s in auxiliary if not s.is_anomalous], "normal")
     monkeypatch.setattr(training, "_LAMBDA", math.nan)
     with pytest.raises(TrainingStopped):
-        train(clip, auxiliary, tmp_path)
-
-
-def test_tuning_needs_both_labels(tmp_path: Path, clip, auxiliary: list[Sample]) -> None:
-    normal = [s for s in auxiliary if not s.is_anomalous]
-    with pytest.raises(ValueError):
-        train(clip, normal, tmp_path)
+        train(auxiliary, "nan")

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
+from IPython.core.interactiveshell import InteractiveShell
 
 from helpers import files, profiles
 from helpers.colab import keep, preflight, session
 
 
 class FakeDrive(ModuleType):
-    """``google.colab.drive`` and ``.runtime``: My Drive is a link; mounting fails as often as a test says."""
+    """``google.colab`` with ``drive`` and ``runtime``: My Drive is a link; mounting fails as often as a test says."""
 
     def __init__(self, cloud: Path) -> None:
         super().__init__("google.colab")
         self.cloud, self.errors, self.calls = cloud, [], []
         self.drive = self.runtime = self
+        self.flush_and_unmount = lambda: self.calls.append("flush")
+        self.unassign = lambda: self.calls.append("unassign")
 
     def mount(self, mountpoint: str, force_remount: bool = False) -> None:
         self.calls.append("mount(force)" if force_remount else "mount")
@@ -30,12 +34,6 @@ class FakeDrive(ModuleType):
             raise ValueError("Mountpoint must not already contain files")
         Path(mountpoint).mkdir(parents=True, exist_ok=True)
         (Path(mountpoint) / "MyDrive").symlink_to(self.cloud, target_is_directory=True)
-
-    def flush_and_unmount(self) -> None:
-        self.calls.append("flush_and_unmount")
-
-    def unassign(self) -> None:
-        self.calls.append("unassign")
 
 
 @pytest.fixture
@@ -56,27 +54,19 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ART_HOME", str(tmp_path / "home"))
 
 
-@pytest.fixture
-def shell() -> Iterator[object]:
-    from IPython.core.interactiveshell import InteractiveShell
-
-    yield InteractiveShell.instance()
-    session._current = None
-    InteractiveShell.clear_instance()
-
-
-# --- Drive, and the end of a session ---------------------------------------------------------------------------------
-
-
-def test_drive_is_mounted_once_and_again_when_it_was_lost(fake: FakeDrive) -> None:
+def test_drive_is_mounted_once_and_again_when_it_was_lost(fake: FakeDrive, monkeypatch) -> None:
+    assert session.lasting_folder("cpu") is None and fake.calls == []
     root = session.mount_drive()
-    assert root == session.mount_drive() == session.MOUNT_POINT / "MyDrive" and preflight.is_reachable(root)
-    assert fake.calls == ["mount"]
+    assert session.lasting_folder("cuda") == root / "art-anomaly" and root == session.MOUNT_POINT / "MyDrive"
+    assert fake.calls == ["mount"] and preflight.is_reachable(root)
     root.unlink()
-    assert preflight.is_reachable(session.mount_drive())
-    assert fake.calls == ["mount", "mount(force)"]
+    assert preflight.is_reachable(session.mount_drive()) and fake.calls == ["mount", "mount(force)"]
     session.disconnect()
-    assert fake.calls[2:] == ["flush_and_unmount", "unassign"], "Drive is flushed before the machine goes"
+    assert fake.calls[2:] == ["flush", "unassign"], "Drive is flushed before the machine goes"
+    monkeypatch.setenv("ART_DRIVE", "off")
+    assert session.lasting_folder("cuda") is None
+    monkeypatch.setenv("ART_DRIVE", "/somewhere/else")
+    assert session.lasting_folder("cpu") == Path("/somewhere/else")
 
 
 @pytest.mark.parametrize(
@@ -88,14 +78,10 @@ def test_drive_is_mounted_once_and_again_when_it_was_lost(fake: FakeDrive) -> No
     ],
 )
 def test_a_mount_that_fails_says_why_and_work_goes_on(fake: FakeDrive, error: Exception, advice: str) -> None:
-    fake.errors = [error]
-    lines: list[str] = []
+    fake.errors, lines = [error], []
     assert session.mount_drive(log=lines.append) is None
     assert str(error) in lines[0] and advice in lines[0]
     assert preflight.is_reachable(session.mount_drive()), "the next try may succeed"
-
-
-# --- the session -----------------------------------------------------------------------------------------------------
 
 
 def test_without_gpu_and_drive_the_set_up_only_prints(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
@@ -108,43 +94,29 @@ def test_without_gpu_and_drive_the_set_up_only_prints(capsys: pytest.CaptureFixt
     assert session.mount_drive() is None and capsys.readouterr().out.count("not on Colab") == 2
 
 
-def test_a_gpu_asks_for_drive_and_the_user_may_refuse(fake: FakeDrive, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert session.lasting_folder("cpu") is None and fake.calls == []
-    assert session.lasting_folder("cuda") == session.MOUNT_POINT / "MyDrive" / "art-anomaly"
-    monkeypatch.setenv("ART_DRIVE", "off")
-    assert session.lasting_folder("cuda") is None
-    monkeypatch.setenv("ART_DRIVE", "/somewhere/else")
-    assert session.lasting_folder("cpu") == Path("/somewhere/else")
-
-
 @pytest.mark.parametrize("asked", ["drive/MyDrive/my pictures", '"{root}/drive/MyDrive/my pictures"'])
-def test_pictures_on_drive_are_reached_before_they_are_looked_for(
-    fake: FakeDrive, monkeypatch: pytest.MonkeyPatch, asked: str
-) -> None:
+def test_pictures_on_drive_are_reached_before_they_are_looked_for(fake: FakeDrive, monkeypatch, asked: str) -> None:
     (fake.cloud / "my pictures").mkdir()
     session.MOUNT_POINT.parent.mkdir()
     monkeypatch.chdir(session.MOUNT_POINT.parent)
     monkeypatch.setenv("ART_DATA", asked.format(root=session.MOUNT_POINT.parent))
-    assert session.start().data_source == fake.cloud / "my pictures"
-    assert fake.calls == ["mount"]
+    assert session.start().data_source == fake.cloud / "my pictures" and fake.calls == ["mount"]
 
 
-def test_what_a_cell_finishes_is_kept_when_it_ends_and_comes_back(
-    shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_a_cell_finishes_is_kept_when_it_ends_and_comes_back(monkeypatch, tmp_path: Path) -> None:
+    shell, lines = InteractiveShell.instance(), []
+    monkeypatch.setattr(session, "_current", None)
     monkeypatch.setenv("ART_DRIVE", str(tmp_path / "lasting"))
     monkeypatch.setenv("ART_DRIVE_LIMIT_GB", "much")
     monkeypatch.setattr(keep.time, "sleep", lambda seconds: None)
-    lines: list[str] = []
     with pytest.raises(ValueError, match="is 'much'; give a number of GB"):
         session.start(log=lines.append)
     monkeypatch.setenv("ART_DRIVE_LIMIT_GB", "14.5")
-    profile = session.start(log=lines.append)
     session.start(log=lines.append)
+    profile = session.start(log=lines.append)
     assert session._current.archive.max_unit_bytes == 14.5e9
     files.write_json(profile.home / "results" / "clip_lof" / "manifest.json", {})
-    shell.run_cell("1 + 1")
-    shell.run_cell("1 + 1")
+    shell.run_cell("1 + 1"), shell.run_cell("1 + 1")
     assert len([line for line in lines if line.startswith("kept: results/clip_lof")]) == 1, "two set-ups keep once"
     session.checkpoint_keeper()(profile.home)
     monkeypatch.setenv("ART_HOME", str(tmp_path / "fresh"))
@@ -156,10 +128,8 @@ def test_what_a_cell_finishes_is_kept_when_it_ends_and_comes_back(
     files.write_json(fresh.home / "report" / "index.json", {})
     for _ in range(3):
         shell.run_cell("1 + 1")
+    InteractiveShell.clear_instance()
     assert len([line for line in lines if "failed" in line]) == 1, "a dead Drive is said once, not at every cell"
-
-
-# --- preflight -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -170,35 +140,25 @@ def test_what_a_cell_finishes_is_kept_when_it_ends_and_comes_back(
         ("Tesla T4", 15.0, 15.8, (7, 5), ["Change runtime type", "fp16"]),
     ],
 )
-def test_a_gpu_that_is_short_or_old_names_the_way_out(
-    monkeypatch: pytest.MonkeyPatch, name: str, free: float, total: float, capability: tuple, fixes: list[str]
-) -> None:
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 1e9, total * 1e9))
+def test_what_is_short_names_the_way_out(monkeypatch, tmp_path, name, free, total, capability, fixes) -> None:
+    monkeypatch.setenv("ART_PROFILE", "full")
+    profile = dataclasses.replace(profiles.active(), device="cuda")
+    for function, value in {"mem_get_info": (free * 1e9, total * 1e9), "get_device_capability": capability}.items():
+        monkeypatch.setattr(torch.cuda, function, lambda *index, value=value: value)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: name)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    check = preflight._gpu("cuda", 20)
-    assert check.is_ok == (not fixes) and all(fix in check.fix for fix in fixes)
-    assert not preflight._gpu("cpu", 20).is_ok and preflight._gpu("cpu", 0).is_ok
-
-
-def test_memory_disk_and_the_lasting_folder_are_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: SimpleNamespace(available=11e9, total=13e9))
-    assert not preflight._memory(12).is_ok and preflight._memory(3).is_ok
-    assert preflight._lasting(None).is_ok and preflight._lasting(tmp_path).is_ok
-    assert not preflight._lasting(tmp_path / "lost").is_ok
     monkeypatch.setattr(files, "free_bytes", lambda path: int(50e9))
-    assert not preflight._disk(tmp_path, 55).is_ok
-    with open(tmp_path / "weights", "wb") as file:
+    gpu, memory, disk, lasting, _ = preflight.run(profile, lasting=tmp_path)
+    assert gpu.is_ok == (not fixes) and all(fix in gpu.fix for fix in fixes)
+    assert (memory.is_ok, disk.is_ok, lasting.is_ok) == (False, False, True), "12 GB of memory, 65 GB of disk"
+    profile.home.mkdir(parents=True)
+    with open(profile.home / "weights", "wb") as file:
         file.truncate(int(41e9))  # sparse: what is there already is not needed again
-    check = preflight._disk(tmp_path, 55)
-    assert check.is_ok and "14.0 needed" in check.found
+    *_, disk, lasting, _ = preflight.run(profile, lasting=tmp_path / "lost")
+    assert disk.is_ok and "24.0 needed" in disk.found and not lasting.is_ok
 
 
-def test_a_fresh_machine_with_pandagpt_but_no_vicuna_is_not_done_with_01(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_fresh_machine_with_pandagpt_but_no_vicuna_is_not_done_with_01(monkeypatch) -> None:
     """What Drive brings back (Vicuna is too large for it); and what the licences ask is said without network."""
     monkeypatch.setenv("ART_PROFILE", "full")
     profile = profiles.active()
@@ -206,22 +166,21 @@ def test_a_fresh_machine_with_pandagpt_but_no_vicuna_is_not_done_with_01(
     files.write_json(profile.home / "weights" / "pandagpt" / "READY.json", {})
     files.write_json(profile.home / "data" / "embedded" / "manifest.json", {})
     assert preflight.where_am_i(profile.home) == "done here: 02; next: 01_prepare_weights"
-    assert "accept the licences" in preflight._weights(profile).found
+    assert "accept the licences" in preflight.run(profile)[-1].found
     files.write_json(profile.home / "weights" / "vicuna" / "READY.json", {})
     assert preflight.where_am_i(profile.home) == "done here: 01, 02; next: 03_clip"
-    assert "ready" in preflight._weights(profile).found
+    assert "ready" in preflight.run(profile)[-1].found
 
 
-def test_costs_are_estimates_with_the_rate_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_costs_are_estimates_with_the_rate_of_the_gpu(monkeypatch) -> None:
     assert {path.stem for path in (profiles.REPOSITORY / "notebooks").glob("*.ipynb")} <= preflight.STAGES.keys()
     mini = preflight.costs(profiles.active())
     assert set(mini["compute units"]) == {"none"}
     assert list(mini["minutes"])[2] == round(preflight.STAGES["03_clip"].mini_seconds / 60, 1)
     monkeypatch.setenv("ART_PROFILE", "full")
     profile, minutes = profiles.active(), preflight.STAGES["06_anomalygpt_train"].l4_minutes
-    full = preflight.costs(profile, "NVIDIA L4").set_index("notebook")
-    assert full.loc["06_anomalygpt_train", "compute units"] == f"{1.71 * minutes / 60:.1f}"
-    assert full.loc["06_anomalygpt_train", "state"] == "to do"
+    row = preflight.costs(profile, "NVIDIA L4").set_index("notebook").loc["06_anomalygpt_train"]
+    assert (row["compute units"], row["state"]) == (f"{1.71 * minutes / 60:.1f}", "to do")
     assert set(preflight.costs(profile, "Unknown GPU")["compute units"]) == {"unknown"}
     note = preflight.cost_note(profile, "NVIDIA A100-SXM4-80GB")
     assert note.startswith("Estimates") and "7.52" in note and "2026-03-10" in note

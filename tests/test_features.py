@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 
@@ -27,9 +28,8 @@ def cnn() -> backbones.Network:
     """A real small CNN; the trained one is tested in test_backbones and is too slow for every test here."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        net = torch.nn.Sequential(
-            torch.nn.Conv2d(3, 8, 3, stride=4), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
-        )
+        pool = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+        net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=4), torch.nn.ReLU(), *pool)
     return backbones.Network(net.eval().requires_grad_(False), backbones.square_preprocess(32), "small/seed 3/32")
 
 
@@ -46,12 +46,10 @@ def pictures() -> list[np.ndarray]:
 
 @pytest.fixture
 def samples(pictures, tmp_path) -> list[Sample]:
-    made = []
-    for i, picture in enumerate(pictures):
-        path = tmp_path / f"picture {i}.png"
+    paths = [tmp_path / f"picture {i}.png" for i in range(len(pictures))]
+    for path, picture in zip(paths, pictures, strict=True):
         images.save_png(path, picture)
-        made.append(Sample(path, "art", False, split="train", sha256=files.sha256_file(path)))
-    return made
+    return [Sample(path, "art", False, split="train", sha256=files.sha256_file(path)) for path in paths]
 
 
 def test_features_are_the_towers_own_outputs(models, samples, pictures):
@@ -115,25 +113,13 @@ def test_pictures_without_names_are_refused(models, ids):
         features.embed(ids, lambda row: None, models)
 
 
-@pytest.mark.parametrize("without_cnn", [False, True])
-def test_features_that_are_not_finite_are_refused_by_name(models, pictures, without_cnn):
-    class Broken(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.tensor(float("nan")))
-
-        def forward(self, x):
-            return x.flatten(1)[:, :4] * self.weight
-
-    if without_cnn:
-        other = backbones.load_clip("art-vit-mini", pretrained=None, image_size=224, device="cpu")
-        with torch.no_grad():
-            other.model.visual.proj.mul_(float("nan"))
-        models, name = dataclasses.replace(models, clip=other, cnn=None), "art-vit-mini"
-    else:
-        cnn = backbones.Network(Broken(), backbones.square_preprocess(32), "broken")
-        models, name = dataclasses.replace(models, cnn=cnn), "broken"
-    with pytest.raises(ValueError, match=f"2 pictures are not finite, first a. Check the weights of {name}"):
+@pytest.mark.parametrize("part", ["clip", "cnn"])
+def test_features_that_are_not_finite_are_refused_by_name(models, pictures, part):
+    broken = copy.deepcopy(getattr(models, part))
+    with torch.no_grad():
+        (broken.model.visual.proj if part == "clip" else broken.model[0].weight).mul_(float("nan"))
+    models = dataclasses.replace(models, **{"cnn": None, part: broken})
+    with pytest.raises(ValueError, match=f"2 pictures are not finite, first a. Check the weights of {broken.model_id}"):
         features.embed(["a", "b"], lambda row: pictures[row], models)
 
 

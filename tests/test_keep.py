@@ -36,16 +36,16 @@ UNFINISHED = (
     "features/45d2/rows.jsonl",
     "executed/01_prepare_weights.json",
 )
-KILLED = multiprocessing.get_context("fork")
 
 
-def content(unit: str, name: str, version: int) -> bytes:
-    return f"{unit}/{name}, version {version}\n".encode() * (50 * version)
+def made(unit: str, version: int) -> dict[str, bytes]:
+    """Name -> bytes of a unit's files."""
+    return {name: f"{unit}/{name}, version {version}\n".encode() * (50 * version) for name in COMPLETE[unit]}
 
 
 def write(home: Path, unit: str, version: int = 1) -> None:
-    for name in COMPLETE[unit]:
-        files.write_bytes((home if unit == "files" else home / unit) / name, content(unit, name, version))
+    for name, content in made(unit, version).items():
+        files.write_bytes((home if unit == "files" else home / unit) / name, content)
 
 
 def workspace(home: Path) -> Path:
@@ -58,15 +58,12 @@ def workspace(home: Path) -> Path:
 
 def contents(home: Path) -> dict[str, dict[str, bytes]]:
     """Unit -> name -> bytes."""
-    found = keep.find_units(home)
-    return {
-        u: {str(p.relative_to(home / u if u != "files" else home)): p.read_bytes() for p in found[u]} for u in found
-    }
+    found, roots = keep.find_units(home), {"files": home}
+    return {u: {str(p.relative_to(roots.get(u, home / u))): p.read_bytes() for p in found[u]} for u in found}
 
 
 def archive_of(folder: Path, disk: FailingDrive | None = None, **options: object) -> Archive:
-    reconnect = None if disk is None else disk.reconnect
-    return Archive(folder / "art-anomaly" / "mini", reconnect, **{"wait_seconds": 0, **options})
+    return Archive(folder / "art-anomaly" / "mini", disk and disk.reconnect, **{"wait_seconds": 0, **options})
 
 
 def states(outcomes: list[keep.Outcome]) -> dict[str, str]:
@@ -101,14 +98,13 @@ def test_a_fresh_machine_gets_every_unit_back_and_nothing_unfinished(tmp_path: P
 
 
 def test_a_changed_unit_replaces_the_older_zip_which_leaves_nothing_in_the_bin(
-    tmp_path: Path, kept, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, kept, monkeypatch
 ) -> None:
     home, archive = kept
     unlink, sizes = Path.unlink, []
 
     def watched(path: Path, missing_ok: bool = False) -> None:
-        if path.parent == archive.folder:
-            sizes.append(path.stat().st_size)
+        sizes.extend([path.stat().st_size] if path.parent == archive.folder else [])
         unlink(path, missing_ok)
 
     write(home, "results/clip_lof", version=2)
@@ -120,7 +116,7 @@ def test_a_changed_unit_replaces_the_older_zip_which_leaves_nothing_in_the_bin(
         shutil.rmtree(home / "checkpoints/anomalygpt/c4cb/step_00000010")
         keep.save(home, archive)
         keep.restore(tmp_path / "fresh", archive)
-    assert len(sizes) == 3 and not any(sizes)
+    assert sizes == [0, 0, 0], "deleted files would fill the bin for 30 days"
     assert len(list(archive.folder.glob("results+clip_lof.*"))) == 1 and not list(archive.folder.glob("*step_*"))
     assert contents(tmp_path / "fresh") == contents(home)
 
@@ -133,8 +129,8 @@ def test_local_work_is_never_replaced_and_an_unmarked_folder_gives_way(tmp_path:
     (home / "weights/imagebind/READY.json").unlink()
     found = states(keep.restore(home, archive))
     assert "results/clip_lof" not in found and found["weights/imagebind"] == "restored"
-    assert contents(home)["results/clip_lof"]["predictions.csv"] == content("results/clip_lof", "predictions.csv", 2)
-    assert contents(home)["weights/imagebind"]["config.json"] == content("weights/imagebind", "config.json", 1)
+    assert contents(home)["results/clip_lof"] == made("results/clip_lof", 2)
+    assert contents(home)["weights/imagebind"] == made("weights/imagebind", 1)
     assert states(keep.save(home, archive)) == {"results/clip_lof": "saved"}, "the newer version is kept, too"
 
 
@@ -185,8 +181,7 @@ def test_random_failures_lose_nothing_and_leave_nothing_half(tmp_path: Path, clo
         keep.restore(home, archive)
         assert set(states(keep.save(home, archive)).values()) == {"saved"}
         assert set(states(keep.restore(fresh, archive)).values()) == {"restored"}
-        assert disk.n_failures > 5 and disk.n_reconnects > 0
-    assert contents(fresh) == contents(home)
+    assert disk.n_failures > 5 and disk.n_reconnects > 0 and contents(fresh) == contents(home)
 
 
 def test_a_dead_a_full_and_a_lost_disk_are_reported_and_keep_what_they_have(tmp_path: Path, kept, cloud: Path) -> None:
@@ -209,9 +204,8 @@ def test_a_dead_a_full_and_a_lost_disk_are_reported_and_keep_what_they_have(tmp_
 
 def _session(home: Path, cloud: Path, seed: int, kill_at: int, log: Path) -> None:
     """A machine's life: restore, then work and save by turns. Ends at its ``kill_at``-th change of a file."""
-    disk = FailingDrive(cloud, seed=seed, rate=0.1, kill_at=kill_at)
-    archive = archive_of(cloud, disk, n_tries=30)
-    with disk.installed():
+    with FailingDrive(cloud, seed=seed, rate=0.1, kill_at=kill_at).installed() as disk:
+        archive = archive_of(cloud, disk, n_tries=30)
         keep.restore(home, archive)
         for version in (1, 2):
             for unit in COMPLETE:
@@ -223,7 +217,7 @@ def _session(home: Path, cloud: Path, seed: int, kill_at: int, log: Path) -> Non
 
 def _killed(target, *arguments: object) -> bool:
     """True when the process was killed, False when it came to its end before."""
-    process = KILLED.Process(target=target, args=arguments)
+    process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
     process.start()
     process.join()
     assert process.exitcode in (0, -9), process.exitcode
@@ -245,8 +239,8 @@ def test_whenever_a_session_ends_the_next_machine_has_all_that_was_kept(tmp_path
     found = contents(fresh)
     assert found.keys() >= promised.keys(), "what was reported as saved is there"
     for unit, here in found.items():
-        whole = [{name: content(unit, name, version) for name in COMPLETE[unit]} for version in (1, 2)]
-        assert here in whole[promised.get(unit, 1) - 1 :], f"{unit} is mixed, half or older than promised"
+        whole = [made(unit, version) for version in range(promised.get(unit, 1), 3)]
+        assert here in whole, f"{unit} is mixed, half or older than promised"
     assert n_killed or len(promised) == len(COMPLETE)
 
 
