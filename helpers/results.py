@@ -197,7 +197,8 @@ def read(folder: Path, samples: Sequence[Sample], dataset_dir: Path, dataset_has
     folder, manifest = Path(folder), files.read_json(Path(folder) / MANIFEST)
     if manifest["dataset_hash"] != dataset_hash:
         which = f"dataset {manifest['dataset_hash'][:12]}, the dataset in use is {dataset_hash[:12]}"
-        raise ValueError(f"{manifest['method']} was measured on {which}: run the method's notebook again.")
+        way_out = "Rows of different datasets are not compared: run the method's notebook again."
+        raise ValueError(f"{manifest['method']} was measured on {which}. {way_out}")
     by_path = {relative_path(sample, dataset_dir): sample for sample in samples}
     # Read as text: an answer "None" or a kind "nan" is one, and numbers keep their last digit.
     table = pd.read_csv(folder / PREDICTIONS, dtype=str, keep_default_na=False).to_dict("records")
