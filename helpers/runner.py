@@ -37,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Kernels start in another folder: they see this profile through absolute paths.
     os.environ |= {"ART_PROFILE": profile.name, "ART_HOME": str(profile.home.parent)}
     os.environ |= {"ART_DATA": str(profile.data_source)} if profile.data_source else {}
-    if (lasting := os.environ.get("ART_DRIVE", "").strip()) not in ("", "off"):
+    lasting = os.environ.get("ART_DRIVE", "").strip()
+    if lasting.lower() not in ("", "off"):
         os.environ["ART_DRIVE"] = str(Path(lasting).expanduser().absolute())
     code = [path for path in (profiles.REPOSITORY / "helpers").rglob("*.*") if path.suffix != ".pyc"]
     chain, made = [[files.sha256_file(path) for path in sorted(code)], profile.name], profile.data_dir / "manifest.json"

@@ -6,7 +6,10 @@ import dataclasses
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from sklearn.base import clone
+from sklearn.ensemble import IsolationForest
+from sklearn.neighbors import LocalOutlierFactor
 from tiny_clip import KINDS, QUICK, draw, features_of, rows_of, sample_of
 
 from helpers.clip import one_class, tuning
@@ -47,9 +50,6 @@ def test_cosine_is_the_plain_loop(rows, k):
 
 
 def test_forest_and_lof_are_sklearns_with_the_sign_turned(rows):
-    from sklearn.ensemble import IsolationForest
-    from sklearn.neighbors import LocalOutlierFactor
-
     test = draw(6, 1, "t", 5)
     learnt, queries = np.unique(one_class.fuse(normals_of(rows), 0.5), axis=0), one_class.fuse(test, 0.5)
     forest = IsolationForest(n_estimators=50, max_features=0.5, random_state=4).fit(learnt)
@@ -143,8 +143,6 @@ def test_head_keeps_kinds_and_pictures_for_tuning(rows):
 
 
 def test_a_stored_head_scores_as_before_by_hand(rows, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     head, test = clone(QUICK["clip_cross_entropy"]).fit(rows), draw(5, 1, "t", 8)
     save_file(head.net.state_dict(), tmp_path / "head.safetensors")
     state = load_file(tmp_path / "head.safetensors")
@@ -164,19 +162,13 @@ def test_no_test_or_anomalous_picture_becomes_a_row(change):
             Rows.of([wrong], draw(1, 0, "n", 1), kinds)
 
 
-def test_a_detector_belongs_to_one_painting():
+def test_a_detector_belongs_to_one_painting_and_needs_pictures_that_differ(rows):
     with pytest.raises(ValueError, match="one painting, got .*art.*other"):
         Rows.of([sample_of(0), sample_of(1, category="other")], draw(2, 0, "n", 1))
-
-
-@pytest.mark.parametrize("method", ["clip_resnet50", "clip_isolation_forest", "clip_lof"])
-def test_equal_pictures_are_refused_with_the_name_of_the_painting(method):
     same = Rows.of([sample_of(i) for i in range(6)], features_of(np.ones((6, 6)), "n"))
-    with pytest.raises(ValueError, match="art: .* at least 3 different genuine pictures, got 1"):
-        clone(QUICK[method]).fit(same)
-
-
-def test_the_head_names_what_it_lacks(rows):
+    for method in ("clip_resnet50", "clip_isolation_forest", "clip_lof"):
+        with pytest.raises(ValueError, match="art: .* at least 3 different genuine pictures, got 1"):
+            clone(QUICK[method]).fit(same)
     flat = dataclasses.replace(rows, features=features_of(np.ones((len(rows), 6)), "n"))
     with pytest.raises(ValueError, match="art: the features of all training pictures are equal"):
         clone(QUICK["clip_cross_entropy"]).fit(flat)
@@ -184,14 +176,12 @@ def test_the_head_names_what_it_lacks(rows):
         Head().fit(rows.take(~rows.is_anomaly))
 
 
-def test_copies_do_not_blow_up_lof():
+@pytest.mark.filterwarnings("error")  # scikit-learn warns when it has to cut neighbours itself
+def test_copies_do_not_blow_up_lof_and_it_cuts_its_neighbours_to_the_pictures_it_has():
     drawn = np.random.default_rng(0).normal(size=(12, 6))
     copies = features_of(np.concatenate([np.repeat(drawn[:1], 30, axis=0), drawn]), "n")
     rows = Rows.of([sample_of(i) for i in range(42)], copies)
     assert Lof(n_neighbors=5).fit(rows).score(draw(10, 0, "t", 3)).max() < 100
 
-
-@pytest.mark.filterwarnings("error")  # scikit-learn warns when it has to cut them itself
-def test_lof_cuts_its_neighbours_to_the_pictures_it_has():
     rows = Rows.of([sample_of(i) for i in range(4)], draw(4, 0, "n", 1))
     assert np.isfinite(Lof(n_neighbors=20).fit(rows).score(draw(3, 0, "t", 2))).all()
