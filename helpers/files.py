@@ -53,10 +53,8 @@ def read_json(path: Path) -> Any:
 
 
 def append_line(path: Path | str, line: str) -> None:
-    """Add a line to a text file that other sessions may be adding to; it is on disk when this returns.
-
-    ``line`` holds no line break. The unfinished last line of a writer that died is closed first.
-    """
+    """Add a line (without line break) to a text file that other sessions may be adding to; it is on disk when this
+    returns. The unfinished last line of a writer that died is closed first."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock"), timeout=60), open(path, "ab+") as file:

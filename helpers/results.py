@@ -218,18 +218,12 @@ def confirm(facts: Mapping[str, bool]) -> None:
 
 
 def in_words(frame: pd.DataFrame) -> str:
-    """What the methods of a :meth:`MethodResult.frame` found, a line each: the numbers to remember of a notebook.
-
-    >>> rows = {"method": "clip_lof", "is_anomalous": [True, False], "is_predicted_anomalous": [True, True]}
-    >>> in_words(pd.DataFrame(rows))
-    'CLIP LOF: 1 of 1 anomalous pictures found, 1 false alarms on 1 genuine pictures'
-    """
+    """What the methods of a :meth:`MethodResult.frame` found, a line each: the numbers to remember of a notebook."""
     lines = []
     for method, rows in frame.groupby("method", sort=False):
-        called, bad = rows.is_predicted_anomalous, rows.is_anomalous
-        alarms = f"{(called & ~bad).sum()} false alarms on {(~bad).sum()} genuine pictures"
-        found = f"{(called & bad).sum()} of {bad.sum()} anomalous pictures found"
-        lines.append(f"{method_label(method)}: {found}, {alarms}")
+        found, alarms = (rows.is_predicted_anomalous[rows.is_anomalous == label] for label in (True, False))
+        words = f"{found.sum()} of {len(found)} anomalous pictures found, {alarms.sum()} false alarms on {len(alarms)}"
+        lines.append(f"{method_label(method)}: {words} genuine pictures")
     return "\n".join(lines)
 
 

@@ -23,10 +23,8 @@ NOTEBOOKS = profiles.REPOSITORY / "notebooks"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the notebooks (all, or those with these numbers or names) and print the comparison.
-
-    Returns 0 when every notebook succeeded or was up to date, 1 when a cell failed, 2 for an unknown notebook.
-    """
+    """Run the notebooks (all, or those with these numbers or names) and print the comparison; 0 when all succeeded or
+    were up to date, 1 when a cell failed, 2 for an unknown notebook."""
     names, paths = list(sys.argv[1:] if arguments is None else arguments), sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
     unknown = [name for name in names if not any(path.stem.startswith(name) for path in paths)]
     if unknown:
@@ -86,10 +84,8 @@ def _run_or_skip(path: Path, title: str, target: Path, key: str) -> bool:
 
 
 def execute(path: Path, show: Callable[[str], None]) -> tuple[nbformat.NotebookNode, str]:
-    """Execute a notebook in its folder, in a fresh kernel of this Python, and show where it is.
-
-    Returns the notebook with outputs, and the failing cell with its error as plain text, empty when none failed.
-    """
+    """Execute a notebook in its folder, in a fresh kernel, and show where it is. Returned is the notebook with outputs,
+    and the failing cell with its error as plain text, empty when none failed."""
     notebook, started = nbformat.read(path, as_version=4), time.monotonic()
 
     def follow(cell: nbformat.NotebookNode, cell_index: int) -> None:

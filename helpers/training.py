@@ -56,14 +56,13 @@ def train(
     identity: Mapping[str, Any] | None = None, on_checkpoint: Callable[[Path], None] | None = None,
     title: str = "training",
 ) -> TrainingResult:  # fmt: skip
-    """Train a module; go on where an earlier call stopped if ``folder`` holds a checkpoint.
+    """Train a module; go on where an earlier call stopped if ``folder`` (of this run alone) holds a checkpoint.
 
     Args:
         module: what is trained and saved, alone; frozen models belong into ``loss_of``.
         loss_of: (module, batch) -> ``{"loss": scalar, <part>: scalar, ...}``, means over the batch.
         dataset: ``len`` and ``[index]``; a method ``set_epoch(epoch)`` is told the epoch (0-based) before each one.
         optimizer, scheduler: over ``module``; both are stepped once per optimiser step.
-        folder: of the checkpoints of this run alone.
         n_epochs, patience: passes over the samples, epochs without a better score until it stops. Both may grow.
         batch_size, n_accumulation: samples per forward pass in each process, passes per optimiser step; both may
             change between calls as long as their product does not (after running out of memory).

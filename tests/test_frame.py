@@ -187,6 +187,8 @@ def test_predictions_resume_and_say_what_their_thresholds_rest_on(tmp_path: Path
     assert not folder.exists()
     scorer = Scorer()
     found = predict(tmp_path, dataset, scorer)
+    counted = "Aligned with its reference: 2 of 4 anomalous pictures found, 2 false alarms on 6 genuine pictures"
+    assert results.in_words(found.frame()) == counted
     assert scorer.calls == [("mona", [1, 2]), ("mona", [3, 4])]
     assert [p.anomaly_score for p in found.predictions] == [n / 3 for n in range(5)] * 2
     assert [p.threshold for p in found.predictions] == [0.3] * 5 + [3.0] * 5
