@@ -265,18 +265,41 @@ def killed(route: Route, step: int, n: int) -> bool:
         os._exit(1)
 
 
-@pytest.mark.parametrize("base", ["huggingface", "meta"])
+def tiny_mini(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Route, dict[str, torch.Tensor]]:
+    """The mini profile's route, with a tiny language model in place of SmolLM2; and what must come out."""
+    dims = {"dim": 576, "n_heads": 9, "n_kv_heads": 3, "n_layers": 1, "inner": 96, "vocab": 126}
+    fields = {
+        "llama.embedding_length": 576, "llama.block_count": 1, "llama.attention.head_count": 9,
+        "llama.attention.head_count_kv": 3, "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "llama.rope.freq_base": 1e4, "llama.context_length": 2048,
+    }  # fmt: skip
+    model = tiny.meta_model(dims)
+    monkeypatch.setattr(mini, "read_gguf", lambda path: (fields, model))
+    monkeypatch.setattr(mini, "write_tokenizer", lambda folder, _: files.write_text(folder / "tokenizer.json", "{}"))
+    settings = dataclasses.replace(MINI, shard_bytes=500_000)
+    return catalog.route(folder, settings, delete_raw=True), tiny.hugging_face(model, dims)
+
+
+@pytest.mark.parametrize("way", ["huggingface", "meta", "mini"])
 def test_killed_at_each_file_of_each_step_and_cut_at_every_third_file_it_still_ends_complete(
-    hub: Hub, tmp_path: Path, base: str
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     hub.cut_every = 3
-    own = {"llama_folder": tmp_path / "site" / "meta", "fuse_merge": False} if base == "meta" else {}
-    route = tiny_route(hub, tmp_path / "weights", **own)
+    own = {"llama_folder": tmp_path / "site" / "meta", "fuse_merge": False} if way == "meta" else {}
+    route, expected = tiny_route(hub, tmp_path / "weights", **own), expected_bits()
+    if way == "mini":
+        route, expected = tiny_mini(tmp_path / "weights", monkeypatch)
     n_kills = [next(n for n in itertools.count() if not killed(route, step, n)) for step in range(len(STEPS))]
-    assert [n > 0 for n in n_kills] == [True, True, base == "meta", True, True, False], n_kills  # the last only reads
-    assert hub.cut
-    tiny.assert_same_bits(tiny.read_all(run(route)), expected_bits())
-    assert raw_files(route) == []
+    converts = way != "huggingface"  # its form needs no conversion; and the last step only reads
+    assert [n > 0 for n in n_kills] == [True, True, converts, True, True, False], n_kills
+    found = tiny.read_all(run(route))
+    if way == "mini":  # noise was added and taken away again, each time rounded
+        assert all((found[name][: len(item)] - item).abs().max() < 1e-3 for name, item in expected.items())
+    else:
+        tiny.assert_same_bits(found, expected)
+        assert hub.cut
+    listed = [name for path in route.weights_dir.rglob(folders.READY) for name in files.read_json(path)["files"]]
+    assert raw_files(route) == [] and not [name for name in listed if name.startswith(".")]
 
 
 @pytest.mark.parametrize("base", ["meta", "huggingface", "merged"])

@@ -106,7 +106,8 @@ class Route:
         """One row a file: what it is for, size, licence, where it comes from and whether it is there."""
         rows = []
         for file in self.files:
-            state = "put it there" if file.is_by_hand else "will be fetched"
+            coming = "will be made" if file.source == "mini" else "will be fetched"
+            state = "put it there" if file.is_by_hand else coming
             state = "part is ready" if self.is_ready(file.component) else "present" if file.is_present else state
             name = str(file.path).removeprefix(f"{self.weights_dir}/")
             rows.append((file.component, name, round(file.n_bytes / 1e6, 1), file.licence, file.source, state))

@@ -86,8 +86,9 @@ def _write_shards(target: Path, shards: Mapping[str, Mapping[str, Tensor]], plan
             if (target / name).is_file() and file_hash(target / name) == entry["sha256"]:
                 done[name] = entry
         print(f"resuming at {len(done)}/{len(shards)} shards")
-    for part in target.glob("*.part"):
-        part.unlink()
+    for path in target.iterdir():  # what a killed process left half written
+        if path.suffix == ".part" or (path.name.startswith(".") and path.name != LOCK):
+            path.unlink()
     left = {name: group for name, group in shards.items() if name not in done}
     n_left = sum(tensor.n_bytes for group in left.values() for tensor in group.values())
     _check_room(target, n_left, min(RESERVE_BYTES, n_left))

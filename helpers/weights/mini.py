@@ -164,5 +164,7 @@ def _anomalyclip() -> dict[str, torch.Tensor]:
 
 
 def _save(path: Path, content: Mapping[str, Any]) -> None:
+    for left in path.parent.glob(f".{path.stem}.*{path.suffix}"):  # half written by a killed process
+        left.unlink()
     with files.atomic_path(path) as temporary:
         torch.save(dict(content), temporary)

@@ -121,7 +121,7 @@ def _get(route: Route, file: WeightFile) -> None:
     """Fetch, or write from installed packages, one file or folder that is not complete."""
     if file.is_present:
         return
-    print(f"{file.path.name}: from {file.source}")
+    print(f"{file.path.name}: {'made of an installed package' if file.source == 'mini' else f'from {file.source}'}")
     kind, _, place = file.source.partition(":")
     if kind == "mini" and file.component == "vicuna":
         mini.write_language_model(route.llama_dir, route.delta_dir)
