@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
@@ -86,7 +86,7 @@ def build_dataset(
         sizes: :class:`helpers.profiles.DataSettings`; the report's five kinds have the largest share of anomalies.
         kinds, kinds_held_out: what the test set shows, and what of it no training may use (``ValueError``: unknown).
     Raises:
-        DatasetError: there is no readable genuine picture, or ``target`` holds something else.
+        DatasetError: ``target`` holds something else.
     """
     unknown = [kind for kind in (*kinds, *kinds_held_out) if kind not in _KINDS]
     if unknown or not kinds:
@@ -247,22 +247,18 @@ def _turns(items: Sequence[Job], n: int) -> list[Job]:
 
 def _write(source: Source, target: Path, info: Mapping[str, Any]) -> None:
     """Make every picture in a folder beside ``target``, then records, manifest and mark; put it in the place."""
-    settings = info["settings"]
-    problems = _in_threads(lambda s: _problem(s, settings["max_image_side"]), source.samples, "reading sources")
-    bad = [(sample.image_path, problem) for sample, problem in zip(source.samples, problems) if problem]
-    jobs, notes, limits = plan([s for s, problem in zip(source.samples, problems) if not problem], settings)
-    if not jobs:
-        why = few([f"{path}: {problem}" for path, problem in bad])
-        raise DatasetError(f"No genuine picture can be used, so there is nothing to learn from. {why}")
-    partial, made = target.with_name(f"{target.name}.partial"), {}
+    settings, partial, made = info["settings"], target.with_name(f"{target.name}.partial"), {}
+    jobs, notes, limits = plan(source.samples, settings)
     shutil.rmtree(partial, ignore_errors=True)
-    for stage in ((GENUINE, REAL), (REPHOTOGRAPHED,), (SYNTHETIC,)):  # each is made of pictures of those before it
-        todo = [job for job in jobs if job.origin in stage]
-        made |= zip(todo, _in_threads(lambda job: _make(job, partial, settings), todo, f"writing {stage[0]}"))
+    with ThreadPoolExecutor(4) as pool:
+        for stage in ((GENUINE, REAL), (REPHOTOGRAPHED,), (SYNTHETIC,)):  # each is made of pictures of those before it
+            todo = [job for job in jobs if job.origin in stage]
+            results = pool.map(lambda job: _make(job, partial, settings), todo)
+            made |= zip(todo, tqdm(results, desc=f"writing {stage[0]}", total=len(todo), unit="picture", delay=10))
     pairs = [made[job] for job in sorted(jobs, key=lambda job: (job.category, SPLITS.index(job.split)))]
     lines = [json.dumps(record, ensure_ascii=False, sort_keys=True) for _, record in pairs]
     files.write_text(partial / RECORDS, "\n".join(lines) + "\n")
-    left_out = [{"path": source.short(path), "reason": reason} for path, reason in (*source.left_out, *bad)]
+    left_out = [{"path": source.short(path), "reason": reason} for path, reason in source.left_out]
     about = {"kinds_held_out": settings["kinds_held_out"], "notes": notes, "limits": limits, "left_out": left_out}
     manifest.write_manifest(partial, [sample for sample, _ in pairs], info={**info, **about})
     if target.exists():
@@ -270,28 +266,13 @@ def _write(source: Source, target: Path, info: Mapping[str, Any]) -> None:
     os.replace(partial, target)
 
 
-def _in_threads(work: Callable[[Any], Any], items: Sequence[Any], words: str) -> list[Any]:
-    with ThreadPoolExecutor(4) as pool:
-        return list(tqdm(pool.map(work, items), total=len(items), desc=words, unit="picture", delay=10))
-
-
-def _problem(sample: Sample, max_side: int) -> str:
-    """Why a picture cannot be used at the dataset's resolution; "" when it can."""
-    try:
-        height, width = _at_resolution(sample.image_path, max_side).shape[:2]
-    except (images.ImageError, OSError) as error:
-        return str(error)
-    way = "at least 32 a side are needed. Give a larger picture, or cut a long scroll into parts."
-    return f"it is {width} x {height} px here; {way}" if min(width, height) < MIN_SIDE // 2 else ""
-
-
 def _at_resolution(path: Path | str, max_side: int) -> np.ndarray:
-    """The picture with its longer side at ``max_side``; a slender one larger, so that its shorter side is kept."""
+    """The picture with its longer side at ``max_side``; that of a scroll is longer, so that the shorter one is kept."""
     image = images.load_image(path, max_side=max_side)
     if min(image.shape[:2]) < MIN_SIDE:
         image = images.load_image(path, max_side=4 * max_side)
-        slender = max(image.shape[:2]) / min(image.shape[:2])
-        image = images.resize(image, max(max_side, round(MIN_SIDE * slender)))
+        shorter, longer = sorted(image.shape[:2])
+        image = images.resize(image, max(max_side, round(MIN_SIDE * longer / shorter)))
     return image
 
 

@@ -132,6 +132,9 @@ def _checked(sample: Sample) -> tuple[Sample | None, np.ndarray | None, list, li
     path, mask_path, notes, mask_notes = sample.image_path, sample.mask_path, [], []
     try:
         image = images.load_image(path, max_side=128, notes=notes)
+        shorter, longer = sorted(image.shape[:2])
+        if longer > 30 * shorter or (shorter < 24 and longer < 128):
+            raise images.ImageError("is too small or too slender: give a larger picture, or cut it into parts")
     except images.ImageError as error:
         return None, None, [(path, str(error).replace(f"{path} ", ""))], []
     sample, look, problems = replace(sample, sha256=files.sha256_file(path)), perceptual_hash(image), []

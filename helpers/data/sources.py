@@ -28,7 +28,6 @@ USER_AGENT = "art-anomaly-notebooks/1.0 (https://github.com/art-anomaly/art-anom
 WIDTH = 1280  # pixels; Commons serves renderings of few widths only
 PAUSE = 1.0  # seconds before each request
 MOST_GENUINE = 20  # genuine pictures of a painting after which no more members of its categories are fetched
-_MEMBER = "member"
 _FREE_LICENCE = re.compile(
     r"(?!.*\bn[cd]\b)(public domain|pd|pd-[\w-]+|cc0( [\d.]+)?|cc[ -]by([ -]sa)?[ -][\d.]+( [a-z]{2,4})?)", re.I
 )
@@ -101,12 +100,13 @@ def wikimedia(target: Path, difference: Difference) -> tuple[list[Sample], list[
     try:
         for category, kind, file, entry in _candidates():
             genuine = [s for s in samples if s.category == category and not s.is_anomalous]
-            if entry.get("sha1") in seen or (kind == _MEMBER and not 0 < len(genuine) < MOST_GENUINE):
+            is_member = kind == "member"
+            if entry.get("sha1") in seen or (is_member and not 0 < len(genuine) < MOST_GENUINE):
                 continue
             try:
-                sample = _fetched(target, category, NORMAL_KIND if kind == _MEMBER else kind, file, entry)
+                sample = _fetched(target, category, NORMAL_KIND if is_member else kind, file, entry)
                 seen.add(entry["sha1"])
-                if kind == _MEMBER:
+                if is_member:
                     _refuse_other(sample, genuine, difference)
             except (_Skip, images.ImageError) as error:
                 left_out.append([file, str(error)])
@@ -114,14 +114,11 @@ def wikimedia(target: Path, difference: Difference) -> tuple[list[Sample], list[
                 continue
             samples.append(sample)
             about = {"licence": _meta(entry, "LicenseShortName"), "author": _meta(entry, "Artist")}
-            about |= {"page": entry.get("descriptionurl", ""), "url": entry["thumburl"], "original_sha1": entry["sha1"]}
-            rows.append({"path": sample.image_path.relative_to(target.absolute()).as_posix(), **about})
+            rows.append({"file": sample.image_path.name, **about, "page": entry.get("descriptionurl", "")})
             print(f"{category} {sample.kind}: {file} ({about['licence']})")
     except requests.RequestException as error:
-        what = (
-            f"Wikimedia Commons cannot be reached or gives no usable answer: {error}. What came is kept: run this again"
-        )
-        raise SourceError(f"{what} later. (403: it dislikes our User-Agent {USER_AGENT!r}.) {_OFFLINE}") from error
+        way = f"What came is kept: run this again later. (403: it dislikes our User-Agent, {USER_AGENT!r}.) {_OFFLINE}"
+        raise SourceError(f"Commons cannot be reached or gives no usable answer: {error}. {way}") from error
     if all(sample.is_anomalous for sample in samples):
         raise SourceError(f"No genuine picture could be had from {COMMONS_API}; see the lines above. {_OFFLINE}")
     files.write_text(target / "licences.csv", pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
@@ -132,7 +129,7 @@ def wikimedia(target: Path, difference: Difference) -> tuple[list[Sample], list[
 def _candidates() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     """Painting, kind, file, and what Commons says of it: nothing when it is gone."""
     for category, kind, title in titles():
-        if kind == _MEMBER:
+        if kind == "member":
             for entry in _asked(generator="categorymembers", gcmtitle=title, gcmtype="file", gcmlimit="50"):
                 yield category, kind, entry["title"].removeprefix("File:"), entry
         else:
