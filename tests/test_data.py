@@ -13,14 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from tiny_pictures import MARKED, SHAPE, mask, picture, put, tree
 
 from helpers import data
 from helpers.data import images, manifest
-from helpers.records import SPLITS, Sample
+from helpers.records import Sample
 
 
 @pytest.fixture
@@ -263,18 +261,3 @@ def test_a_second_call_reads_new_pictures_but_frozen_and_foreign_manifests_stay(
     with pytest.raises(data.DatasetError, match="is left as it is"):
         data.build_manifest(mvtec)
     assert (mvtec / "manifest.csv").read_bytes() == frozen
-
-
-NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0\r\n/"), min_size=1, max_size=12)
-ROWS = st.tuples(NAMES, NAMES, st.sampled_from(SPLITS), st.booleans(), NAMES, st.none() | st.floats(0, 100))
-
-
-@settings(max_examples=25, deadline=None)
-@given(rows=st.lists(ROWS, min_size=1, max_size=6, unique_by=lambda row: row[0]))
-def test_any_names_survive_the_manifest(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple]) -> None:
-    folder = tmp_path_factory.mktemp("names")
-    samples = [
-        Sample(folder / f"{name}.png", category, bad, None, split, f"k{g}" if bad else "good", g, "0" * 64, seen)
-        for name, category, split, bad, g, seen in rows
-    ]
-    assert data.load_manifest(data.write_manifest(folder, samples)) == samples
