@@ -180,7 +180,7 @@ def test_few_sources_count_as_sources_and_one_gives_no_interval(dataset: data.Da
         samples = [dataclasses.replace(s, group=str(place % n_sources)) if s.category == "harbour" else s
                    for place, s in enumerate(dataset.samples)]  # fmt: skip
         few = dataclasses.replace(dataset, samples=tuple(samples), limits={"harbour": words})
-        return comparison.compare(few, tiny.write_all(tmp_path / str(n_sources), few), profile="mini")
+        return compare_lof(few, tmp_path / str(n_sources), "clip_lof", "clip_patch_knn")
 
     one, two = limited(1), limited(2)
     rows = one.table[(one.table.category == "harbour") & (one.table.method == "clip_lof")]
