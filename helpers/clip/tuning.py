@@ -95,9 +95,9 @@ def calibrate(detector: Detector, rows: Rows, *, n_folds: int = 5, seed: int = 0
     """Fit the final detector, and score genuine pictures for its threshold, each by one that has not seen its source.
 
     In folds by source each picture is scored by a detector fitted on the other folds; the final one is fitted on all,
-    scores fresh normals a little lower, and so errs on the safe side of false alarms (cross-conformal; Vovk, Annals of
-    Mathematics and AI 2015). With a single source the folds go by photograph, and the scores are optimistic. They are
-    float64 ``(len(rows),)``, of the normals and of confirmed anomalies, else nan."""
+    scores fresh normals a little lower, which in simulations errs on the safe side of false alarms; nothing is promised
+    exactly (cross-conformal; Vovk, Annals of Mathematics and AI 2015). With a single source the folds go by photograph,
+    and the scores are optimistic: float64 ``(len(rows),)``, of normals and confirmed anomalies, else nan."""
     asked, scores = rows.has("kind", NORMAL_KIND, CONFIRMED), np.full(len(rows), np.nan)
     for learn, held in folds(rows, n_folds, seed):
         held = held[asked[held]]
