@@ -51,7 +51,7 @@ class FolderReading:
         lines += [f"Note: {note}" for note in self.notes]
         lines += [f"Files left out: {len(self.left_out)}"] if self.left_out else []
         lines += [f"  {self.short(path)}: {reason}" for path, reason in self.left_out[:12]]
-        return "\n".join(lines + ["  ..."] * (len(self.left_out) > 12))
+        return "\n".join(lines + ["  ... (all: manifest.json)"] * (len(self.left_out) > 12))
 
     def short(self, path: Path) -> str:
         """A path from the source on, as text that can be printed: file systems allow names that cannot."""
