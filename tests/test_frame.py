@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -111,16 +112,15 @@ def test_a_file_is_the_old_or_the_new_one(tmp_path: Path) -> None:
         temporary.write_text("half")
         raise RuntimeError("the writer broke")
     assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
-    code = (
-        "import sys, time; from pathlib import Path; from helpers import files\n"
-        "with files.atomic_path(Path(sys.argv[1])) as t: t.write_text('x'); print(1, flush=True); time.sleep(60)\n"
-    )
-    command = [sys.executable, "-c", code, str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=profiles.REPOSITORY)
-    assert process.stdout is not None and process.stdout.readline()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert path.read_text() == "old"
+
+    def die() -> None:
+        with files.atomic_path(path) as temporary:
+            temporary.write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(target=die)
+    process.start(), process.join()
+    assert process.exitcode == -signal.SIGKILL and path.read_text() == "old"
     files.write_json(path, {"name": "Čapek"})
     assert files.read_json(path) == {"name": "Čapek"} and (tmp_path / "held_open.csv").read_text() == "old"
     assert path.stat().st_mode & 0o444 == 0o444, "others may read our results"

@@ -172,18 +172,6 @@ def test_nothing_is_replaced_unseen(tmp_path: Path, kept, cloud: Path, monkeypat
     assert "changed while it was packed" in outcome.problem
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_random_failures_lose_nothing_and_leave_nothing_half(tmp_path: Path, cloud: Path, seed: int) -> None:
-    """Error 107, files that seem gone, input/output errors and short copies, in a tenth of all calls."""
-    home, fresh = workspace(tmp_path / "home"), tmp_path / "fresh"
-    with FailingDrive(cloud, seed=seed, rate=0.1).installed() as disk:
-        archive = archive_of(cloud, disk, n_tries=30)
-        keep.restore(home, archive)
-        assert set(states(keep.save(home, archive)).values()) == {"saved"}
-        assert set(states(keep.restore(fresh, archive)).values()) == {"restored"}
-    assert disk.n_failures > 5 and disk.n_reconnects > 0 and contents(fresh) == contents(home)
-
-
 def test_a_dead_a_full_and_a_lost_disk_are_reported_and_keep_what_they_have(tmp_path: Path, kept, cloud: Path) -> None:
     home, before = kept[0], contents(kept[0])
     archive = archive_of(cloud, n_tries=2)
@@ -224,12 +212,13 @@ def _killed(target, *arguments: object) -> bool:
     return process.exitcode == -9
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_whenever_a_session_ends_the_next_machine_has_all_that_was_kept(tmp_path: Path, cloud: Path, seed: int) -> None:
     """Three machines in a row, each killed at a random moment; then a fresh one restores through failures."""
     draw, log = random.Random(seed), tmp_path / "saved.txt"
     log.touch()
     machines = [(tmp_path / f"machine{n}", cloud, seed + n, draw.randrange(1, 500), log) for n in range(3)]
+    machines += [(tmp_path / "machine3", cloud, seed, 0, log)] * (seed % 2)  # every second life ends in peace
     n_killed = sum(_killed(_session, *machine) for machine in machines)
     promised = {unit: int(version) for unit, version in map(str.split, log.read_text().splitlines())}
     fresh = tmp_path / "fresh"
@@ -241,7 +230,8 @@ def test_whenever_a_session_ends_the_next_machine_has_all_that_was_kept(tmp_path
     for unit, here in found.items():
         whole = [made(unit, version) for version in range(promised.get(unit, 1), 3)]
         assert here in whole, f"{unit} is mixed, half or older than promised"
-    assert n_killed or len(promised) == len(COMPLETE)
+    assert seed % 2 == 0 or contents(fresh) == {unit: made(unit, 2) for unit in COMPLETE}, "nothing is lost or half"
+    assert n_killed and disk.n_failures
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -248,10 +248,8 @@ def _remove(folder: Path, name: str) -> bool:
             with open(folder / name, "r+b") as file:
                 file.truncate()
             (folder / name).unlink()
-    except FileNotFoundError:
-        return not (folder / name).exists()
-    except OSError:
-        return False
+    except OSError as error:  # a failing disk says of files that they are gone
+        return isinstance(error, FileNotFoundError) and not os.path.exists(folder / name)
     return True
 
 
