@@ -145,7 +145,7 @@ def plan(samples: Sequence[Sample], settings: Mapping[str, Any]) -> tuple[list[J
     jobs, notes, limits, taken = [], [], {}, set()
     samples = [replace(s, group=f"{s.category}/{s.group.removeprefix(f'{s.category}/')}") for s in samples]
     for category in sorted({sample.category for sample in samples}):
-        mine = sorted((s for s in samples if s.category == category), key=lambda sample: sample.group)
+        mine = sorted((s for s in samples if s.category == category), key=lambda s: (s.group, s.split != "test"))
         normals, real = ([s for s in mine if s.is_anomalous == is_anomalous] for is_anomalous in (False, True))
         if not normals:
             notes.append(f"{category} is left out: {len(real)} anomalous pictures and no genuine one to learn from.")
