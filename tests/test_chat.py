@@ -46,9 +46,6 @@ def says(monkeypatch, talk: chat.ChatSession, answer: str) -> list[dict]:
     return asked
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("text", ["", "  ", "https://example.org/a.png", "no_such_file.png", "folder"])
 def test_paths_that_cannot_be_opened_get_a_sentence(text: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
@@ -198,7 +195,7 @@ def test_detectors_against_map_and_words_are_said_and_free_answers_are_marked_as
     says(monkeypatch, talk, "No, there is no anomaly in the image.")
     talk.choose(picture(made, "box"))
     talk.threshold = talk.own.anomaly_score * 2
-    talk.verdicts = [replace(one, method="aligned") for one in talk.verdicts if one.is_anomalous] * 3 + talk.verdicts
+    talk.verdicts += [replace(one, method="aligned") for one in talk.verdicts if one.is_anomalous] * 3
     assert talk.ask(ASKED).comment.startswith("Do not rely on these words. Probably anomalous")
     assert "Most detectors disagree" in talk.verdict_line()[1]
     free = talk.ask("Is this the original?")

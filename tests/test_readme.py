@@ -40,12 +40,8 @@ def test_relative_links_resolve(target: str) -> None:
 
 @pytest.mark.parametrize("anchor", sorted(set(re.findall(r"\]\(#([^)]+)\)", README))))
 def test_anchors_resolve(anchor: str) -> None:
-    headings = [
-        re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-")
-        for line in README.splitlines()
-        if line.startswith("#")
-    ]
-    assert anchor in headings
+    headings = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in re.findall(r"^#+ (.+)$", README, re.MULTILINE)]
+    assert anchor in [heading.replace(" ", "-") for heading in headings]
 
 
 THEIRS = {
