@@ -192,7 +192,7 @@ class ChatSession:
         if self.words_say is not None and self.words_say != self.map_says:
             details += " They disagree: rely on neither alone."
         elif verdict == ("Probably genuine" if self.map_says else "Probably anomalous"):
-            details += " Most detectors disagree with it."
+            details += " Most detectors disagree with its map."
         return headline, details
 
     def ask(self, question: str, *, on_text: Callable[[str], None] | None = None) -> Turn:

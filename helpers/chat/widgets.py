@@ -93,7 +93,7 @@ class ChatUI:
         self.quick = [widgets.Button(description=q, layout=widgets.Layout(width="auto")) for q in chat.FIXED_QUESTIONS]
         self.question = widgets.Text(placeholder="Ask about the picture …", layout=widgets.Layout(flex="1 1 auto"))
         self.send, self.again, self.save, self.give = (
-            widgets.Button(description=text, layout=widgets.Layout(width="auto"))
+            widgets.Button(description=text, layout=widgets.Layout(width="auto", flex="0 0 auto"))
             for text in ("Send", "Start over", "Save transcript", "Save judgement")
         )
         self.verdict = widgets.ToggleButtons(options=list(feedback.VERDICTS), value=None)
