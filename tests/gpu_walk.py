@@ -240,9 +240,9 @@ class Walk:
         from helpers.anomalygpt import imagebind, language
         from helpers.anomalygpt import model as anomalygpt
 
-        where, cache = self.route.weights_dir, self.folder / "features"
+        where = self.route.weights_dir
         if not self.options.skip_files:
-            return anomalygpt.load(where, device=self.device, precision=precision, cache_dir=cache)
+            return anomalygpt.load(where, device=self.device, precision=precision)
         from transformers import LlamaConfig, LlamaForCausalLM
 
         eyes, lora = weights.require(where, "imagebind"), weights.require(where, "pandagpt")
@@ -254,11 +254,10 @@ class Walk:
         torch.set_default_dtype(torch.float32)
         speaker = language.with_lora(speaker, lora).merge_and_unload().eval().requires_grad_(False)
         head, name = anomalygpt.load_head(where, "train_supervised")
+        tower, text = imagebind.load_imagebind(eyes, device=self.device)
         return anomalygpt.AnomalyGPT(
-            imagebind.load_imagebind(eyes, device=self.device), head.eval().to(self.device),
-            language.load_projection(lora).to(self.device),
-            language.Language(speaker, language.load_tokens(self.folder / "tokenizer")),
-            imagebind.text_pair(eyes, cache_dir=cache, device=self.device), name,
+            tower, head.eval().to(self.device), language.load_projection(lora).to(self.device),
+            language.Language(speaker, language.load_tokens(self.folder / "tokenizer")), text, name,
         )  # fmt: skip
 
     def planned(self, n_pictures: int, *, training: bool = False) -> float:

@@ -6,16 +6,19 @@ the differences that a correct implementation showed (specification, Appendix A)
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import tiny_anomalygpt as tiny
 import torch
 
-from helpers.anomalygpt import imagebind, language
+from helpers.anomalygpt import conversations, imagebind, language
 from helpers.anomalygpt import model as anomalygpt
+from helpers.anomalygpt import training as t
 
 FOLDER = Path(os.environ.get("PARITY_FIXTURES") or Path(__file__).parent / "golden")
 FILES = sorted(FOLDER.glob("anomalygpt_seed*.safetensors"))
@@ -36,16 +39,14 @@ def close(found, expected, atol):
 
 @pytest.mark.parametrize(
     ("picture", "mode", "key"),
-    [
-        ("query", "squash", "pre.query_s7"),
-        ("rect", "shortest", "pre.rect_crop_s7"),
-        ("rect", "squash", "pre.rect_squash_s7"),
-    ],
+    [("query", "squash", "query"), ("rect", "shortest", "rect_crop"), ("rect", "squash", "rect_squash")],
 )
 def test_preprocessing_is_identical(chain, picture, mode, key):
     model, _, fixture = chain
     pixels = fixture["in.rect_u8"].numpy() if picture == "rect" else tiny.image(fixture, picture)
-    close(imagebind.preprocess(pixels, model.image_tower.image_size, mode=mode)[:, ::7, ::7], fixture[key], 0)
+    close(
+        imagebind.preprocess(pixels, model.image_tower.image_size, mode=mode)[:, ::7, ::7], fixture[f"pre.{key}_s7"], 0
+    )
 
 
 def test_image_embedding_and_taps(chain):
@@ -66,8 +67,6 @@ def test_text_pair(chain, name):
 
 @pytest.mark.parametrize("name", ["bottle", "object"])
 def test_sentences_are_tokenised_as_published(chain, name):
-    import open_clip
-
     _, _, fixture = chain
     used = fixture["text.clip_ids_used"].long()
     for state, sentences in zip(("normal", "abnormal"), imagebind.sentences(name), strict=True):
@@ -147,8 +146,6 @@ def test_prompt_logits_and_greedy_answer(chain, case):
 
 def unstoppable(speaker):
     """The reference never stops, because it compares compacted ids with the real stop id."""
-    import dataclasses
-
     tokens = dataclasses.replace(speaker.tokens, stop_ids=frozenset(), eos_id=-1)
     return language.Language(speaker.model, tokens)
 
@@ -181,8 +178,6 @@ TRAINING = {"unsup": ("bottle", False, True), "fewshot": ("bottle", True, True),
 @pytest.mark.parametrize("case", TRAINING)
 def test_losses_and_gradients(chain, case):
     """The case "sft" is ordinary instruction data: the answer's loss alone."""
-    from helpers.anomalygpt import training as t
-
     model, _, fixture = chain
     name, few_shot, with_pixels = TRAINING[case]
     head = anomalygpt.AnomalyHead.from_state({k: v.clone() for k, v in model.head.state_dict().items()})
@@ -210,9 +205,6 @@ def test_losses_and_gradients(chain, case):
 
 
 def test_conversation_targets_are_the_published_ones(chain):
-    from helpers.anomalygpt import conversations
-    from helpers.anomalygpt import training as t
-
     model, _, fixture = chain
     answers = [conversations.answer(False), conversations.answer(True, ["bottom right"])]
     texts = [t.question_and_answer(model.language.tokens, tiny.QUESTION, a) for a in answers]
@@ -223,7 +215,5 @@ def test_conversation_targets_are_the_published_ones(chain):
     assert torch.equal(mask, fixture["train.attention_mask"].int())
 
 
-def test_the_question_equals_the_fixture_s(chain):
-    from helpers.anomalygpt import conversations
-
+def test_the_question_equals_the_fixture_s():
     assert conversations.question("bottle") == tiny.QUESTION

@@ -12,48 +12,26 @@ from helpers.anomalygpt import conversations as c
 CELLS = [cell for row in c.CELLS for cell in row]
 
 
+FLAWLESS = "without any damage, flaw, defect, scratch, hole or broken part"
+
+
 @pytest.mark.parametrize(
     ("category", "expected"),
     [
-        (
-            "bottle",
-            "This is a photo of a bottle for anomaly detection, which should be round, without any damage, flaw, "
-            "defect, scratch, hole or broken part.",
-        ),
-        (
-            "metal_nut",
-            "This is a photo of a metal nut for anomaly detection, which should be without any damage, flaw, defect, "
-            "scratch, hole or broken part, and shouldn't be fliped.",
-        ),
-        (
-            "fryum",
-            "This is a photo of a fryum for anomaly detection on green background, which should be without any "
-            "damage, flaw, defect, scratch, hole or broken part.",
-        ),
-        (
-            "tile",
-            "This is a photo of tile for anomaly detection, which should be without any damage, flaw, defect, "
-            "scratch, hole or broken part.",
-        ),
+        ("bottle", f"a bottle for anomaly detection, which should be round, {FLAWLESS}"),
+        ("metal_nut", f"a metal nut for anomaly detection, which should be {FLAWLESS}, and shouldn't be fliped"),
+        ("fryum", f"a fryum for anomaly detection on green background, which should be {FLAWLESS}"),
+        ("tile", f"tile for anomaly detection, which should be {FLAWLESS}"),
+        ("mona_lisa", f"the painting mona lisa for anomaly detection, which should be {FLAWLESS}"),
     ],
 )
-def test_industrial_descriptions_are_the_published_ones(category, expected):
-    assert c.question(category) == f"{expected} Is there any anomaly in the image?"
-
-
-def test_a_painting_is_named():
-    assert "the painting mona lisa for" in c.question("mona_lisa")
+def test_descriptions_are_the_published_ones_and_a_painting_is_named(category, expected):
+    assert c.question(category) == f"This is a photo of {expected}. Is there any anomaly in the image?"
 
 
 @pytest.mark.parametrize(
     ("row", "column", "cell"),
-    [
-        (0, 0, "top left"),
-        (1 / 3, 1 / 3, "top left"),
-        (0.34, 0.5, "center"),
-        (2 / 3, 0.67, "right"),
-        (0.99, 0.5, "bottom"),
-    ],
+    [(0, 0, "top left"), (1 / 3, 1 / 3, "top left"), (0.34, 0.5, "center"), (2 / 3, 0.67, "right"), (1, 0.5, "bottom")],
 )
 def test_cells(row, column, cell):
     assert c.cell_of(row, column) == cell
@@ -70,35 +48,21 @@ def test_cells_of_mask_largest_first_without_crumbs():
 
 @given(st.lists(st.sampled_from(CELLS), min_size=1, max_size=5))
 def test_what_is_said_is_read_back(cells):
-    parsed = c.parse_answer(c.answer(True, cells))
-    assert parsed == c.ParsedAnswer(True, frozenset(cells))
-
-
-def test_two_anomalies_in_one_cell_are_named_once():
-    expected = "Yes, there are 2 anomalies in the image, they are at the top of the image."
-    assert c.answer(True, ["top", "top"]) == expected
+    assert c.parse_answer(c.answer(True, cells)) == (True, frozenset(cells))
 
 
 @pytest.mark.parametrize(
-    ("text", "verdict"),
+    ("verdict", "texts"),
     [
-        ("No, there is no anomaly in the image.", False),
-        (" no.", False),
-        ("Yes", True),
-        ('"Yes", there is a defect.', True),
-        ("", None),
-        ("Note the frame.", None),
-        ("Yesterday it was whole.", None),
-        ("The image shows a woman. No, there is no anomaly.", None),
-        ("Yes, there is no anomaly in the image.", None),
-        ("No, there is an anomaly in the image.", None),
-        ("Yes/No", None),
-        ("Yes or no?", None),
-        ("I cannot say.", None),
+        (False, ["No, there is no anomaly in the image.", " no."]),
+        (True, ["Yes", '"Yes", there is a defect.']),
+        (None, ["", "Note the frame.", "Yesterday it was whole.", "I cannot say.", "Yes/No", "Yes or no?"]),
+        (None, ["The image shows a woman. No, there is no anomaly.", "Yes, there is no anomaly in the image."]),
+        (None, ["No, there is an anomaly in the image."]),
     ],
 )
-def test_strict_verdicts(text, verdict):
-    assert c.answers_say(text) is verdict
+def test_strict_verdicts(verdict, texts):
+    assert [c.answers_say(text) for text in texts] == [verdict] * len(texts)
 
 
 @given(st.text(max_size=60))

@@ -87,7 +87,7 @@ def mini(home: Path) -> profiles.Profile:
             "n_epochs": 2, "batch_size": 4, "micro_batch": 2, "n_tuning": 2, "wording": "short", "checkpoint_every": 1,
         },
         testing={
-            "shots": (0, 2), "row_shots": 2, "answered_shots": (0, 2), "n_draws": 1, "wording": "short",
+            "shots": (0, 2), "row_shots": 2, "n_draws": 1, "wording": "short",
             "n_sentences": 3, "n_controls": 2, "max_new_tokens": 4,
         },
     )  # fmt: skip

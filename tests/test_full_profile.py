@@ -39,7 +39,7 @@ def test_every_value_is_accepted_by_what_it_is_for(full: profiles.Profile, monke
     assert (clip.model, clip.pretrained) in open_clip.list_pretrained() and timm.is_model_pretrained(clip.cnn_model)
     patch = open_clip.get_model_config(clip.model)["vision_cfg"]["patch_size"]
     assert clip.image_size % patch == 0 and prompts.image_size % patch == 0
-    training = pairs.from_preset(gpt.preset, **gpt.training)
+    training = pairs.HeadTraining(**pairs.PRESETS[gpt.preset], **gpt.training)
     assert training.batch_size % training.micro_batch == 0 and training.n_epochs == 15
     evaluation.EvaluationSettings(alpha=full.alpha, seed=full.seed, **gpt.testing)
     assert {gpt.precision, gpt.training_precision} <= set(language.BYTES_PER_WEIGHT)

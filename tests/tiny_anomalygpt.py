@@ -6,14 +6,24 @@ The published layout of ImageBind is renamed here, independently of notebook 01'
 from __future__ import annotations
 
 import re
+import tempfile
+import zlib
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from helpers import files
 from helpers.anomalygpt import imagebind, language
 from helpers.anomalygpt import model as anomalygpt
+from helpers.data import images, manifest
+from helpers.records import Sample
 
+FIXTURE = Path(__file__).parent / "golden" / "anomalygpt_seed0.safetensors"
 DESCRIPTION = (
     "This is a photo of a bottle for anomaly detection, which should be round, without any damage, flaw, defect, "
     "scratch, hole or broken part."
@@ -31,58 +41,57 @@ _LLAMA_IDS = {
         *(1939, 29889, 13, 2277, 29937, 12968, 29901, 1724, 338, 372, 29973, 13, 2277, 29937, 4007, 22137, 29901),
     ],
 }
+_NORM = {"norm_kwargs": {"eps": 1e-6}}
 CLIP_CONFIG = {
-    "embed_dim": 32,
-    "quick_gelu": False,
-    "vision_cfg": {
-        "layers": 8, "width": 48, "head_width": 12, "patch_size": 14, "image_size": 224, "norm_kwargs": {"eps": 1e-6},
-    },
-    "text_cfg": {
-        "context_length": 77, "vocab_size": 54, "width": 32, "heads": 4, "layers": 3, "norm_kwargs": {"eps": 1e-6},
-    },
+    "embed_dim": 32, "quick_gelu": False,
+    "vision_cfg": {"layers": 8, "width": 48, "head_width": 12, "patch_size": 14, "image_size": 224} | _NORM,
+    "text_cfg": {"context_length": 77, "vocab_size": 54, "width": 32, "heads": 4, "layers": 3} | _NORM,
 }  # fmt: skip
 LORA_CONFIG = {
-    "r": 4, "lora_alpha": 4, "lora_dropout": 0.1, "bias": "none", "task_type": "CAUSAL_LM",
+    "peft_type": "LORA", "r": 4, "lora_alpha": 4, "lora_dropout": 0.1, "bias": "none", "task_type": "CAUSAL_LM",
     "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+}  # fmt: skip
+LLAMA_CONFIG = {
+    "vocab_size": 69, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "tie_word_embeddings": False,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+}  # fmt: skip
+_RENAMED = (
+    ("modality_trunks.vision.pre_transformer_layer.0.", "visual.ln_pre."),
+    ("modality_trunks.vision.blocks.", "visual.transformer.resblocks."),
+    ("modality_heads.vision.0.", "visual.ln_post."),
+    ("modality_preprocessors.vision.cls_token", "visual.class_embedding"),
+    ("modality_preprocessors.vision.pos_embedding_helper.pos_embed", "visual.positional_embedding"),
+    ("modality_preprocessors.vision.rgbt_stem.proj.1.weight", "visual.conv1.weight"),
+    ("modality_heads.vision.2.weight", "visual.proj"),
+    ("modality_preprocessors.text.token_embedding.", "token_embedding."),
+    ("modality_preprocessors.text.pos_embed", "positional_embedding"),
+    ("modality_trunks.text.blocks.", "transformer.resblocks."),
+    ("modality_heads.text.proj.0.", "ln_final."),
+    ("modality_heads.text.proj.1.weight", "text_projection"),
+    ("modality_postprocessors.text.1.log_logit_scale", "logit_scale"),
+    (".norm_1.", ".ln_1."), (".norm_2.", ".ln_2."), (".mlp.fc1.", ".mlp.c_fc."), (".mlp.fc2.", ".mlp.c_proj."),
+)  # fmt: skip
+_CHANGED = {
+    "visual.conv1.weight": lambda tensor: tensor.sum(dim=2), "visual.class_embedding": torch.flatten,
+    "visual.positional_embedding": lambda tensor: tensor[0], "positional_embedding": lambda tensor: tensor[0],
+    "visual.proj": lambda tensor: tensor.T.contiguous(), "text_projection": lambda tensor: tensor.T.contiguous(),
 }  # fmt: skip
 
 
-def part(fixture: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """The tensors under a prefix, without it."""
-    return {key.removeprefix(prefix): tensor for key, tensor in fixture.items() if key.startswith(prefix)}
+def part(fixture: dict[str, torch.Tensor], *prefixes: str) -> dict[str, torch.Tensor]:
+    """The tensors under a prefix, without it; under several, with theirs."""
+    cut = prefixes[0] if len(prefixes) == 1 else ""
+    return {key.removeprefix(cut): tensor for key, tensor in fixture.items() if key.startswith(prefixes)}
 
 
 def imagebind_to_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """ImageBind's published names and shapes -> ``open_clip.CLIP``'s."""
     renamed = {}
     for key, tensor in state.items():
-        if key == "modality_preprocessors.vision.rgbt_stem.proj.1.weight":
-            renamed["visual.conv1.weight"] = tensor.sum(dim=2)
-        elif key == "modality_preprocessors.vision.cls_token":
-            renamed["visual.class_embedding"] = tensor.reshape(-1)
-        elif key == "modality_preprocessors.vision.pos_embedding_helper.pos_embed":
-            renamed["visual.positional_embedding"] = tensor[0]
-        elif key == "modality_heads.vision.2.weight":
-            renamed["visual.proj"] = tensor.T.contiguous()
-        elif key == "modality_preprocessors.text.pos_embed":
-            renamed["positional_embedding"] = tensor[0]
-        elif key == "modality_heads.text.proj.1.weight":
-            renamed["text_projection"] = tensor.T.contiguous()
-        else:
-            for pattern, new in (
-                (r"^modality_trunks\.vision\.pre_transformer_layer\.0\.", "visual.ln_pre."),
-                (r"^modality_trunks\.vision\.blocks\.", "visual.transformer.resblocks."),
-                (r"^modality_heads\.vision\.0\.", "visual.ln_post."),
-                (r"^modality_preprocessors\.text\.token_embedding\.", "token_embedding."),
-                (r"^modality_trunks\.text\.blocks\.", "transformer.resblocks."),
-                (r"^modality_heads\.text\.proj\.0\.", "ln_final."),
-                (r"^modality_postprocessors\.text\.1\.log_logit_scale$", "logit_scale"),
-                (r"\.norm_([12])\.", r".ln_\1."),
-                (r"\.mlp\.fc1\.", ".mlp.c_fc."),
-                (r"\.mlp\.fc2\.", ".mlp.c_proj."),
-            ):
-                key = re.sub(pattern, new, key)
-            renamed[key] = tensor
+        for old, new in _RENAMED:
+            key = key.replace(old, new)
+        renamed[key] = _CHANGED.get(key, lambda same: same)(tensor)
     return renamed
 
 
@@ -108,73 +117,45 @@ def chat_tokens(fixture: dict[str, torch.Tensor]) -> language.ChatTokens:
     )  # fmt: skip
 
 
-def llama_config(**changes):
-    """The sizes of the fixture's language model."""
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=69, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, rms_norm_eps=1e-6, max_position_embeddings=2048, tie_word_embeddings=False,
-        bos_token_id=1, eos_token_id=2, pad_token_id=2, **changes,
-    )  # fmt: skip
-
-
-def write_adapter(folder: Path, published: dict[str, torch.Tensor], config: dict) -> Path:
+def write_adapter(folder: Path, fixture: dict[str, torch.Tensor]) -> Path:
     """PandaGPT's LoRA under peft's names, as notebook 01 writes it."""
-    import json
-
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
-    lora = {
-        key.removeprefix("llama_model.").replace(".default.", "."): tensor.contiguous()
-        for key, tensor in published.items()
-        if "lora_" in key
-    }
+    lora = {k.replace(".default.", "."): t for k, t in part(fixture, "sd.llama_model.").items() if "lora_" in k}
     save_file(lora, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "LORA"}))
+    files.write_json(folder / "adapter_config.json", LORA_CONFIG)
     return folder
 
 
-def llama(fixture: dict[str, torch.Tensor]):
-    """The fixture's language model with its LoRA merged by the real loader's function."""
-    import tempfile
-
-    from transformers import LlamaForCausalLM
-
+def bare_llama(fixture: dict[str, torch.Tensor]) -> LlamaForCausalLM:
+    """The fixture's language model without its LoRA."""
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA_CONFIG))
     state = part(fixture, "sd.llama_model.base_model.model.")
-    model = LlamaForCausalLM(llama_config())
     model.load_state_dict({key: tensor for key, tensor in state.items() if "lora_" not in key})
-    with tempfile.TemporaryDirectory() as folder:
-        adapter = write_adapter(Path(folder), part(fixture, "sd."), LORA_CONFIG)
-        return language.with_lora(model, adapter).merge_and_unload()
+    return model
 
 
 def build(path: Path) -> tuple[anomalygpt.AnomalyGPT, torch.nn.Module, dict[str, torch.Tensor]]:
-    """The whole chain of a fixture file (it speaks of an "object"), CLIP's text tower, and the fixture."""
+    """The whole chain of a fixture file (it speaks of an "object"), CLIP with both towers, and the fixture."""
     fixture = load_file(path)
-    towers = imagebind_to_open_clip(part(fixture, "sd.imagebind."))
-    visual = {key: tensor for key, tensor in towers.items() if key.startswith("visual.")}
-    rest = {key: tensor for key, tensor in towers.items() if not key.startswith("visual.")}
+    clip = imagebind.build_clip(CLIP_CONFIG, imagebind_to_open_clip(part(fixture, "sd.imagebind.")))
     weight, bias = fixture["sd.llama_proj.weight"], fixture["sd.llama_proj.bias"]
     projection = torch.nn.Linear(weight.shape[1], weight.shape[0])
     projection.load_state_dict({"weight": weight, "bias": bias})
-    published = {k: v for k, v in part(fixture, "sd.").items() if k.startswith(("image_decoder", "prompt_learner"))}
+    with tempfile.TemporaryDirectory() as folder:
+        llama = language.with_lora(bare_llama(fixture), write_adapter(Path(folder), fixture)).merge_and_unload()
     model = anomalygpt.AnomalyGPT(
-        imagebind.image_tower(imagebind.build_clip(CLIP_CONFIG, visual, part="visual")),
-        anomalygpt.AnomalyHead.from_state(published),
+        imagebind.image_tower(clip),
+        anomalygpt.AnomalyHead.from_state(part(part(fixture, "sd."), "image_decoder", "prompt_learner")),
         projection.requires_grad_(False),
-        language.Language(llama(fixture).eval().requires_grad_(False), chat_tokens(fixture)),
+        language.Language(llama.eval().requires_grad_(False), chat_tokens(fixture)),
         fixture["text.feats_object"][0],
     )
-    return model, imagebind.build_clip(CLIP_CONFIG, rest, part="text"), fixture
+    return model, clip, fixture
 
 
 def about(model: anomalygpt.AnomalyGPT, fixture: dict[str, torch.Tensor], name: str) -> anomalygpt.AnomalyGPT:
     """The same chain with the text features of another name."""
-    import dataclasses
-
-    return dataclasses.replace(model, text=fixture[f"text.feats_{name}"][0])
+    return replace(model, text=fixture[f"text.feats_{name}"][0])
 
 
 def training_batch(model: anomalygpt.AnomalyGPT, fixture: dict[str, torch.Tensor], *, few_shot: bool):
@@ -185,12 +166,9 @@ def training_batch(model: anomalygpt.AnomalyGPT, fixture: dict[str, torch.Tensor
     masks[1, 20:60, 30:90] = 0.2
     masks[1, 30:40, 40:60] = 0.31
     batch = {
-        "embedding": features.embedding,
-        "taps": features.taps,
-        "masks": masks,
-        "ids": fixture["train.input_ids"].long(),
-        "targets": fixture["train.target_ids"].long(),
-    }
+        "embedding": features.embedding, "taps": features.taps, "masks": masks,
+        "ids": fixture["train.input_ids"].long(), "targets": fixture["train.target_ids"].long(),
+    }  # fmt: skip
     if few_shot:
         pixels = model.image_tower.preprocess(image(fixture, "normal0"))[None]
         bank = anomalygpt.build_bank(model.image_tower.features(anomalygpt.rotations(pixels)).taps)
@@ -201,8 +179,6 @@ def training_batch(model: anomalygpt.AnomalyGPT, fixture: dict[str, torch.Tensor
 
 def talkative(model: anomalygpt.AnomalyGPT) -> anomalygpt.AnomalyGPT:
     """The same chain with a vocabulary of hashed words, so that any text can be asked; it never ends an answer."""
-    import dataclasses
-    import zlib
 
     def encode(text: str) -> list[int]:
         return [3 + zlib.crc32(word.encode()) % 60 for word in re.findall(r"\w+|[^\w ]+", text)]
@@ -210,76 +186,53 @@ def talkative(model: anomalygpt.AnomalyGPT) -> anomalygpt.AnomalyGPT:
     tokens = language.ChatTokens(
         encode, lambda ids: " ".join(f"w{i}" for i in ids), 1, -1, 2, frozenset(), encode("Yes")[0], encode("No")[0]
     )
-    return dataclasses.replace(model, language=language.Language(model.language.model, tokens))
+    return replace(model, language=language.Language(model.language.model, tokens))
 
 
 def write_weights(folder: Path, path: Path) -> Path:
     """The tiny chain of a fixture in the folders of notebook 01, with a whole CLIP vocabulary and a word tokenizer."""
-    from safetensors.torch import save_file
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-
-    from helpers import files
-
     fixture = load_file(path)
-    base = LlamaForCausalLM(llama_config())
-    plain = part(fixture, "sd.llama_model.base_model.model.")
-    base.load_state_dict({key: tensor for key, tensor in plain.items() if "lora_" not in key})
-    base.save_pretrained(folder / "vicuna")
+    bare_llama(fixture).save_pretrained(folder / "vicuna")
     words = ["<unk>", "<s>", "</s>", "Yes", "No", "#", "###", "."] + [f"w{i}" for i in range(61)]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     fast.save_pretrained(folder / "vicuna")
-    published = part(fixture, "sd.")
     towers = imagebind_to_open_clip(part(fixture, "sd.imagebind."))
     towers["token_embedding.weight"] = torch.randn(49408, 32, generator=torch.Generator().manual_seed(0))
+    published = part(fixture, "sd.")
     states = {
-        "imagebind": towers,
-        "pandagpt": {k: v for k, v in published.items() if k.startswith("llama_proj")},
-        "anomalygpt/train_supervised": {
-            k: v for k, v in published.items() if k.startswith(("image_decoder", "prompt_learner"))
-        },
-    }
+        "imagebind": towers, "pandagpt": {k: v for k, v in published.items() if k.startswith("llama_proj")},
+        "anomalygpt/train_supervised": part(published, "image_decoder", "prompt_learner"),
+    }  # fmt: skip
     for name, state in states.items():
         (folder / name).mkdir(parents=True)
         save_file({k: v.contiguous().clone() for k, v in state.items()}, folder / name / "model.safetensors")
     text = CLIP_CONFIG["text_cfg"] | {"vocab_size": 49408}
     files.write_json(folder / "imagebind" / "config.json", CLIP_CONFIG | {"text_cfg": text})
-    write_adapter(folder / "pandagpt", published, LORA_CONFIG)
+    write_adapter(folder / "pandagpt", fixture)
     for name in ("vicuna", *states):
-        there = {
-            p.name: {"bytes": p.stat().st_size, "sha256": files.sha256_file(p)}
-            for p in (folder / name).iterdir()
-            if p.is_file()
-        }
-        ready = {"component": name, "files": there, "source": {}, "notes": [], "details": {}, "format": 1}
+        there = [path for path in (folder / name).iterdir() if path.is_file()]
+        entries = {p.name: {"bytes": p.stat().st_size, "sha256": files.sha256_file(p)} for p in there}
+        ready = {"component": name, "files": entries, "source": {}, "notes": [], "details": {}, "format": 1}
         files.write_json(folder / name / "READY.json", ready)
     return folder
 
 
-def write_dataset(folder: Path):
+def write_dataset(folder: Path) -> manifest.Dataset:
     """Two artworks: 4 train and 4 calibration normals, 3 normal and 4 anomalous test pictures (one without mask)."""
-    import numpy as np
-
-    from helpers.data import images, manifest
-    from helpers.records import Sample
-
-    random = np.random.default_rng(1)
-    samples = []
+    random, samples = np.random.default_rng(1), []
     for category in ("one", "two"):
         base = random.integers(60, 200, (8, 10, 3), dtype=np.uint8).repeat(12, axis=0).repeat(12, axis=1)
         for split, n in (("train", 4), ("calibration", 4), ("test", 7)):
             for i in range(n):
                 picture = np.clip(base.astype(int) + random.integers(-9, 9, base.shape), 0, 255).astype(np.uint8)
-                is_anomalous = split == "test" and i >= 3
-                mask_path = None
+                is_anomalous, mask_path = split == "test" and i >= 3, None
                 if is_anomalous:
-                    top, left = 10 + 15 * (i - 3), 20 + 20 * (i - 3)
-                    picture[top : top + 25, left : left + 25] = (250, 10, 10)
+                    mask = np.zeros(picture.shape[:2], dtype=bool)
+                    mask[10 + 15 * (i - 3) :, 20 + 20 * (i - 3) :][:25, :25] = True
+                    picture[mask] = (250, 10, 10)
                     if i < 6:
-                        mask = np.zeros(picture.shape[:2], dtype=bool)
-                        mask[top : top + 25, left : left + 25] = True
                         mask_path = folder / f"{category}_{i}_mask.png"
                         images.save_png(mask_path, mask)
                 path = folder / f"{category}_{split}_{i}.png"

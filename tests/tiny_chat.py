@@ -11,7 +11,6 @@ from helpers import data, files, results
 from helpers.anomalygpt import conversations
 from helpers.anomalygpt.evaluation import EvaluationSettings, draw_references
 from helpers.anomalygpt.model import AnomalyGPT
-from helpers.anomalygpt.training import normals_of
 from helpers.chat import detectors
 from helpers.chat import session as chat
 from helpers.data import images
@@ -19,7 +18,7 @@ from helpers.records import Sample, Scored
 
 FIXTURE = Path(__file__).parent / "golden" / "anomalygpt_seed0.safetensors"
 SETTINGS = EvaluationSettings(
-    shots=(0, 2), n_draws=1, row_shots=2, answered_shots=(0, 2), wording="short", n_sentences=1, n_controls=0,
+    shots=(0, 2), n_draws=1, row_shots=2, wording="short", n_sentences=1, n_controls=0,
     max_new_tokens=4, alpha=0.25,
 )  # fmt: skip
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&`*_[x](javascript:alert(3))"
@@ -64,7 +63,7 @@ def write_results(model: AnomalyGPT, dataset: data.Dataset, home: Path) -> None:
     """Results of AnomalyGPT's map beside its references, and of :func:`redness` under AnomalyCLIP's name."""
 
     def look(category: str, pictures: list[np.ndarray]) -> list[Scored]:
-        drawn = draw_references(normals_of(dataset, category)[0], SETTINGS.row_shots, 0, SETTINGS.seed)
+        drawn = draw_references(dataset, category, SETTINGS.row_shots, 0, SETTINGS.seed)
         seen = model.look(pictures, references=[images.load_image(sample.image_path) for sample in drawn])
         return [Scored(float(score), one) for score, one in zip(seen.scores, seen.maps.numpy())]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -49,36 +48,17 @@ _INDUSTRIAL = {
 }
 
 _VERDICT = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
-_DENIAL = re.compile(
-    r"\b(no|not any|without any|free (?:from|of)) (?:\w+ )?(anomal|defect|flaw|damage|irregular)", re.I
-)
+_DENIAL = re.compile(r"\b(no|not any|without any|free (from|of)) (\w+ )?(anomal|defect|flaw|damage|irregular)", re.I)
 _CLAIM = re.compile(r"\bthere (?:is|are) (?:an?|\d+|several|some) (?:\w+ )?(anomal|defect|flaw|irregular)", re.I)
 # Longest first, so that "top left" is not read as "top" and "left".
-_PLACE = re.compile(
-    r"\b(" + "|".join(sorted((c for row in CELLS for c in row), key=len, reverse=True)) + r")\b", re.IGNORECASE
-)
-
-
-class ParsedAnswer(NamedTuple):
-    """What a sentence says: True (anomalous), False, or None without a clear verdict; and the cells that it names."""
-
-    is_anomalous: bool | None
-    cells: frozenset[str] = frozenset()
+_PLACE = re.compile(rf"\b({'|'.join(sorted(sum(CELLS, ()), key=len, reverse=True))})\b", re.IGNORECASE)
 
 
 def question(category: str | None, *, wording: str | None = "published") -> str:
-    """The question about a picture, with what it shows before it.
+    """The question about a picture, with what it shows before it; a category that MVTec AD and VisA do not have is
+    called a painting. ``wording`` is one of :data:`WORDINGS` (the short one has a third of the tokens); None, as no
+    category, names nothing.
 
-    Args:
-        category: of the dataset; of MVTec AD and VisA with the published wording, any other is called a painting of
-            that name; None asks without naming anything.
-        wording: one of :data:`WORDINGS`: the published one, or a short sentence (a third of the tokens) for small
-            machines; None asks without naming anything.
-    Raises:
-        ValueError: no such wording.
-
-    >>> question(None)
-    'Is there any anomaly in the image?'
     >>> question("mona_lisa", wording="short")
     'This is the painting mona lisa. Is there any anomaly in the image?'
     """
@@ -99,8 +79,8 @@ def cell_of(row: float, column: float) -> str:
     >>> cell_of(1 / 3, 0.9)
     'top right'
     """
-    thirds = [0 if share <= 1 / 3 else 1 if share <= 2 / 3 else 2 for share in (row, column)]
-    return CELLS[thirds[0]][thirds[1]]
+    row, column = (sum(share > third for third in (1 / 3, 2 / 3)) for share in (row, column))
+    return CELLS[row][column]
 
 
 def cell_of_center(mask: np.ndarray) -> str:
@@ -130,50 +110,42 @@ def answer(is_anomalous: bool, cells: Sequence[str] = ()) -> str:
     """
     if not is_anomalous:
         return NORMAL_ANSWER
-    if not cells:
-        return "Yes, there is an anomaly in the image."
-    if len(cells) == 1:
-        return f"Yes, there is an anomaly in the image, at the {cells[0]} of the image."
+    if len(cells) < 2:
+        return f"Yes, there is an anomaly in the image{f', at the {cells[0]} of the image' if cells else ''}."
     *most, last = dict.fromkeys(cells)
     places = f"{', '.join(most)} and {last}" if most else last
     return f"Yes, there are {len(cells)} anomalies in the image, they are at the {places} of the image."
 
 
-def parse_answer(text: str) -> ParsedAnswer:
-    """Read an answer strictly: it must begin with Yes or No and must not contradict itself.
+def parse_answer(text: str) -> tuple[bool | None, frozenset[str]]:
+    """What an answer says, True (anomalous), False, or None without a clear verdict, and the cells that it names.
 
-    The published evaluation looks for "Yes" or "No" anywhere, so that "Note" counts as "No".
+    It is read strictly: it must begin with Yes or No and must not contradict itself. (The published evaluation looks
+    for "Yes" or "No" anywhere, so that "Note" counts as "No".)
 
-    >>> parse_answer("Yes, there is an anomaly in the image, at the top left of the image.").cells
-    frozenset({'top left'})
-    >>> parse_answer("Note the frame.").is_anomalous is None
-    True
+    >>> parse_answer("Yes, there is an anomaly in the image, at the top left of the image.")
+    (True, frozenset({'top left'}))
     """
     match = _VERDICT.match(text)
     if match is None:
-        return ParsedAnswer(None)
+        return None, frozenset()
     says_yes = match.group(1).lower() == "yes"
     rest = text[match.end() :]
     first_sentence = rest.split(".")[0]
     if _VERDICT.search(rest.partition("\n")[0][:8]) or (_DENIAL if says_yes else _CLAIM).search(first_sentence):
-        return ParsedAnswer(None)
-    if not says_yes:
-        return ParsedAnswer(False)
-    return ParsedAnswer(True, frozenset(place.lower() for place in _PLACE.findall(first_sentence)))
+        return None, frozenset()
+    return says_yes, frozenset(place.lower() for place in _PLACE.findall(first_sentence) if says_yes)
 
 
 def answers_say(text: str) -> bool | None:
     """What an answer says of its picture: True anomalous, False normal, None unclear (an empty answer, too)."""
-    return parse_answer(text).is_anomalous
+    return parse_answer(text)[0]
 
 
 def place_is_right(text: str, mask: np.ndarray) -> bool | None:
-    """Whether an answer about an anomalous picture names the place of its mask, bool ``(H, W)``.
-
-    True when the cell of the largest region's centre, or of the centre of all anomalous pixels, is named, and no more
-    cells than the mask has regions: naming all nine is not right. None when the mask is empty.
-    """
-    true_cells, named = cells_of_mask(mask), parse_answer(text).cells
+    """Whether an answer about an anomalous picture names the place of its mask, bool ``(H, W)``: the cell of the centre
+    of the largest region or of all, and no more cells than there are regions. None for an empty mask."""
+    true_cells, named = cells_of_mask(mask), parse_answer(text)[1]
     if not true_cells:
         return None
     return bool({true_cells[0], cell_of_center(mask)} & named) and len(named) <= len(true_cells)

@@ -1,9 +1,7 @@
 """AnomalyGPT: anomaly maps from ImageBind's patches, prompts made of the map, and a language model that answers.
 
-Three frozen parts (ImageBind's image tower, the projection and LoRA of PandaGPT, Vicuna) and one trained part, the
-:class:`AnomalyHead`: image decoder and prompt learner. Where paper and published code differ, the code is followed,
-because its weights were trained with it: logits are enlarged before the softmax, the four maps are averaged, and in
-few-shot mode the memory-bank map replaces the decoder's map.
+Where paper and published code differ, the code is followed, because its weights were trained with it: logits are
+enlarged before the softmax, the four maps are averaged, and the few-shot map replaces the decoder's map.
 
 Source: Gu et al., AnomalyGPT, AAAI 2024; code CASIA-IVA-Lab/AnomalyGPT at f21c51b.
 """
@@ -11,14 +9,14 @@ Source: Gu et al., AnomalyGPT, AAAI 2024; code CASIA-IVA-Lab/AnomalyGPT at f21c5
 from __future__ import annotations
 
 import gc
-import itertools
-import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from torch import nn
 
@@ -34,8 +32,6 @@ LOGIT_SCALE = 100.0
 PROMPT_CHANNELS = (4, 16, 64, 256, 1024)
 CHECKPOINTS = ("train_mvtec", "train_visa", "train_supervised")
 """The published checkpoints by the folder names of their authors."""
-RESERVE_GB = 1.5
-"""Of a GPU: CUDA's own memory and what fragments."""
 
 
 class ImageDecoder(nn.Module):
@@ -58,7 +54,7 @@ class PromptLearner(nn.Module):
     def __init__(self, hidden: int, channels: Sequence[int] = PROMPT_CHANNELS) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for n_in, n_out in itertools.pairwise([1, *channels]):
+        for n_in, n_out in pairwise([1, *channels]):
             layers += [nn.Conv2d(n_in, n_out, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
         self.meta_net = nn.Sequential(*layers, nn.Conv2d(channels[-1], hidden, 5))
         self.base_prompts = nn.Parameter(torch.randn(N_BASE_PROMPTS, hidden))
@@ -79,38 +75,22 @@ class AnomalyHead(nn.Module):
 
     @classmethod
     def from_state(cls, state: Mapping[str, torch.Tensor]) -> AnomalyHead:
-        """The head of a checkpoint, in float32; all sizes are read from the tensors.
-
-        Raises:
-            ValueError: a key is missing, unknown, or has a shape that does not fit the others.
-        """
-        hint = "Prepare it again with notebook 01, or train it with notebook 06."
-        widths = {
-            key: len(w) for key, w in state.items() if re.fullmatch(r"prompt_learner\.meta_net\.\d+\.weight", key)
-        }
-        channels = [widths[key] for key in sorted(widths, key=lambda key: int(key.split(".")[2]))][:-1]
+        """The head of a checkpoint, in float32, sizes read from its tensors; a ``ValueError`` where they do not fit."""
         try:
             joint_width, width = state["image_decoder.fc.0.weight"].shape
-            hidden = state["prompt_learner.base_prompts"].shape[1]
-        except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(
-                f"This is no AnomalyGPT checkpoint: {error} is missing or misshapen among {len(state)} tensors, first "
-                f"{sorted(state)[:3]}. {hint}"
-            ) from None
-        with torch.device("meta"):
-            head = cls(width, joint_width, hidden, channels or PROMPT_CHANNELS)
-        imagebind.load_strictly(head, {k: tensor.float() for k, tensor in state.items()}, "an AnomalyGPT head", hint)
-        return head.requires_grad_(True)
-
-
-# --- maps ------------------------------------------------------------------------------------------------------------
+            *channels, hidden = (len(state[f"prompt_learner.meta_net.{3 * n}.weight"]) for n in range(6))
+            with torch.device("meta"):
+                head = cls(width, joint_width, hidden, channels)
+            head.load_state_dict({key: tensor.float() for key, tensor in state.items()}, assign=True)
+        except (KeyError, RuntimeError) as error:
+            hint = "Prepare it again with notebook 01, or train it with notebook 06."
+            raise ValueError(f"This is no AnomalyGPT head: {' '.join(str(error).split())[:300]} {hint}") from None
+        return head
 
 
 def probabilities(logits: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Patch logits ``(T, B, N, 2)`` -> pixel probabilities ``(T, B, 2, 224, 224)`` of normal and abnormal.
-
-    The softmax comes after the interpolation; the other order differs by up to 0.14. N = rows * columns of ``grid``.
-    """
+    """Patch logits ``(T, B, N, 2)`` -> pixel probabilities ``(T, B, 2, 224, 224)`` of normal and abnormal. The softmax
+    comes after the interpolation; the other order differs by up to 0.14."""
     planes = logits.flatten(0, 1).transpose(1, 2).unflatten(2, grid)  # (T * B, 2, rows, columns)
     return enlarge(planes.float()).softmax(dim=1).unflatten(0, logits.shape[:2])
 
@@ -118,11 +98,6 @@ def probabilities(logits: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 def enlarge(planes: torch.Tensor) -> torch.Tensor:
     """Planes float ``(B, C, rows, columns)`` -> ``(B, C, 224, 224)``, bilinear, corner on corner."""
     return nn.functional.interpolate(planes, size=(MAP_SIZE, MAP_SIZE), mode="bilinear", align_corners=True)
-
-
-def decoder_map(probability: torch.Tensor) -> torch.Tensor:
-    """The zero-shot anomaly map ``(B, S, S)`` in [0, 1]: abnormal probability, averaged over the taps."""
-    return probability[:, :, 1].mean(dim=0)
 
 
 def build_bank(taps: torch.Tensor) -> torch.Tensor:
@@ -147,9 +122,6 @@ def rotations(pixels: torch.Tensor) -> torch.Tensor:
     return torch.cat([pixels.rot90(quarter, (2, 3)) for quarter in range(4)])
 
 
-# --- the chain -------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Look:
     """What AnomalyGPT sees in a batch of pictures: computed once, asked about many times."""
@@ -166,15 +138,14 @@ class Look:
         """Image scores, float64 ``(B,)``: the maximum of each map, as published."""
         return self.maps.flatten(1).amax(dim=1).double().numpy()
 
-    def take(self, indices: Sequence[int]) -> Look:
+    def take(self, chosen: slice | Sequence[int]) -> Look:
         """The look at some of the pictures."""
-        chosen = list(indices)
         return Look(self.maps[chosen], self.image_tokens[chosen], self.prompts[chosen])
 
     @staticmethod
-    def join(parts: Sequence[Look]) -> Look:
+    def join(looks: Sequence[Look]) -> Look:
         """Batches one after the other."""
-        return Look(*(torch.cat([getattr(p, name) for p in parts]) for name in ("maps", "image_tokens", "prompts")))
+        return Look(*(torch.cat([getattr(p, name) for p in looks]) for name in ("maps", "image_tokens", "prompts")))
 
 
 @dataclass(frozen=True)
@@ -193,61 +164,42 @@ class AnomalyGPT:
         return self.projection.weight.device
 
     def __str__(self) -> str:
-        n_speaks, n_head = (sum(p.numel() for p in m.parameters()) for m in (self.language.model, self.head))
-        stand_in = "" if self.language.hidden in (4096, 5120) else ", a stand-in for the published weights"
-        return (
-            f"language model with {n_speaks / 1e6:,.0f} million frozen numbers{stand_in}\n"
-            f"decoder and prompt learner with {n_head / 1e6:,.1f} million trained ones{stand_in}"
-        )
+        speaks, head = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (self.language.model, self.head))
+        stand_in = "" if self.language.hidden in (4096, 5120) else "; stand-ins for the published weights"
+        return f"language model with {speaks:,.0f} million frozen numbers, head with {head:,.1f} million{stand_in}"
 
     def bank(self, references: Sequence[np.ndarray] | ImageFeatures) -> torch.Tensor:
         """Memory bank ``(T, k * N, W)`` of k normal pictures, uint8 RGB or their features."""
         return build_bank(self._features(references).taps)
 
+    @torch.no_grad()
     def look(
-        self,
-        images: Sequence[np.ndarray] | ImageFeatures,
-        *,
-        references: Sequence[np.ndarray] | torch.Tensor | None = None,
-        maps: np.ndarray | None = None,
-    ) -> Look:
-        """Maps and prompts of pictures, uint8 RGB of any sizes or their features; no gradients.
-
-        The map is the decoder's; with references (normal pictures, or a bank from :meth:`bank`) the few-shot map; or
-        one made elsewhere, ``maps`` float32 ``(B, 224, 224)``.
-        """
-        with torch.no_grad():
-            features = self._features(images)
-            if maps is not None:
-                found = torch.as_tensor(maps, dtype=torch.float32).to(self.device)
-            elif references is None:
-                logits = self.head.image_decoder(features.taps, self.text.to(self.device))
-                found = decoder_map(probabilities(logits, self.image_tower.grid))
-            else:
-                bank = references if isinstance(references, torch.Tensor) else self.bank(references)
-                found = few_shot_map(features.taps, bank.to(self.device), self.image_tower.grid)
-            tokens = self.projection(features.embedding.to(self.projection.weight))[:, None]
-            return Look(found.float().cpu(), tokens, self.head.prompt_learner(found))
+        self, images: Sequence[np.ndarray] | ImageFeatures, *,
+        references: Sequence[np.ndarray] | torch.Tensor | None = None, maps: np.ndarray | None = None,
+    ) -> Look:  # fmt: skip
+        """Maps and prompts of pictures, uint8 RGB of any sizes or their features. The map is the decoder's; with
+        references (normal pictures, or a bank from :meth:`bank`) the few-shot map; or one made elsewhere, ``maps``
+        float32 ``(B, 224, 224)``."""
+        features = self._features(images)
+        if maps is not None:
+            found = torch.as_tensor(maps, dtype=torch.float32).to(self.device)
+        elif references is None:
+            logits = self.head.image_decoder(features.taps, self.text.to(self.device))
+            found = probabilities(logits, self.image_tower.grid)[:, :, 1].mean(dim=0)
+        else:
+            bank = references if isinstance(references, torch.Tensor) else self.bank(references)
+            found = few_shot_map(features.taps, bank.to(self.device), self.image_tower.grid)
+        tokens = self.projection(features.embedding.to(self.projection.weight))[:, None]
+        return Look(found.float().cpu(), tokens, self.head.prompt_learner(found))
 
     def ask(
-        self,
-        look: Look,
-        question: str,
-        *,
-        history: Sequence[tuple[str, str]] = (),
-        max_new_tokens: int = 64,
+        self, look: Look, question: str, *, history: Sequence[tuple[str, str]] = (), max_new_tokens: int = 64,
         on_text: Callable[[str], None] | None = None,
-    ) -> list[str]:
+    ) -> list[str]:  # fmt: skip
         """Cleaned answers to one question, one per picture; they may be empty.
 
-        Args:
-            look: the pictures.
-            question: the same for all.
-            history: earlier turns ``(question, answer)``.
-            max_new_tokens: length limit of the answers.
-            on_text: of a single picture: gets the text of the answer each time it grows.
-        Raises:
-            helpers.anomalygpt.language.PromptTooLong: prompt and answer do not fit the language model's context.
+        ``history`` has earlier turns ``(question, answer)``; ``on_text`` gets the answer about a single picture each
+        time it grows. Raises :class:`~helpers.anomalygpt.language.PromptTooLong`.
         """
         tokens = self.language.tokens
         show = None if on_text is None else lambda ids: on_text(language.clean_answer(tokens.decode(ids)))
@@ -256,12 +208,8 @@ class AnomalyGPT:
         return [language.clean_answer(tokens.decode(ids)) for ids in answers]
 
     def first_token(self, look: Look, question: str) -> tuple[np.ndarray, list[str]]:
-        """What the answers begin with, one prefill for all pictures.
-
-        Returns:
-            float64 ``(B,)``: logit(Yes) - logit(No) at the first answer position, higher = more anomalous; and the
-            text of each picture's most likely first token.
-        """
+        """What the answers begin with: logit(Yes) - logit(No), float64 ``(B,)``, higher = more anomalous, and the text
+        of each most likely first token."""
         logits = language.next_logits(self.language, self.prompt_rows(look, question)).double()
         tokens = self.language.tokens
         scores = logits[:, tokens.yes_id] - logits[:, tokens.no_id]
@@ -277,50 +225,31 @@ class AnomalyGPT:
         return images.to(self.device) if isinstance(images, ImageFeatures) else self.image_tower.embed_images(images)
 
 
-# --- loading ---------------------------------------------------------------------------------------------------------
-
 _loaded: weakref.ref[AnomalyGPT] | None = None
 
 
 def load(
-    weights_dir: Path,
-    *,
-    checkpoint: str | Path | None = "train_supervised",
-    device: str = "cpu",
+    weights_dir: Path, *, checkpoint: str | Path | None = "train_supervised", device: str = "cpu",
     precision: str = "fp32",
-    cache_dir: Path,
-    seed: int = 0,
-) -> AnomalyGPT:
+) -> AnomalyGPT:  # fmt: skip
     """Load the chain that notebook 01 prepared; one that was loaded before is emptied first, two would fit no GPU.
 
     Args:
-        weights_dir: with ``vicuna/``, ``imagebind/``, ``pandagpt/`` and ``anomalygpt/``.
-        checkpoint: one of :data:`CHECKPOINTS`, a folder of notebook 06, or None for a new head (the only choice for
-            13B, for which no head is published).
-        device, precision: see :func:`helpers.anomalygpt.language.load_language`, which tells what is refused.
-        cache_dir: where text features are kept.
-        seed: of a new head.
-    Raises:
-        FileNotFoundError: weights are missing; names the notebook that makes them.
-        ValueError: weights that do not fit each other.
+        weights_dir, checkpoint: see :func:`load_head`; None for a new head (none is published for 13B).
+        device, precision: see :func:`helpers.anomalygpt.language.load_language`.
     """
     global _loaded
-    previous = _loaded and _loaded()
-    if previous is not None:
+    if (previous := _loaded and _loaded()) is not None:
         _empty(previous)
-    folder, lora = weights.require(weights_dir, "imagebind"), weights.require(weights_dir, "pandagpt")
-    vicuna = weights.require(weights_dir, "vicuna")
-    text = imagebind.text_pair(folder, cache_dir=cache_dir, device=device)
-    tower = imagebind.load_imagebind(folder, device=device)
+    vicuna, eyes, lora = (weights.require(weights_dir, name) for name in ("vicuna", "imagebind", "pandagpt"))
+    tower, text = imagebind.load_imagebind(eyes, device=device)
     speaker = language.load_language(vicuna, lora=lora, precision=precision, device=device)
-    projection = language.load_projection(lora).to(device)
     if checkpoint is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            head, checkpoint_id = AnomalyHead(tower.width, tower.joint_width, speaker.hidden), f"new head, seed {seed}"
+        torch.manual_seed(0)
+        head, checkpoint_id = AnomalyHead(tower.width, tower.joint_width, speaker.hidden), "new head"
     else:
         head, checkpoint_id = load_head(weights_dir, checkpoint)
-    check_widths(tower, head, projection, speaker.hidden)
+    projection = language.load_projection(lora).to(device)
     model = AnomalyGPT(tower, head.eval().to(device), projection, speaker, text, checkpoint_id)
     _loaded = weakref.ref(model)
     return model
@@ -329,8 +258,21 @@ def load(
 def with_head(model: AnomalyGPT, weights_dir: Path, checkpoint: str | Path) -> AnomalyGPT:
     """A loaded chain with another head beside its own one: nothing else is loaded again, see :func:`load_head`."""
     head, checkpoint_id = load_head(weights_dir, checkpoint)
-    check_widths(model.image_tower, head, model.projection, model.language.hidden)
     return replace(model, head=head.eval().to(model.device), checkpoint_id=checkpoint_id)
+
+
+def load_head(weights_dir: Path, checkpoint: str | Path) -> tuple[AnomalyHead, str]:
+    """The head of a published checkpoint (a name of :data:`CHECKPOINTS`) or of a folder of notebook 06, and its hash; a
+    ``FileNotFoundError`` names the notebook that makes it."""
+    from safetensors.torch import load_file
+
+    folder = weights.require(weights_dir, f"anomalygpt/{checkpoint}") if checkpoint in CHECKPOINTS else checkpoint
+    path = Path(folder) / "model.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"No trained head in {folder}. Run notebook 06_anomalygpt_train, or use a published one: {CHECKPOINTS}."
+        )
+    return AnomalyHead.from_state(load_file(path)), files.sha256_file(path)
 
 
 def _empty(model: AnomalyGPT) -> None:
@@ -343,75 +285,29 @@ def _empty(model: AnomalyGPT) -> None:
         torch.cuda.empty_cache()
 
 
-def load_head(weights_dir: Path, checkpoint: str | Path) -> tuple[AnomalyHead, str]:
-    """The head of a published checkpoint (by name) or of a folder of notebook 06, and its hash.
-
-    Raises:
-        FileNotFoundError: it is not there; names notebook 01 or 06.
-    """
-    from safetensors.torch import load_file
-
-    if checkpoint in CHECKPOINTS:
-        path = weights.require(weights_dir, f"anomalygpt/{checkpoint}") / "model.safetensors"
-    else:
-        path = Path(checkpoint) / "model.safetensors"
-        if not path.exists():
-            raise FileNotFoundError(
-                f"No trained head in {checkpoint}. Run notebook 06_anomalygpt_train, or use one of the published "
-                f"checkpoints: {', '.join(CHECKPOINTS)}."
-            )
-    return AnomalyHead.from_state(load_file(path)), files.sha256_file(path)
-
-
-def check_widths(tower: ImageBind, head: AnomalyHead, projection: nn.Linear, hidden: int) -> None:
-    """Refuse weights that were made for other models.
-
-    Raises:
-        ValueError: names the numbers that differ and what to do.
-    """
-    decoder, prompts = head.image_decoder.fc[0], head.prompt_learner.base_prompts
-    pairs = (
-        ("image decoder reads tokens of", decoder.in_features, "image tower makes", tower.width),
-        ("image decoder writes", decoder.out_features, "text features have", tower.joint_width),
-        ("prompt learner writes", prompts.shape[1], "language model has", hidden),
-        ("PandaGPT's projection writes", projection.out_features, "language model has", hidden),
-        ("PandaGPT's projection reads", projection.in_features, "image embedding has", tower.joint_width),
-    )
-    wrong = [f"the {left} width {a}, the {right} width {b}" for left, a, right, b in pairs if a != b]
-    if wrong:
-        raise ValueError(
-            f"These weights do not belong together: {'; '.join(wrong)}. The published AnomalyGPT heads fit Vicuna-7B "
-            "only (4096). For another language model prepare its PandaGPT weights in notebook 01 and train a new head "
-            "in notebook 06 (checkpoint=None)."
-        )
-
-
 def check_memory(weights_dir: Path, *, device: str, precision: str, batch_size: int, training: bool = False) -> str:
-    """Compare what the chain needs with all the memory of the device, before anything is loaded; the sum in words.
+    """What the chain needs, in words, before anything is loaded; a ``ValueError`` with three knobs where the device has
+    less memory in all.
 
     The weights are counted by their files. A picture of ``batch_size`` (a training pair is two) takes about 0.15 GB of
     keys, values and taps beside a 7B model; in training, where activations are recomputed, 0.1 GB. Estimates.
-
-    Raises:
-        ValueError: it does not fit; names the three knobs.
     """
-    if device.startswith("cuda"):
-        total = torch.cuda.get_device_properties(0).total_memory / 1e9
-    else:
-        import psutil
-
-        total = psutil.virtual_memory().total / 1e9
-    speaks = sum(f.stat().st_size for f in weights.require(weights_dir, "vicuna").glob("*.safetensors")) / 1e9
-    speaks *= language.BYTES_PER_WEIGHT[precision] / 2  # the files hold float16
-    sees = (weights.require(weights_dir, "imagebind") / "model.safetensors").stat().st_size / 1e9 * 0.64
-    head = 0.45 * (4 if training else 1)
-    batch = batch_size * (0.1 if training else 0.15) * min(1.0, speaks / 13.5)
-    needed = speaks + sees + head + batch + RESERVE_GB
-    told = f"language model {speaks:.1f} in {precision}, image tower {sees:.1f}, head {head:.1f}, pictures {batch:.1f}"
+    is_gpu = device.startswith("cuda")
+    total = torch.cuda.get_device_properties(0).total_memory if is_gpu else psutil.virtual_memory().total
+    vicuna, eyes = (weights.require(weights_dir, name).glob("*.safetensors") for name in ("vicuna", "imagebind"))
+    speaks = sum(file.stat().st_size for file in vicuna) / 1e9 * language.BYTES_PER_WEIGHT[precision] / 2  # of float16
+    parts = {
+        f"language model in {precision}": speaks,
+        "image tower": sum(file.stat().st_size for file in eyes) / 1e9 * 0.64,  # without the text tower
+        "head": 0.45 * (4 if training else 1),
+        "pictures": batch_size * (0.1 if training else 0.15) * min(1.0, speaks / 13.5),
+        "reserve": 1.5,  # CUDA's own, and what fragments
+    }
+    told = ", ".join(f"{name} {gigabytes:.1f}" for name, gigabytes in parts.items())
+    needed, total = sum(parts.values()), total / 1e9
     if needed > total:
         raise ValueError(
             f"AnomalyGPT needs about {needed:.1f} GB of {total:.1f} GB ({told}). Three knobs: precision '8bit' (half) "
-            f"or '4bit' (a third); fewer pictures at a time (now {batch_size}); a GPU with more memory "
-            "(L4: 22.5 GB, A100: 40 GB)."
+            f"or '4bit' (a third); fewer pictures at a time (now {batch_size}); a GPU with more memory (A100: 40 GB)."
         )
-    return f"Memory: about {needed:.1f} GB of {total:.1f} GB ({told}, reserve {RESERVE_GB})"
+    return f"Memory: about {needed:.1f} GB of {total:.1f} GB ({told})"

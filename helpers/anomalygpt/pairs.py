@@ -9,19 +9,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import cv2
 import numpy as np
+from PIL import Image
 
+from helpers import files
 from helpers.anomalygpt import conversations
 from helpers.anomalygpt.model import MAP_SIZE
-from helpers.data import images, mask_of
+from helpers.data import Dataset, images, mask_of
 from helpers.records import Sample
 from helpers.synthesis import LOCAL_KINDS, damaged_view, nsa, seed_for
 
-PRESETS = {"15x8": (15, 8), "15x16": (15, 16), "20x16": (20, 16), "25x16": (25, 16)}
-"""The report's runs: epochs and batch size."""
-OWN_SHARE = FEW_SHOT_SHARE = 0.5
+PRESETS = {
+    f"{n_epochs}x{batch_size}": {"n_epochs": n_epochs, "batch_size": batch_size}
+    for n_epochs, batch_size in ((15, 8), (15, 16), (20, 16), (25, 16))
+}
+"""The report's runs: epochs and batch size of :class:`HeadTraining`."""
+OWN_SHARE = FEW_SHOT_SHARE = REAL_SHARE = 0.5
+TUNING_SHARE = 0.2
 MASK_LIMIT = 0.3
 """A pixel is anomalous above it, as published."""
 
@@ -42,27 +48,11 @@ class HeadTraining:
     seed: int = 42  # of order and simulation
 
     def __post_init__(self) -> None:
-        if self.micro_batch < 1 or self.batch_size % self.micro_batch:
+        if self.micro_batch < 1 or self.batch_size % self.micro_batch or self.learning_rate <= 0 or self.n_epochs < 1:
             raise ValueError(
-                f"micro_batch is {self.micro_batch}, batch_size {self.batch_size}: it must be at least 1 and divide it."
+                f"micro_batch is {self.micro_batch}, batch_size {self.batch_size}, learning_rate {self.learning_rate}, "
+                f"n_epochs {self.n_epochs}: micro_batch must divide batch_size, and all must be positive."
             )
-        if self.learning_rate <= 0 or self.n_epochs < 1:
-            raise ValueError("learning_rate must be positive and n_epochs at least 1.")
-
-
-def from_preset(preset: str, **changes: Any) -> HeadTraining:
-    """Settings of a run of the report, with changes.
-
-    >>> from_preset("20x16", micro_batch=2).n_epochs
-    20
-
-    Raises:
-        ValueError: no such preset.
-    """
-    if preset not in PRESETS:
-        raise ValueError(f"There is no preset {preset!r}; the report's runs are {', '.join(PRESETS)}.")
-    n_epochs, batch_size = PRESETS[preset]
-    return HeadTraining(**{"n_epochs": n_epochs, "batch_size": batch_size, **changes})
 
 
 @dataclass(frozen=True)
@@ -77,8 +67,10 @@ class Pair:
     reference: np.ndarray | None  # another normal picture for the few-shot map, None for the decoder's map
 
     @property
-    def is_anomalous(self) -> bool:
-        return bool((self.mask > MASK_LIMIT).any())
+    def answers(self) -> tuple[str, str]:
+        """What is to be said of the normal and of the anomalous picture."""
+        is_anomalous = bool((self.mask > MASK_LIMIT).any())
+        return conversations.NORMAL_ANSWER, conversations.answer(is_anomalous, self.cells)
 
 
 @dataclass(frozen=True)
@@ -97,28 +89,27 @@ class PairDataset:
     pictures with masks (the supervised setting), and confirmed ones, whose mask is their cell of the 3 x 3 grid.
 
     Args:
-        samples: training pictures.
-        settings: see :class:`HeadTraining`.
+        samples, settings: training pictures, else a ``ValueError``; see :class:`HeadTraining`.
         kinds: kinds of the suite's own marks to learn from.
         confirmed: pictures of the feedback; each other pair starts from a genuine one, if there is one.
         fixed: always the same pairs (for tuning).
-    Raises:
-        ValueError: no normal picture, or test pictures among them.
     """
 
     def __init__(
         self, samples: Sequence[Sample], settings: HeadTraining, *, kinds: Sequence[str] = LOCAL_KINDS,
         confirmed: Sequence[Confirmed] = (), fixed: bool = False,
     ) -> None:  # fmt: skip
-        leaked = [sample.image_path for sample in samples if sample.split == "test"]
-        if leaked:
-            raise ValueError(f"{len(leaked)} test pictures among the training pictures, first {leaked[0]}.")
         self.normals = [(s.image_path, s.category) for s in samples if not s.is_anomalous]
-        if not self.normals:
-            raise ValueError("There is no normal training picture. Make the dataset with notebook 02.")
+        leaked = [sample.image_path for sample in samples if sample.split == "test"]
+        if leaked or not self.normals:
+            raise ValueError(
+                f"{len(leaked)} test pictures among the training pictures ({', '.join(map(str, leaked[:1]))}), "
+                f"{len(self.normals)} normal ones. Make the dataset with notebook 02."
+            )
+        self.kinds = list(kinds)
         self._real = [s for s in samples if s.is_anomalous and s.mask_path] + [c for c in confirmed if c.cell]
         self._genuine = [(c.image_path, c.category) for c in confirmed if not c.cell]
-        self._settings, self._kinds, self._fixed, self._epoch = settings, tuple(kinds), fixed, 0
+        self._settings, self._fixed, self._epoch = settings, fixed, 0
         self._squares: dict[Path, np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -129,12 +120,6 @@ class PairDataset:
         """Draw other pictures, simulations and references from now on."""
         self._epoch = 0 if self._fixed else epoch
 
-    def square(self, path: Path) -> np.ndarray:
-        """The picture squashed to 224 x 224, uint8 RGB; kept in memory (0.15 MB each)."""
-        if path not in self._squares:
-            self._squares[path] = squash(images.load_image(path))
-        return self._squares[path]
-
     def __getitem__(self, position: int) -> Pair:
         order = np.random.RandomState(self._seed(0)).permutation(len(self.normals))
         random = np.random.RandomState(self._seed(position + 1))
@@ -144,71 +129,77 @@ class PairDataset:
         mates = [other for other, painting in self.normals if painting == category and other != path]
         reference = None
         if mates and random.uniform() < FEW_SHOT_SHARE:
-            reference = self.square(mates[random.randint(len(mates))])
-        return Pair(category, *self._anomaly(path, category, random), reference)
+            reference = self._square(mates[random.randint(len(mates))])
+        real = [one for one in self._real if one.category == category]
+        if real and random.uniform() < REAL_SHARE:
+            chosen = real[random.randint(len(real))]
+            is_cell = isinstance(chosen, Confirmed)  # says where, not what shape
+            mask = squash_mask(np.array(conversations.CELLS) == chosen.cell if is_cell else mask_of(chosen))
+            cells = conversations.cells_of_mask(mask > MASK_LIMIT)
+            return Pair(category, self._square(path), self._square(chosen.image_path), mask, cells, reference)
+        is_own = self.kinds and random.uniform() < OWN_SHARE
+        return Pair(category, *(self._own if is_own else self._blended)(path, random), reference)
 
     def _seed(self, number: int) -> int:
         place = f"{self._settings.seed} {'tuning' if self._fixed else self._epoch} {number}"
         return seed_for(self._settings.seed, place) % 2**32
 
-    def _anomaly(
-        self, path: Path, category: str, random: np.random.RandomState
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
-        """Normal picture, anomalous picture, mask and places."""
-        real = [one for one in self._real if one.category == category]
-        if real and random.uniform() < 0.5:
-            chosen = real[random.randint(len(real))]
-            mask = _cell_mask(chosen.cell) if isinstance(chosen, Confirmed) else squash_mask(mask_of(chosen))
-            cells = conversations.cells_of_mask(mask > MASK_LIMIT)
-            return self.square(path), self.square(chosen.image_path), mask, cells
-        if self._kinds and random.uniform() < OWN_SHARE:
-            kind, seed = self._kinds[random.randint(len(self._kinds))], random.randint(2**31)
-            picture = images.load_image(path, max_side=2 * MAP_SIZE)
-            normal = damaged_view(picture, seed=seed)[0]  # the same photograph without the mark
-            made, drawn, _ = damaged_view(picture, seed=seed, kind=kind)
-            mask = squash_mask(drawn)
-            return squash(normal), squash(made), mask, (conversations.cell_of_center(mask > 0),)  # dots are one mark
-        normal = self.square(path)
-        source = self.square(self.normals[random.randint(len(self.normals))][0])
-        simulated = nsa.simulate_visible(normal, source, random)
-        if simulated is None:  # for example a uniform picture: it stays normal, and is answered so
+    def _square(self, path: Path) -> np.ndarray:
+        """The picture squashed to 224 x 224, uint8 RGB; kept in memory (0.15 MB each)."""
+        if path not in self._squares:
+            self._squares[path] = squash(images.load_image(path))
+        return self._squares[path]
+
+    def _own(self, path: Path, random: np.random.RandomState) -> tuple:
+        """One photograph without and with a mark of the suite, its mask, and its cell (dots are one mark)."""
+        kind, seed = self.kinds[random.randint(len(self.kinds))], random.randint(2**31)
+        picture = images.load_image(path, max_side=2 * MAP_SIZE)
+        normal = damaged_view(picture, seed=seed)[0]
+        made, drawn, _ = damaged_view(picture, seed=seed, kind=kind)
+        mask = squash_mask(drawn)
+        return squash(normal), squash(made), mask, (conversations.cell_of_center(mask > 0),)
+
+    def _blended(self, path: Path, random: np.random.RandomState) -> tuple:
+        """A picture without and with patches of another one (NSA), the label, and the cell of each visible patch."""
+        normal, source = self._square(path), self._square(self.normals[random.randint(len(self.normals))][0])
+        made = nsa.simulate_visible(normal, source, random)
+        if made is None:  # for example a uniform picture: it stays normal, and is answered so
             return normal, normal, np.zeros((MAP_SIZE, MAP_SIZE), dtype=np.float32), ()
-        return normal, simulated.image, simulated.label, _cells_of_patches(simulated)
+        cells = []
+        for top, bottom, left, right in made.patches:
+            patch = np.zeros_like(made.mask, dtype=bool)
+            patch[top:bottom, left:right] = made.mask[top:bottom, left:right] > 0
+            cells += [conversations.cell_of_center(patch)] if patch.any() else []
+        return normal, made.image, made.label, tuple(cells)
 
 
-def _cells_of_patches(simulation: nsa.Simulation) -> tuple[str, ...]:
-    """Cell of each patch that left a visible change."""
-    cells = []
-    for top, bottom, left, right in simulation.patches:
-        patch = np.zeros_like(simulation.mask, dtype=bool)
-        patch[top:bottom, left:right] = simulation.mask[top:bottom, left:right] > 0
-        cells += [conversations.cell_of_center(patch)] if patch.any() else []
-    return tuple(cells)
-
-
-def _cell_mask(cell: str) -> np.ndarray:
-    """A cell of the 3 x 3 grid as a float32 mask: it says where, not what shape."""
-    number = [name for row in conversations.CELLS for name in row].index(cell)
-    edges = [round(third * MAP_SIZE / 3) for third in range(4)]
-    mask = np.zeros((MAP_SIZE, MAP_SIZE), dtype=np.float32)
-    mask[edges[number // 3] : edges[number // 3 + 1], edges[number % 3] : edges[number % 3 + 1]] = 1.0
-    return mask
+def pairs_of(
+    dataset: Dataset, settings: HeadTraining, *, confirmed: Sequence[Confirmed] = ()
+) -> tuple[PairDataset, PairDataset | None]:
+    """Pairs to learn from, and fixed ones to choose the best epoch with, of a fifth of the sources of each painting but
+    never of the only one (None where none is left); both without the kinds that the dataset holds out."""
+    learnt, tuning = [], []
+    for category in dataset.categories:
+        samples = dataset.select(split="train", category=category)
+        groups = {sample.group for sample in samples if not sample.is_anomalous}
+        n_back = min(len(groups) - 1, max(1, round(TUNING_SHARE * len(groups))))
+        back = sorted(groups, key=lambda name, category=category: files.sha256_json([category, name]))[: max(0, n_back)]
+        for sample in samples:
+            (tuning if sample.group in back else learnt).append(sample)
+    kinds = [kind for kind in LOCAL_KINDS if kind not in dataset.kinds_held_out]
+    has_tuning = tuning and settings.n_tuning
+    fixed = PairDataset(tuning, settings, kinds=kinds, fixed=True) if has_tuning else None
+    return PairDataset(learnt, settings, kinds=kinds, confirmed=confirmed), fixed
 
 
 def squash(image: np.ndarray) -> np.ndarray:
     """A picture resized bicubically to 224 x 224, uint8 RGB."""
-    from PIL import Image
-
     return np.asarray(Image.fromarray(image).resize((MAP_SIZE, MAP_SIZE), Image.Resampling.BICUBIC))
 
 
 def squash_mask(mask: np.ndarray) -> np.ndarray:
-    """A bool mask resized to 224 x 224, float32: 1 in every pixel that any anomalous pixel falls on.
-
-    Thin cracks survive; averaging, as published, loses them and then teaches "No" about an anomalous picture.
-    """
-    import cv2
-
+    """A bool mask resized to 224 x 224, float32: 1 in every pixel that any anomalous pixel falls on. (Averaging, as
+    published, loses thin cracks and then teaches "No" about them.)"""
     rows, columns = np.nonzero(mask)
     small = cv2.resize(mask.astype(np.float32), (MAP_SIZE, MAP_SIZE), interpolation=cv2.INTER_NEAREST)
     small[rows * MAP_SIZE // mask.shape[0], columns * MAP_SIZE // mask.shape[1]] = 1.0

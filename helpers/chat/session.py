@@ -23,7 +23,6 @@ from helpers.anomalygpt import conversations
 from helpers.anomalygpt.evaluation import EvaluationSettings, draw_references
 from helpers.anomalygpt.language import PromptTooLong
 from helpers.anomalygpt.model import AnomalyGPT
-from helpers.anomalygpt.training import normals_of
 from helpers.chat.detectors import CHAT, Detectors, Verdict
 from helpers.data import Dataset, images
 from helpers.records import Sample, Scored
@@ -157,8 +156,7 @@ class ChatSession:
     def _bank(self, category: str) -> torch.Tensor:
         """References as in the comparison's row: the same pictures, so the same scores."""
         if category not in self._banks:
-            normals, _ = normals_of(self.detectors.dataset, category)
-            drawn = draw_references(normals, self._settings.row_shots, 0, self._settings.seed)
+            drawn = draw_references(self.detectors.dataset, category, self._settings.row_shots, 0, self._settings.seed)
             self._banks[category] = self.model.bank([images.load_image(sample.image_path) for sample in drawn])
         return self._banks[category]
 
@@ -237,7 +235,7 @@ class ChatSession:
         if question != ASKED or says is None:
             return f"{'Words that nothing has checked.' if answer else 'No words.'} {headline}"
         against = [headline] if headline.startswith("Probably genuine" if says else "Probably anomalous") else []
-        named, marked = conversations.parse_answer(answer).cells, self.own.anomaly_map > self.threshold
+        (_, named), marked = conversations.parse_answer(answer), self.own.anomaly_map > self.threshold
         if says != self.map_says or (named and not named & set(conversations.cells_of_mask(marked))):
             against.insert(0, f"Its own map: {describe_place(self.own.anomaly_map, self.threshold)}.")
         return " ".join(["Do not rely on these words.", *against]) if against else ""
