@@ -178,8 +178,7 @@ def _split(normals: Sequence[Sample], copied: set[str], seed: int, notes: list[s
         train, calibration = calibration, set()
     shown = (train | calibration) & (test | copied)
     if shown and len(train - shown) >= 2:
-        why = "because a test picture shows the same photograph (or is named as its copy)"
-        notes.append(f"{category}: {len(shown)} source pictures for learning became test pictures, {why}.")
+        notes.append(f"{category}: {len(shown)} sources to learn from are tested on, as a test picture shows them.")
         train, calibration, test = train - shown, calibration - shown, test | shown
     calibration, test = calibration - train, test - train - calibration
 
@@ -231,8 +230,7 @@ def _jobs(
     order = synthesis.rng_for(settings["seed"], f"{category}/damage").permutation(len(models))
     n_made = settings["n_test_anomalous"] - len(real) * settings["count_real"]
     of_report = [kind for kind in settings["kinds"] if kind in synthesis.REPORT_KINDS]
-    others = [kind for kind in settings["kinds"] if kind not in of_report]
-    kinds = cycle([*of_report, *others, *of_report])  # the report's have the largest share
+    kinds = cycle([*settings["kinds"], *of_report])  # the report's have the largest share
     for index, model in enumerate(_turns([models[i] for i in order], n_made)):
         add(model, SYNTHETIC, "test", next(kinds), f"synthetic_{index:03d}")
     return jobs
