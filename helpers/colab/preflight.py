@@ -44,7 +44,7 @@ STAGES = {
     "06_anomalygpt_train": Stage(254, 10, 4.5, "checkpoints/anomalygpt/*/training.json"),
     "07_anomalygpt_test": Stage(172, 4, 0.5, "results/anomalygpt/manifest.json"),
     "08_anomalygpt_chat": Stage(81, 5, 0.1, ""),
-    "09_compare": Stage(22, 2, 0.1, "report/index.html"),
+    "09_compare": Stage(50, 2, 0.1, "report/index.html"),
 }
 
 

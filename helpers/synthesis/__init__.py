@@ -6,6 +6,7 @@ from helpers.synthesis.photographs import (
     ANOMALOUS_VARIATIONS,
     NORMAL_VARIATIONS,
     REPORT_VARIATIONS,
+    RETAKES,
     VARIATIONS,
     damaged_view,
     rephotograph,
@@ -13,5 +14,5 @@ from helpers.synthesis.photographs import (
 )
 
 __all__ = ["HELD_OUT_KINDS", "LOCAL_KINDS", "REPORT_KINDS", "VISIBILITY_BINS", "rng_for", "seed_for", "synthesize"]
-__all__ += ["ANOMALOUS_VARIATIONS", "NORMAL_VARIATIONS", "REPORT_VARIATIONS", "VARIATIONS", "damaged_view"]
+__all__ += ["ANOMALOUS_VARIATIONS", "NORMAL_VARIATIONS", "REPORT_VARIATIONS", "RETAKES", "VARIATIONS", "damaged_view"]
 __all__ += ["rephotograph", "vary", "visibility_bin"]
