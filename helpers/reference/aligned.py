@@ -1,17 +1,18 @@
-"""A picture laid on genuine pictures of the same artwork, and where the two differ more than genuine ones do.
+"""A picture laid on genuine pictures of the same artwork, and where it differs from them more than they do.
 
-All references are laid once on a common canvas. A new picture is registered, laid on the canvas too and compared with
-the references that fit best: lightness, colour, and structure at two scales. Each difference is divided by the noise
-that genuine pictures of *other* sources show at the same place. Nothing is trained.
+It is compared with a few references. Each difference is divided by the noise that genuine pictures of *other* sources
+show at the same place; back in the frame of the picture the least one counts. Nothing is trained.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -20,22 +21,25 @@ import pandas as pd
 from helpers.data.images import pixel_hash, resize
 from helpers.judge.statistics import conformal_threshold
 from helpers.reference import photometry, registration
-from helpers.reference.canvas import Canvas, arrays_of, build_canvases, canvases_of, lay_on_best
-from helpers.reference.registration import Features, Registration
+from helpers.reference.memory import top_mean
 
 NOT_THIS, DIFFERENT, SAME = "not this artwork", "this artwork, different here", "no difference found"
 UNREGISTERED = 100.0
 """Every picture that lies on no reference scores above this; every other one below."""
+_N_COMPARED = 5  # references that one picture is compared with
 _N_GENUINE = 60  # genuine pictures that noise and limit are learnt from
-_WHOLE = 50.0  # a mirrored or tilted picture: the artwork, but not as it hangs
-_TILT = 10.0  # degrees off a multiple of 90
+_LEAST_SEEN = 0.05  # share of a reference that must be seen
+_SIGMA, _NOISE_SIGMA = 1.5, 4.0  # smoothing of the map and of the noise, pixels of a reference
+_TOP = 0.0075  # share of the map's highest values whose mean is the score
+_FLOOR = 0.6  # least noise at a place, as a share of the noise of the whole picture
+_PRIOR = 2.0  # pictures that the noise of the whole picture counts for at each place
+_WHOLE, _TILT = 50.0, 10.0  # least score of a picture that is mirrored, or tilted by so many degrees
 _SMALL = 64  # pixels
-_KEPT = ("scores", "groups", "limit", "notes")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """``side``: longer side in pixels of the artwork on the canvas; ``n_references``: pictures kept to compare with."""
+    """``side``: longer side in pixels of the references; ``n_references``: genuine pictures kept to compare with."""
 
     side: int = 384
     n_references: int = 10
@@ -43,207 +47,208 @@ class Settings:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is found when a picture is laid on its references.
+    """What is found when a picture is laid on its references."""
 
-    Attributes:
-        answer: one of :data:`NOT_THIS`, :data:`DIFFERENT`, :data:`SAME`.
-        score: higher = more anomalous; above :data:`UNREGISTERED` when it lies on no reference.
-        limit: conformal threshold of the score, from genuine pictures.
-        picture: uint8 RGB ``(H, W, 3)``, the picture under test, at most twice as large as the canvas.
-        anomaly_map: float32 ``(H, W)`` in its frame; values above ``limit`` make a difference.
-        seen: bool ``(H, W)``, what was seen on a reference; the rest is not judged.
-        reference: uint8 RGB ``(H, W, 3)``: the best reference in the frame of the picture, or just the first one.
-        reference_hash: SHA-256 of that reference's pixels.
-        registration: how it lies, or None.
-        notes: sentences for readers.
-    """
-
-    answer: str
-    score: float
-    limit: float
-    picture: np.ndarray
-    anomaly_map: np.ndarray
-    seen: np.ndarray
-    reference: np.ndarray
-    reference_hash: str
-    registration: Registration | None = None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def share_seen(self) -> float:
-        return float(self.seen.mean())
+    answer: str  # NOT_THIS, DIFFERENT or SAME
+    words: str  # the answer in sentences, with what was seen and everything that limits it
+    score: float  # higher = more anomalous; above UNREGISTERED when it lies on no reference
+    limit: float  # conformal threshold of the score, from genuine pictures
+    picture: np.ndarray  # uint8 RGB (H, W, 3), the picture under test, at most twice as large as the references
+    anomaly_map: np.ndarray  # float32 (H, W) in its frame; values above ``limit`` make a difference
+    seen: np.ndarray  # bool (H, W), what was seen on a reference; the rest is not judged
+    reference: np.ndarray  # uint8 RGB (H, W, 3), the best reference in the frame of the picture, or just the first one
+    reference_hash: str  # SHA-256 of that reference's pixels
 
     @property
     def unit_map(self) -> np.ndarray:
         """The map in [0, 1], 0.5 at the limit."""
         return self.anomaly_map / (self.anomaly_map + self.limit)
 
-    def describe(self) -> str:
-        """The answer in words, with what was seen and everything that limits it."""
-        words = {
-            NOT_THIS: "Not this artwork: the picture lies on none of the references.",
-            DIFFERENT: "This artwork, and it differs from every reference.",
-            SAME: "This artwork; no difference was found.",
-        }[self.answer]
-        if self.answer == NOT_THIS and self.limit >= UNREGISTERED:
-            words = (
-                "Whether this is the artwork cannot be said: the picture lies on none of the references, but genuine "
-                "pictures do not lie on each other either. Trust DINOv2."
-            )
-        if self.answer != NOT_THIS and self.share_seen < 0.995:
-            words += f" Only {self.share_seen:.0%} of it lies on a reference, the rest is not judged."
-        return " ".join([words, *self.notes])
+
+@dataclass
+class Reference:
+    """A genuine picture, uint8 RGB, its source, and the ``noise`` of genuine differences there, float32
+    ``(4, H, W)``."""
+
+    image: np.ndarray
+    source: str
+    noise: np.ndarray
+
+    @functools.cached_property
+    def features(self) -> registration.Features:
+        return registration.describe(self.image)
+
+    @functools.cached_property
+    def lab(self) -> np.ndarray:
+        return photometry.lab(self.image)
+
+
+class Look(NamedTuple):
+    """A picture on one reference, see :func:`registration.register`."""
+
+    reference: int
+    matrix: np.ndarray
+    n_inliers: int
+    turn: float
+    differs: np.ndarray  # float16 (4, H, W) in the frame of the reference, inf: not seen
 
 
 @dataclass
 class Aligned:
-    """The detector of one artwork.
-
-    Attributes:
-        settings: see :class:`Settings`.
-        canvases: one per edition; pictures that do not lie on each other are different editions.
-        scores, groups: of genuine pictures, each compared with references of other sources, and their sources.
-        limit: conformal threshold of the scores.
-        notes: what was found about the references, in sentences.
-    """
+    """The detector of one artwork."""
 
     settings: Settings
-    canvases: list[Canvas]
-    scores: list[float]
-    groups: list[str]
-    limit: float
-    notes: list[str]
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Everything but the settings as plain arrays, for ``np.savez``."""
-        return {name: np.array(getattr(self, name)) for name in _KEPT} | arrays_of(self.canvases)
-
-    @classmethod
-    def of_arrays(cls, settings: Settings, arrays: Mapping[str, np.ndarray]) -> Aligned:
-        """The model of :meth:`arrays`."""
-        return cls(settings, canvases_of(arrays), *(arrays[name].tolist() for name in _KEPT))
+    references: list[Reference]
+    level: float = 1.0  # medians over genuine pictures of the middle and of the highest part of their maps
+    peak: float = 1.0
+    scores: list[float] = field(default_factory=list)  # of genuine pictures, each without its own source
+    groups: list[str] = field(default_factory=list)  # and their sources
+    limit: float = 2 * UNREGISTERED  # conformal threshold of the scores
+    notes: list[str] = field(default_factory=list)  # what was found about the genuine pictures, in sentences
 
     @property
     def is_usable(self) -> bool:
         """False when genuine pictures do not lie on each other: abstract art, low texture."""
         return self.limit < UNREGISTERED
 
+    def looks(self, picture: np.ndarray, apart: str | None = None) -> list[Look]:
+        """A picture on the references, of sources other than ``apart``, that it fits best."""
+        query, found = registration.describe(picture), []
+        kept = {n: one for n, one in enumerate(self.references) if one.source != apart}
+        places = {n: place for n, one in kept.items() if (place := registration.register(query, one.features))}
+        for n in sorted(places, key=lambda n: -places[n][1])[:_N_COMPARED]:
+            differs = photometry.differences(picture, places[n][0], kept[n].lab).astype(np.float16)
+            if np.isfinite(differs[0]).mean() > _LEAST_SEEN:
+                found.append(Look(n, *places[n], differs))
+        return found
+
+    def measured(
+        self, looks: Sequence[Look], noises: Sequence[np.ndarray], shape: tuple[int, int]
+    ) -> tuple[np.ndarray, np.ndarray, float, float]:
+        """The least difference in units of the noise, in the frame of a picture of ``shape``, float32 ``(H, W)``; where
+        it was seen, bool; its median; its highest part."""
+        least, there, best = np.full((*shape, 4), np.inf, np.float32), np.full(shape, np.inf, np.float32), np.inf
+        for one, noise in zip(looks, noises):
+            is_seen, back = np.isfinite(one.differs[0]).astype(np.float32), np.linalg.inv(one.matrix)
+            planes = np.where(is_seen > 0, one.differs, 0).astype(np.float32) / noise
+            level = float(np.median(planes[:, is_seen > 0]))
+            planes = photometry.inner_blur(np.moveaxis(planes, 0, 2), is_seen, _SIGMA)
+            inside = cv2.warpPerspective(is_seen, back, shape[::-1]) > 0.5
+            planes = cv2.warpPerspective(planes, back, shape[::-1])
+            least = np.where(inside[..., None], np.minimum(least, planes), least)
+            there, best = np.where(inside, np.minimum(there, level), there), min(best, level)
+        least = least.mean(axis=2) * np.where(np.isfinite(there), best / there, 1)  # a strip seen on a worse one alone
+        is_seen = np.isfinite(least)
+        plane, values = np.where(is_seen, least, 0), least[is_seen]
+        wider = cv2.dilate(is_seen.astype(np.uint8), np.ones((13, 13), np.uint8)) > 0
+        rim = photometry.inner_blur(plane, is_seen.astype(np.float32), 2.0) * wider  # takes the values next to it
+        return np.where(is_seen, plane, rim), wider, float(np.median(values)), top_mean(values, _TOP)
+
+    def score(self, level: float, top: float) -> float:
+        """Score of a picture, 1 for the middle genuine one; a coarser photograph is measured by its own level."""
+        return max(top / max(level / self.level, 1) / self.peak, level / self.level)
+
     def compare(self, image: np.ndarray) -> Comparison:
-        """Lay a picture on the references.
-
-        Args:
-            image: uint8 RGB ``(H, W, 3)`` of any size.
-        """
+        """Lay a picture, uint8 RGB ``(H, W, 3)`` of any size, on the references; one that lies nowhere is mirrored."""
         picture = resize(image, 2 * self.settings.side)
-        features = registration.describe(picture)
-        found = lay_on_best(self.canvases, picture, features)
-        if found is None:
-            return self._not_this(picture, features)
-        canvas, place, matrix, best, differences = found
-        plane, level, top = canvas.measured(differences, canvas.noise)
-        score = canvas.score(level, top)
-        if place.is_mirrored or abs((place.turn + 45) % 90 - 45) > _TILT:
-            score = max(score, _WHOLE)
-        score = min(score, UNREGISTERED - 1)
-        plane /= max(level / canvas.level, 1) * canvas.peak
-        anomaly_map, seen = _in_its_frame(plane, np.isfinite(differences[0]), matrix, picture)
-        notes = _notes(place, picture)
-        if score > self.limit and not (anomaly_map > self.limit).any():
-            notes.append("It differs as a whole (sharpness, colours or brushwork), not in one place.")
-        back = np.linalg.inv(matrix) @ best.matrix
-        reference = cv2.warpPerspective(best.image, back, picture.shape[1::-1], flags=cv2.INTER_AREA)
-        return Comparison(
-            DIFFERENT if score > self.limit else SAME, score, self.limit, picture, anomaly_map, seen, reference,
-            pixel_hash(best.image), place, tuple(notes),
-        )  # fmt: skip
-
-    def _not_this(self, picture: np.ndarray, features: Features) -> Comparison:
-        """A picture that lies nowhere; beside it the first reference as it is."""
-        first = self.canvases[0].references[0].image
-        everywhere = np.full(picture.shape[:2], 2 * min(self.limit, UNREGISTERED), np.float32)
-        return Comparison(
-            NOT_THIS, _strangeness(self.canvases, features), self.limit, picture, everywhere, everywhere < 0,
-            cv2.resize(first, picture.shape[1::-1], interpolation=cv2.INTER_AREA), pixel_hash(first),
-            notes=tuple(_notes(None, picture)),
-        )  # fmt: skip
-
-
-def _strangeness(canvases: Sequence[Canvas], features: Features) -> float:
-    """Score of a picture that lies on no reference: the fewer points agree, the higher."""
-    n = max(len(registration.matches(features, one.references[0].features)[0]) for one in canvases)
-    return UNREGISTERED + 100 / (10 + n)
-
-
-def _in_its_frame(
-    plane: np.ndarray, is_seen: np.ndarray, matrix: np.ndarray, picture: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Map and seen part in the frame of the picture; the untrusted rim takes the values next to it."""
-    plane = np.where(is_seen, plane, photometry.inner_blur(plane, is_seen.astype(np.float32), 2.0))
-    is_seen = cv2.dilate(is_seen.astype(np.uint8), np.ones((13, 13), np.uint8))
-    back, size = np.linalg.inv(matrix), picture.shape[1::-1]
-    seen = cv2.warpPerspective(is_seen.astype(np.float32), back, size) > 0.5
-    return cv2.warpPerspective(plane, back, size) * seen, seen
-
-
-def _notes(place: Registration | None, picture: np.ndarray) -> list[str]:
-    """What limits the answer, in sentences."""
-    limits = {f"It has fewer than {_SMALL} pixels on one side: too few to say much.": min(picture.shape[:2]) < _SMALL}
-    if place is not None:
-        limits |= {
-            "It is a mirror image.": place.is_mirrored,
-            f"It is turned by {abs(place.turn):.0f} degrees.": abs(place.turn) > _TILT,
-            "It is black and white: colours were not compared.": np.ptp(picture, axis=2).max() <= 2,
-        }
-    return [words for words, applies in limits.items() if applies]
+        shape, looks, flip = picture.shape[:2], self.looks(picture), 1
+        if not looks:
+            looks, flip = self.looks(np.ascontiguousarray(picture[:, ::-1])), -1
+        shown, turn, score = self.references[0].image, 0.0, 2 * UNREGISTERED
+        plane, seen = np.full(shape, 2 * min(self.limit, UNREGISTERED), np.float32), np.zeros(shape, bool)
+        view = cv2.resize(shown, shape[::-1], interpolation=cv2.INTER_AREA)
+        if looks:
+            noises = [self.references[one.reference].noise for one in looks]
+            plane, seen, level, top = self.measured(looks, noises, shape)
+            plane /= max(level / self.level, 1) * self.peak
+            best = max(looks, key=lambda one: one.n_inliers)
+            shown, turn = self.references[best.reference].image, abs(best.turn)
+            view = cv2.warpPerspective(shown, np.linalg.inv(best.matrix), shape[::-1], flags=cv2.INTER_AREA)
+            plane, seen, view = plane[:, ::flip], seen[:, ::flip], view[:, ::flip]
+            is_odd = flip < 0 or abs((turn + 45) % 90 - 45) > _TILT
+            score = min(max(self.score(level, top), _WHOLE * is_odd), UNREGISTERED - 1)
+        is_different, is_elsewhere = bool(looks) and score > self.limit, not looks and self.is_usable
+        sentences = {
+            "Not this artwork: the picture lies on none of the references.": is_elsewhere,
+            "Whether this is the artwork cannot be said: the picture lies on none of the references, but genuine "
+            "pictures do not lie on each other either. Trust DINOv2.": not looks and not is_elsewhere,
+            "This artwork, and it differs from every reference.": is_different,
+            "This artwork; no difference was found.": looks and not is_different,
+            f"Only {seen.mean():.0%} of it lies on a reference, the rest is not judged.": 0 < seen.mean() < 0.995,
+            f"It has fewer than {_SMALL} pixels on one side: too few to say much.": min(shape) < _SMALL,
+            "It is a mirror image.": looks and flip < 0,
+            f"It is turned by {turn:.0f} degrees.": turn > _TILT,
+            "It is black and white: colours were not compared.": looks and np.ptp(picture, axis=2).max() <= 2,
+            "It differs as a whole (sharpness, colours or brushwork), not in one place.":
+                is_different and plane.max() <= self.limit,
+        }  # fmt: skip
+        answer = (DIFFERENT if is_different else SAME) if looks else NOT_THIS
+        words = " ".join(sentence for sentence, applies in sentences.items() if applies)
+        return Comparison(answer, words, score, self.limit, picture, plane, seen, view, pixel_hash(shown))
 
 
 def fit(images: Sequence[np.ndarray], sources: Sequence[str], *, settings: Settings, alpha: float = 0.05) -> Aligned:
-    """Learn what genuine pictures of an artwork look like when they are laid on each other.
+    """Learn how genuine pictures of an artwork, uint8 RGB ``(H, W, 3)``, differ when they are laid on each other.
 
-    Args:
-        images: genuine pictures, uint8 RGB ``(H, W, 3)``.
-        sources: the true source picture of each; pictures of one source are never compared with each other, unless
-            there is no other.
-        settings: see :class:`Settings`.
-        alpha: false-alarm rate that the limit aims at.
-    Raises:
-        ValueError: no picture.
+    ``sources`` names the true source of each: pictures of one are never compared with each other, unless there is no
+    other. ``alpha`` is the false-alarm rate that the limit aims at. ``ValueError``: no picture.
     """
     if not len(images):
         raise ValueError("The aligned comparison needs at least one genuine picture of the artwork.")
-    images = [resize(image, 2 * settings.side) for image in images]
-    groups, n_sources = sources, len(set(sources))
-    if n_sources == 1:
-        sources = [str(n) for n in range(len(images))]
-    n_references = 3 if n_sources == 1 else min(settings.n_references, max(3, n_sources))
-    chosen = turns(images, sources, n_references)
-    canvases = build_canvases([(images[index], sources[index]) for index in chosen], settings.side)
-
-    def row(index: int) -> tuple[Canvas | None, np.ndarray | float]:
-        features = registration.describe(images[index])
-        found = lay_on_best(canvases, images[index], features, sources[index])
-        return (None, _strangeness(canvases, features)) if found is None else (found[0], found[-1].astype(np.float16))
-
-    genuine = sorted(turns(images, sources, _N_GENUINE))
+    images, n_sources = [resize(image, 2 * settings.side) for image in images], len(set(sources))
+    apart = sources if n_sources > 1 else [str(n) for n in range(len(images))]
+    chosen = turns(images, apart, min(settings.n_references, max(3, n_sources)))  # few sources: one picture of each
+    shown = {n: resize(images[n], settings.side) for n in chosen}
+    model = Aligned(settings, [Reference(image, apart[n], np.ones(1)) for n, image in shown.items()])
+    genuine = sorted(turns(images, apart, _N_GENUINE))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        rows = dict(zip(genuine, pool.map(row, genuine)))
-    scores = {index: value for index, (canvas, value) in rows.items() if canvas is None}
-    for canvas in canvases:
-        own = {index: value for index, (lain_on, value) in rows.items() if lain_on is canvas}
-        scores |= dict(zip(own, canvas.learn(list(own.values()), [sources[index] for index in own])))
+        looks = dict(zip(genuine, pool.map(lambda n: model.looks(images[n], apart[n]), genuine)))
+
+    @functools.cache
+    def noise(k: int, without: str | None = None) -> np.ndarray:
+        known = [one for n, found in looks.items() if apart[n] != without for one in found if one.reference == k]
+        return _noise([one.differs for one in known], model.references[k].image.shape[:2])
+
+    for k, one in enumerate(model.references):
+        one.noise = noise(k)
+    parts = {}  # a genuine picture is judged by the noise of other sources, as a new one will be
+    for n, found in looks.items():
+        if found:
+            noises = [noise(one.reference, apart[n]) for one in found]
+            parts[n] = model.measured(found, noises, images[n].shape[:2])[2:]
+    if parts:
+        levels, tops = np.array(list(parts.values())).T
+        model.level = max(float(np.median(levels)), 1e-6)
+        model.peak = max(float(np.median(tops / np.maximum(levels / model.level, 1))), 1e-6)
+    model.scores = [model.score(*parts[n]) if n in parts else 2 * UNREGISTERED for n in genuine]
+    model.groups = [sources[n] for n in genuine]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said in the notes
-        limit = conformal_threshold(list(scores.values()), alpha)
+        model.limit = conformal_threshold(model.scores, alpha)
+    least = 1 / (len(genuine) + 1)
     notes = {
-        f"{len(canvases)} groups of genuine pictures do not lie on each other.": len(canvases) > 1,
         "Only one genuine source: the limit rests on its own re-photographs and is optimistic.": n_sources == 1,
-        f"{len(scores)} genuine scores promise a false-alarm rate of {1 / (len(scores) + 1):.0%} at best.":
-            len(scores) + 1 < 1 / alpha,
-        "Too few genuine pictures lie on each other: trust the rows of DINOv2 for this artwork.": limit >= UNREGISTERED,
-    }  # fmt: skip
-    said = [words for words, applies in notes.items() if applies]
-    in_order = [scores[index] for index in genuine]
-    return Aligned(settings, canvases, in_order, [groups[index] for index in genuine], limit, said)
+        f"{len(genuine)} genuine scores promise a false-alarm rate of {least:.0%} at best.": least > alpha,
+        "Too few genuine pictures lie on each other: trust the rows of DINOv2 for this artwork.": not model.is_usable,
+    }
+    model.notes = [words for words, applies in notes.items() if applies]
+    return model
+
+
+def _noise(known: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+    """What differences are usual at each place: squared mean of their roots, so that the odd bad pair counts little;
+    smoothed; drawn towards the whole picture's where few pictures were seen, and towards the usual where none was."""
+    roots, counts = np.zeros((4, *shape), np.float32), np.zeros(shape, np.float32)
+    for differs in known:
+        is_seen = np.isfinite(differs[0])
+        roots += np.sqrt(np.where(is_seen, differs, 0).astype(np.float32))
+        counts += is_seen
+    overall = np.sqrt(photometry.USUAL)
+    if counts.any():
+        overall = roots.sum(axis=(1, 2), keepdims=True) / counts.sum()
+    smooth = np.stack([photometry.blur(plane, _NOISE_SIGMA) for plane in roots])
+    mean = (smooth + _PRIOR * overall) / (photometry.blur(counts, _NOISE_SIGMA) + _PRIOR)
+    return np.square(np.maximum(mean, np.maximum(_FLOOR**0.5 * overall, 1e-2)))
 
 
 def turns(images: Sequence[np.ndarray], sources: Sequence[str], n: int) -> list[int]:

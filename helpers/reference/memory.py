@@ -1,13 +1,13 @@
 """Two published detectors on DINOv2's patches, without training; higher = more anomalous.
 
-*Memory* (AnomalyDINO): how far is each patch from the nearest genuine one? *Subspace* (SubspaceAD): how much of each
-patch lies outside the space that genuine patches span? The settings are ours for pictures of paintings: middle layers,
-and no turned copies, since a painting has one way up.
+*Memory* (AnomalyDINO, Damm et al., WACV 2025): how far is each patch from the nearest genuine one? *Subspace*
+(SubspaceAD, CVPR 2026): how much of each patch lies outside the space that genuine patches span? The settings are ours
+for pictures of paintings: middle layers, and no turned copies, since a painting has one way up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -16,7 +16,8 @@ from scipy.ndimage import gaussian_filter
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import normalize
 
-_PATCH = 14  # side in pixels
+METHODS = ("dinov2_memory", "dinov2_subspace")
+PATCH = 14  # side in pixels
 
 
 @dataclass(frozen=True)
@@ -30,60 +31,37 @@ class Settings:
     variance: float = 0.99  # share of it that the subspace keeps
 
 
-@dataclass(frozen=True)
-class PatchMemory:
-    """``bank``: float32 ``(n, width)``, unit vectors of genuine patches. Source: Damm et al., WACV 2025."""
+def fit(method: str, tokens: Sequence[np.ndarray], settings: Settings) -> dict[str, np.ndarray]:
+    """From patches of genuine pictures, ``(n_i, width)`` each: a ``bank`` of unit vectors, ``(n, width)``; or ``mean``
+    ``(width,)`` and ``basis`` ``(rank, width)`` of the space that holds ``settings.variance`` of their variance."""
+    known = np.concatenate(tokens, dtype=np.float64)
+    if method == "dinov2_memory":
+        return {"bank": normalize(known).astype(np.float32)}
+    found = PCA(settings.variance, svd_solver="covariance_eigh").fit(known)
+    return {"mean": found.mean_, "basis": found.components_}
 
-    bank: np.ndarray
 
-    @classmethod
-    def fit(cls, tokens: Sequence[np.ndarray], settings: Settings) -> PatchMemory:
-        """Remember the patches of genuine pictures, float ``(n_i, width)`` each."""
-        return cls(normalize(np.concatenate(tokens)).astype(np.float32))
-
-    def distances(self, tokens: np.ndarray) -> np.ndarray:
-        """1 - cosine to the nearest genuine patch, float32 ``(n,)`` in [0, 2]."""
+def distances(model: Mapping[str, np.ndarray], tokens: np.ndarray) -> np.ndarray:
+    """Of patches ``(n, width)``, float32 ``(n,)``: 1 - cosine to the nearest of the bank, in [0, 2], or the squared
+    norm of what lies outside the space."""
+    if "bank" in model:
         unit = normalize(tokens).astype(np.float32)
-        nearest = [(unit[n : n + 512] @ self.bank.T).max(axis=1) for n in range(0, len(unit), 512)]
+        nearest = [(unit[n : n + 512] @ model["bank"].T).max(axis=1) for n in range(0, len(unit), 512)]
         return np.maximum(1 - np.concatenate(nearest), 0)
+    centred = tokens - model["mean"]
+    return np.square(centred - (centred @ model["basis"].T) @ model["basis"]).sum(axis=1).astype(np.float32)
 
 
-@dataclass(frozen=True)
-class Subspace:
-    """``mean``: float64 ``(width,)``; ``basis``: float64 ``(rank, width)``. Source: SubspaceAD, CVPR 2026."""
-
-    mean: np.ndarray
-    basis: np.ndarray
-
-    @classmethod
-    def fit(cls, tokens: Sequence[np.ndarray], settings: Settings) -> Subspace:
-        """Keep the first principal components that together hold ``settings.variance`` of the patches' variance."""
-        found = PCA(settings.variance, svd_solver="covariance_eigh").fit(np.concatenate(tokens, dtype=np.float64))
-        return cls(found.mean_, found.components_)
-
-    def distances(self, tokens: np.ndarray) -> np.ndarray:
-        """Squared norm of what lies outside the subspace, float32 ``(n,)``."""
-        centred = tokens - self.mean
-        return np.square(centred - (centred @ self.basis.T) @ self.basis).sum(axis=1).astype(np.float32)
-
-
-FITS = {"dinov2_memory": PatchMemory, "dinov2_subspace": Subspace}
-
-
-def picture_score(distances: np.ndarray, grid: tuple[int, int], settings: Settings) -> tuple[float, np.ndarray]:
-    """Score of a picture, and its map as DINOv2 saw it, float32 ``(rows * 14, columns * 14)``.
-
-    Args:
-        distances: float ``(rows * columns,)``, of the patches of a ``grid`` of (rows, columns).
-        settings: see :class:`Settings`.
-    """
-    plane = np.asarray(distances, np.float32).reshape(grid)
-    anomaly_map = cv2.resize(plane, (grid[1] * _PATCH, grid[0] * _PATCH), interpolation=cv2.INTER_LINEAR)
+def picture_score(
+    model: Mapping[str, np.ndarray], tokens: np.ndarray, grid: tuple[int, int], settings: Settings
+) -> tuple[float, np.ndarray]:
+    """Score of a picture of a ``grid`` of (rows, columns) patches, and its map, float32 ``(rows, columns) * 14``."""
+    plane = distances(model, tokens).reshape(grid)
+    anomaly_map = cv2.resize(plane, (grid[1] * PATCH, grid[0] * PATCH), interpolation=cv2.INTER_LINEAR)
     return top_mean(plane, settings.top), gaussian_filter(anomaly_map, settings.sigma)
 
 
 def top_mean(values: np.ndarray, share: float) -> float:
     """Mean of the highest ``share`` of all values; the highest one where that is none."""
-    flat = np.asarray(values).ravel()
-    n = max(1, int(share * flat.size))
-    return float(np.partition(flat, flat.size - n)[-n:].mean())
+    n = max(1, int(share * values.size))
+    return float(np.partition(values.ravel(), values.size - n)[-n:].mean())
