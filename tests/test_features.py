@@ -102,15 +102,11 @@ def test_rows_stay_together():
         joined.of([Sample("x", "art", False, sha256="0000")])
 
 
-@pytest.mark.parametrize(("layers", "wanted"), [(24, (11, 17)), (6, (2, 3)), (1, (0,)), (2, (0,))])
-def test_patch_layers(layers, wanted):
-    assert features.patch_layers(layers) == wanted
-
-
-@pytest.mark.parametrize("ids", [[], ["a", ""]])
-def test_pictures_without_names_are_refused(models, ids):
-    with pytest.raises(ValueError, match="sha256 for each"):
-        features.embed(ids, lambda row: None, models)
+def test_patch_layers_and_pictures_without_names(models):
+    assert [features.patch_layers(n) for n in (24, 6, 1, 2)] == [(11, 17), (2, 3), (0,), (0,)]
+    for ids in ([], ["a", ""]):
+        with pytest.raises(ValueError, match="sha256 for each"):
+            features.embed(ids, lambda row: None, models)
 
 
 @pytest.mark.parametrize("part", ["clip", "cnn"])
