@@ -16,11 +16,7 @@ import numpy as np
 QUESTION = "Is there any anomaly in the image?"
 WORDINGS = ("published", "short")
 NORMAL_ANSWER = "No, there is no anomaly in the image."
-CELLS = (
-    ("top left", "top", "top right"),
-    ("left", "center", "right"),
-    ("bottom left", "bottom", "bottom right"),
-)
+CELLS = (("top left", "top", "top right"), ("left", "center", "right"), ("bottom left", "bottom", "bottom right"))
 """Words of the 3 x 3 cells, rows from top to bottom."""
 
 _FLAWLESS = "without any damage, flaw, defect, scratch, hole or broken part"

@@ -69,9 +69,7 @@ def run(
     """Test on every category of a dataset. Answers are written as they come; a complete run is read back.
 
     Args:
-        model, dataset: the chain; normals of split ``train`` are the references.
         folder, profile, method: results folder (gets ``map_values.csv`` and ``answers.csv``, too), names of the row.
-        settings: see :class:`EvaluationSettings`.
         checkpoint: as the chain was loaded with it; the folder of notebook 06 says what the head was trained on.
         map_of: maps of the row, of its calibration and of its prompts, in place of the published few-shot maps.
     """

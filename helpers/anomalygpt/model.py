@@ -232,12 +232,8 @@ def load(
     weights_dir: Path, *, checkpoint: str | Path | None = "train_supervised", device: str = "cpu",
     precision: str = "fp32",
 ) -> AnomalyGPT:  # fmt: skip
-    """Load the chain that notebook 01 prepared; one that was loaded before is emptied first, two would fit no GPU.
-
-    Args:
-        weights_dir, checkpoint: see :func:`load_head`; None for a new head (none is published for 13B).
-        device, precision: see :func:`helpers.anomalygpt.language.load_language`.
-    """
+    """Load the chain that notebook 01 prepared, with the head of :func:`load_head` or, for None, a new one (none is
+    published for 13B). A chain that was loaded before is emptied first: two would fit no GPU."""
     global _loaded
     if (previous := _loaded and _loaded()) is not None:
         _empty(previous)

@@ -88,11 +88,8 @@ class PairDataset:
     Half of the simulated anomalies give way to real ones of their painting, where there are some: anomalous training
     pictures with masks (the supervised setting), and confirmed ones, whose mask is their cell of the 3 x 3 grid.
 
-    Args:
-        samples, settings: training pictures, else a ``ValueError``; see :class:`HeadTraining`.
-        kinds: kinds of the suite's own marks to learn from.
-        confirmed: pictures of the feedback; each other pair starts from a genuine one, if there is one.
-        fixed: always the same pairs (for tuning).
+    ``kinds`` are those of the suite's own marks; each other pair starts from a genuine ``confirmed`` picture, if there
+    is one; ``fixed`` gives the same pairs in each epoch (for tuning). Test pictures are a ``ValueError``.
     """
 
     def __init__(

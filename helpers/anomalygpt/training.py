@@ -69,15 +69,8 @@ def answer_loss(
 
 
 def head_loss(model: AnomalyGPT, head: AnomalyHead, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Losses of a batch; gradients reach the head only.
-
-    Args:
-        model: the chain, for its frozen parts.
-        head: what is trained.
-        batch: see :func:`batch_of`; ``few_shot`` may be missing.
-    Returns:
-        ``loss``, ``answer``, ``focal``, ``dice`` (sums over the taps), ``token_accuracy``.
-    """
+    """Losses of a batch of :func:`batch_of` (``few_shot`` may be missing); gradients reach the head only. ``focal`` and
+    ``dice`` are sums over the taps, ``loss`` is the sum of all but ``token_accuracy``."""
     logits = head.image_decoder(batch["taps"], model.text.to(batch["taps"].device))
     probability = anomalygpt.probabilities(logits, model.image_tower.grid)
     maps = probability[:, :, 1].mean(dim=0)
@@ -129,10 +122,9 @@ def batch_of(
 ) -> dict[str, torch.Tensor]:
     """What :func:`head_loss` reads of pairs, normal and anomalous pictures in turn.
 
-    Returns:
-        ``embedding (B, J)`` and ``taps (T, B, N, W)`` on the model's device, ``masks (B, 224, 224)``, ``ids`` and
-        ``targets (B, L)``, and ``few_shot``, which prompts are made of: maps of ``map_of``, or ``(B, rows, columns)``
-        against the pairs' references in four rotations, nan where there is none (the decoder's map).
+    ``embedding (B, J)`` and ``taps (T, B, N, W)`` on the model's device, ``masks (B, 224, 224)``, ``ids`` and ``targets
+    (B, L)``, and ``few_shot``, which prompts are made of: maps of ``map_of``, or ``(B, rows, columns)`` against the
+    pairs' references in four rotations, nan where there is none (the decoder's map).
     """
     tokens, tower = model.language.tokens, model.image_tower
     features = tower.embed_images([picture for pair in pairs for picture in (pair.normal, pair.anomalous)])
@@ -161,13 +153,11 @@ def train_head(
 ) -> training.TrainingResult:  # fmt: skip
     """Train the head of ``model`` on genuine pictures; resume if ``folder`` holds a checkpoint of the same run.
 
-    ``model.head`` then holds the best parameters of the tuning pairs (early stopping), ``folder`` the 21 published
-    tensors in ``model.safetensors`` (float16), and ``training.json``.
+    ``model.head``, the start, then holds the best parameters of the tuning pairs (early stopping), ``folder`` the 21
+    published tensors in ``model.safetensors`` (float16), and ``training.json``.
 
     Args:
-        model: the chain; its head is the start and is changed in place.
         dataset, settings, confirmed: see :func:`helpers.anomalygpt.pairs.pairs_of`.
-        folder: checkpoints go to ``folder/steps``, the result to ``folder``.
         map_of: what prompts are made of, in place of the published few-shot map.
         on_checkpoint: see :func:`helpers.training.train`, as what is raised for a bad loss or another run's checkpoint.
     """
