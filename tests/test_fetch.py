@@ -48,13 +48,13 @@ def begun(tmp_path: Path, content: bytes) -> None:
     (tmp_path / ".x.part" / "xabcd1234.part").write_bytes(content)
 
 
-def test_a_cut_connection_goes_on_where_it_stopped(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_cut_connection_goes_on_where_it_stopped(hub, tmp_path, capsys):
     hub.cut_every = 1
     assert fetch_dat(hub, tmp_path) == CONTENT and hub.asked[0][1] == 0 and hub.asked[-1][1] > 500_000
     assert "trying again" in capsys.readouterr().out and [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
-def test_a_killed_process_goes_on_where_it_stopped(hub: Hub, tmp_path: Path) -> None:
+def test_a_killed_process_goes_on_where_it_stopped(hub, tmp_path):
     hub.seconds_per_block = 0.01
     child = os.fork()
     if not child:
@@ -69,18 +69,18 @@ def test_a_killed_process_goes_on_where_it_stopped(hub: Hub, tmp_path: Path) -> 
     assert fetch_dat(hub, tmp_path) == CONTENT and hub.asked[0][1] == 0 and hub.asked[-1][1] > 500_000
 
 
-def test_a_file_that_had_all_come_is_only_checked(hub: Hub, tmp_path: Path) -> None:
+def test_a_file_that_had_all_come_is_only_checked(hub, tmp_path):
     begun(tmp_path, CONTENT)
     assert fetch_dat(hub, tmp_path, n_bytes=len(CONTENT)) == CONTENT and not hub.asked
 
 
-def test_a_flipped_bit_is_fetched_anew(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_flipped_bit_is_fetched_anew(hub, tmp_path, capsys):
     begun(tmp_path, bytes([CONTENT[0] ^ 1]) + CONTENT[1:1_000_000])
     assert fetch_dat(hub, tmp_path) == CONTENT and [start for _, start in hub.asked][1:] == [1_000_000, 0]
     assert "damaged, or another version" in capsys.readouterr().out
 
 
-def test_content_that_stays_wrong_never_gets_the_name(hub: Hub, tmp_path: Path) -> None:
+def test_content_that_stays_wrong_never_gets_the_name(hub, tmp_path):
     with pytest.raises(DownloadError, match="expected 0+: damaged"):
         fetch_dat(hub, tmp_path, sha256="0" * 64)
     with pytest.raises(DownloadError, match="1500000 bytes, expected 7"):
@@ -88,7 +88,7 @@ def test_content_that_stays_wrong_never_gets_the_name(hub: Hub, tmp_path: Path) 
     assert not (tmp_path / "x").exists()
 
 
-def test_wrong_content_of_a_torch_file_is_seen_without_a_known_hash(hub: Hub, tmp_path: Path) -> None:
+def test_wrong_content_of_a_torch_file_is_seen_without_a_known_hash(hub, tmp_path):
     content = bytearray(torch_file())
     content[len(content) // 2] ^= 1
     assert torch.load(io.BytesIO(content), weights_only=True)  # torch itself sees nothing wrong
@@ -101,15 +101,13 @@ def test_wrong_content_of_a_torch_file_is_seen_without_a_known_hash(hub: Hub, tm
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 503])
-def test_refusals_say_what_to_do(hub: Hub, tmp_path: Path, status: int) -> None:
+def test_refusals_say_what_to_do(hub, tmp_path, status):
     hub.status = status
     with pytest.raises(DownloadError, match=rf"{status}(.|\n)*put the file at .*x yourself"):
         fetch_dat(hub, tmp_path)
 
 
-def test_a_folder_cut_between_any_two_files_is_completed(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_cut_between_any_two_files_is_completed(hub, tmp_path, monkeypatch):
     check, n_files = fetch._check, 5  # the README is not needed
     for n_whole in range(n_files):
         file = WeightFile("vicuna", tmp_path / str(n_whole) / "model", "hub:some/model", 1, "MIT", True)
@@ -129,7 +127,7 @@ def test_a_folder_cut_between_any_two_files_is_completed(
         assert file.is_present and len(list(file.path.iterdir())) == n_files
 
 
-def test_files_placed_by_hand_are_used_and_wrong_ones_left(hub: Hub, tmp_path: Path) -> None:
+def test_files_placed_by_hand_are_used_and_wrong_ones_left(hub, tmp_path):
     for name in ("config.json", "pytorch_model-00002-of-00003.bin"):
         (tmp_path / name).write_bytes(hub.repositories["some/model"][name])
     fetch.fetch_hub("some/model", tmp_path, endpoint=hub.url)
@@ -140,9 +138,7 @@ def test_files_placed_by_hand_are_used_and_wrong_ones_left(hub: Hub, tmp_path: P
     assert (tmp_path / "config.json").read_bytes() == b"{...}"
 
 
-def test_a_gated_repository_names_the_page_and_the_token_is_never_shown(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_gated_repository_names_the_page_and_the_token_is_never_shown(hub, tmp_path, monkeypatch, capsys):
     hub.gated.add("some/model")
     name = "pytorch_model-00001-of-00003.bin"
     with pytest.raises(DownloadError, match=r"huggingface\.co/some/model.*HF_TOKEN"):
@@ -154,7 +150,7 @@ def test_a_gated_repository_names_the_page_and_the_token_is_never_shown(
     assert "hf_right" not in "".join(capsys.readouterr())
 
 
-def test_what_the_hub_lacks_is_named(hub: Hub, tmp_path: Path) -> None:
+def test_what_the_hub_lacks_is_named(hub, tmp_path):
     for words, repository, options in (
         ("no/model is not on the hub, or private", "no/model", {}),
         (r"some/model holds no b\.bin any more, but README", "some/model", {"name": "b.bin"}),

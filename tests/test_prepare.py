@@ -58,7 +58,7 @@ def mirror(folder: Path, target: Path) -> Path:
 # --- the small models ---------------------------------------------------------------------------------------------
 
 
-def test_merged_model_is_the_published_one_but_for_rounding(prepared: Path) -> None:
+def test_merged_model_is_the_published_one_but_for_rounding(prepared):
     """Against the package's file, with queries reordered by a plain loop."""
     import gguf
 
@@ -80,12 +80,15 @@ def test_merged_model_is_the_published_one_but_for_rounding(prepared: Path) -> N
     assert merged["model.embed_tokens.weight"].shape == (49153, 576)
 
 
-def test_it_talks_and_a_model_with_queries_and_keys_in_meta_s_order_does_not(
-    prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_it_talks_and_a_model_with_queries_and_keys_in_meta_s_order_does_not(prepared, tmp_path, capsys):
     assert talk.self_test(prepared / "vicuna", device="cpu") < 2.5
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 5 and all(line.startswith("✓") for line in said)
+    tokenizer = AutoTokenizer.from_pretrained(prepared / "vicuna")
+    text = "### Human: Is there any anomaly?\n### Assistant: In 1503, café ✓"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert len(tokenizer("1503").input_ids) == 4  # SmolLM cuts numbers into digits
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)) == (1, 2, 49152)
     order = torch.argsort(llama.halves_first(torch.arange(64.0)[:, None], 64)[:, 0])
     for path in mirror(prepared / "vicuna", tmp_path / "x").glob("*.safetensors"):
         tensors = load_file(path)
@@ -98,15 +101,7 @@ def test_it_talks_and_a_model_with_queries_and_keys_in_meta_s_order_does_not(
         talk.self_test(tmp_path / "x", device="cpu")
 
 
-def test_tokenizer_round_trip_and_digits(prepared: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(prepared / "vicuna")
-    text = "### Human: Is there any anomaly?\n### Assistant: In 1503, café ✓"
-    assert tokenizer.decode(tokenizer(text).input_ids) == text
-    assert len(tokenizer("1503").input_ids) == 4  # SmolLM cuts numbers into digits
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)) == (1, 2, 49152)
-
-
-def test_second_time_needs_nothing(prepared: Path, capsys: pytest.CaptureFixture) -> None:
+def test_second_time_needs_nothing(prepared, capsys):
     route = catalog.route(prepared, MINI, delete_raw=True)
     assert route.missing() == [] and route.disk_bytes == 0
     assert set(route.table()["state"]) == {"part is ready"}
@@ -144,7 +139,7 @@ def test_parts_that_do_not_fit_are_named(
 # --- routes to the large models -----------------------------------------------------------------------------------
 
 
-def test_the_default_route_can_be_fetched_whole_and_names_every_licence(tmp_path: Path) -> None:
+def test_the_default_route_can_be_fetched_whole_and_names_every_licence(tmp_path):
     route = catalog.route(tmp_path, FULL)
     table = route.table()
     assert set(table["state"]) == {"will be fetched"} and (table["licence"] != "").all()
@@ -158,12 +153,12 @@ def test_the_default_route_can_be_fetched_whole_and_names_every_licence(tmp_path
 
 
 @pytest.mark.parametrize("choice", [{"base": "gguf"}, {"version": "v2"}, {"llama_folder": "/no/such/folder"}])
-def test_unknown_choices_say_what_is_allowed(tmp_path: Path, choice: dict) -> None:
+def test_unknown_choices_say_what_is_allowed(tmp_path, choice):
     with pytest.raises((ValueError, FileNotFoundError), match="allowed are|no folder here"):
         catalog.route(tmp_path, FULL, **choice)
 
 
-def test_a_small_disk_is_known_before_the_first_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_disk_is_known_before_the_first_download(tmp_path, monkeypatch):
     route = catalog.route(tmp_path, FULL)
     monkeypatch.setattr(files, "free_bytes", lambda path: 30 * 10**9)
     with pytest.raises(OSError, match=r"needs 4\d\.\d GB of disk, 30\.0 GB are free.*Free \d+\.\d GB"):
@@ -282,8 +277,8 @@ def tiny_mini(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Route, dic
 
 @pytest.mark.parametrize("way", ["huggingface", "meta", "mini"])
 def test_killed_at_each_file_of_each_step_and_cut_at_every_third_file_it_still_ends_complete(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
-) -> None:
+    hub, tmp_path, monkeypatch, way
+):
     hub.cut_every = 3
     own = {"llama_folder": tmp_path / "site" / "meta", "fuse_merge": False} if way == "meta" else {}
     route, expected = tiny_route(hub, tmp_path / "weights", **own), expected_bits()
@@ -303,7 +298,7 @@ def test_killed_at_each_file_of_each_step_and_cut_at_every_third_file_it_still_e
 
 
 @pytest.mark.parametrize("base", ["meta", "huggingface", "merged"])
-def test_a_folder_of_one_s_own_is_read_where_it_lies(hub: Hub, tmp_path: Path, base: str) -> None:
+def test_a_folder_of_one_s_own_is_read_where_it_lies(hub, tmp_path, base):
     own = tmp_path / "site" / ("meta" if base == "meta" else "llama")
     if base == "merged":
         own = tiny.write_hf(tmp_path / "own", expected_bits())
@@ -317,9 +312,7 @@ def test_a_folder_of_one_s_own_is_read_where_it_lies(hub: Hub, tmp_path: Path, b
 
 
 @pytest.mark.parametrize("linked", ["folder", "files", "raw"])
-def test_deleting_raw_files_never_follows_a_link(
-    hub: Hub, tmp_path: Path, linked: str, capsys: pytest.CaptureFixture
-) -> None:
+def test_deleting_raw_files_never_follows_a_link(hub, tmp_path, linked, capsys):
     drive, route = tmp_path / "site" / "llama", tiny_route(hub, tmp_path / "weights")
     before = read_folder(drive)
     route.raw_dir.parent.mkdir()
@@ -346,9 +339,7 @@ def meta_by_hand(hub: Hub, tmp_path: Path) -> Route:
     return dataclasses.replace(route, files=tuple(f for f in route.files if f.path.name != "tokenizer.model"))
 
 
-def test_a_file_with_another_hash_is_accepted_when_its_contents_are_right(
-    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_file_with_another_hash_is_accepted_when_its_contents_are_right(hub, tmp_path, capsys):
     """A mirror's params.json says vocab_size 32000 where Meta's says -1; its checkpoint was packed anew."""
     route = meta_by_hand(hub, tmp_path)
     params = route.llama_dir / "params.json"
@@ -368,9 +359,7 @@ def test_a_file_with_another_hash_is_accepted_when_its_contents_are_right(
     ],
     ids=["cut", "web page", "no params", "cut without a known hash", "bit flip without a known hash"],
 )
-def test_a_wrong_file_is_left_where_it_is(
-    hub: Hub, tmp_path: Path, name: str, content: Callable[[bytes], bytes], words: str
-) -> None:
+def test_a_wrong_file_is_left_where_it_is(hub, tmp_path, name, content, words):
     route = meta_by_hand(hub, tmp_path)
     (route.raw_dir / "imagebind.pt").write_bytes(hub.repositories["plain"]["imagebind_huge.pth"])
     path = next(route.raw_dir.rglob(name))
@@ -382,7 +371,7 @@ def test_a_wrong_file_is_left_where_it_is(
     assert path.read_bytes() == wrong
 
 
-def test_files_by_hand_are_enough_without_a_hub(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_files_by_hand_are_enough_without_a_hub(hub, tmp_path, capsys):
     route = tiny_route(hub, tmp_path / "weights")
     mirror(tmp_path / "site" / "delta", route.delta_dir)
     del hub.repositories["lmsys/vicuna-7b-delta-v0"]
@@ -390,7 +379,7 @@ def test_files_by_hand_are_enough_without_a_hub(hub: Hub, tmp_path: Path, capsys
     assert "taken as they are" in capsys.readouterr().out
 
 
-def test_raw_files_stay_until_their_part_is_ready(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_raw_files_stay_until_their_part_is_ready(hub, tmp_path, monkeypatch):
     route = tiny_route(hub, tmp_path / "weights")
     steps.obtain(route, accept_licences=True)
     n_raw, write_json = len(raw_files(route)), files.write_json

@@ -39,7 +39,7 @@ def n_numbers(shapes: tiny.Shapes) -> int:
 # --- true size, without the files -------------------------------------------------------------------------------
 
 
-def test_imagebind_huge_maps_exactly_onto_open_clip() -> None:
+def test_imagebind_huge_maps_exactly_onto_open_clip():
     shapes = tiny.imagebind_shapes()
     assert len(shapes) == 687
     names, config = published.inspect("imagebind", shapes)
@@ -54,7 +54,7 @@ def test_imagebind_huge_maps_exactly_onto_open_clip() -> None:
     assert isinstance(model.visual.transformer.resblocks[0].mlp.gelu, torch.nn.GELU)
 
 
-def test_pandagpt_maps_exactly_onto_peft() -> None:
+def test_pandagpt_maps_exactly_onto_peft():
     shapes = tiny.pandagpt_shapes(LLAMA_7B)
     names, settings = published.inspect("pandagpt", shapes)
     assert len(names) == 258 and settings["r"] == 32 and n_numbers(shapes) == 37_752_832
@@ -65,7 +65,7 @@ def test_pandagpt_maps_exactly_onto_peft() -> None:
     assert {name: shapes[key] for name, key in names.items() if "lora" in name} == lora
 
 
-def test_anomalygpt_has_21_tensors_and_anomalyclip_keeps_16_of_32() -> None:
+def test_anomalygpt_has_21_tensors_and_anomalyclip_keeps_16_of_32():
     shapes = tiny.anomalygpt_shapes()
     assert len(published.inspect("anomalygpt", shapes)[0]) == 21 and 2 * n_numbers(shapes) == 225_326_960
     shapes = tiny.anomalyclip_shapes()
@@ -77,7 +77,7 @@ def test_anomalygpt_has_21_tensors_and_anomalyclip_keeps_16_of_32() -> None:
 # --- numbers -----------------------------------------------------------------------------------------------------
 
 
-def test_imagebind_towers_give_the_numbers_of_the_original_formulas(tmp_path: Path) -> None:
+def test_imagebind_towers_give_the_numbers_of_the_original_formulas(tmp_path):
     """A picture as two equal frames through a 3-D convolution, blocks and head, written out from ImageBind's rules."""
     shapes = SHAPES["imagebind"] | {"modality_trunks.imu.blocks.0.attn.in_proj_bias": (7,)}
     source = tiny.write_random(tmp_path / "ib.pth", shapes)
@@ -126,7 +126,7 @@ def original_vision(state: dict[str, torch.Tensor], image: torch.Tensor) -> torc
 
 
 @pytest.mark.parametrize("spelling", [".default.weight", ".weight"])
-def test_peft_loads_the_adapter_that_pandagpt_becomes(tmp_path: Path, spelling: str) -> None:
+def test_peft_loads_the_adapter_that_pandagpt_becomes(tmp_path, spelling):
     """Merged by peft itself, each matrix is W + alpha / r * B A of the published file, in either spelling."""
     source = tiny.write_random(tmp_path / "x.pt", SHAPES["pandagpt"])
     renamed = {name.replace(".default.weight", spelling): torch.nn.Parameter(item) for name, item in source.items()}
@@ -147,7 +147,7 @@ def test_peft_loads_the_adapter_that_pandagpt_becomes(tmp_path: Path, spelling: 
         torch.testing.assert_close(merged[name], tensor if a is None else tensor + b @ a)
 
 
-def test_anomalygpt_and_anomalyclip_keep_their_numbers(tmp_path: Path) -> None:
+def test_anomalygpt_and_anomalyclip_keep_their_numbers(tmp_path):
     source = tiny.write_random(tmp_path / "a.pt", SHAPES["anomalygpt"], dtype=torch.float16)
     tiny.assert_same_bits(load(published.convert("anomalygpt", tmp_path / "a.pt", tmp_path / "a")), source)
     source = tiny.write_random(tmp_path / "c.pth", SHAPES["anomalyclip"])
@@ -168,7 +168,7 @@ def stops(name: str, shapes: dict, tmp_path: Path, match: str, **options: bool) 
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_missing_an_unknown_and_a_misshapen_tensor_are_each_named(name: str, tmp_path: Path) -> None:
+def test_a_missing_an_unknown_and_a_misshapen_tensor_are_each_named(name, tmp_path):
     shapes, stranger = SHAPES[name], {"prompt_learner.stranger": (3,)}
     key = {
         "imagebind": "modality_trunks.vision.blocks.1.mlp.fc2.bias",
@@ -190,14 +190,14 @@ def test_a_missing_an_unknown_and_a_misshapen_tensor_are_each_named(name: str, t
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("given", SHAPES)
-def test_one_checkpoint_given_for_another(name: str, given: str, tmp_path: Path) -> None:
+def test_one_checkpoint_given_for_another(name, given, tmp_path):
     stops(name, SHAPES[given] if name != given else {}, tmp_path, "another checkpoint|not a whole")
 
 
 # --- stand-ins ----------------------------------------------------------------------------------------------------
 
 
-def test_standins_have_the_published_layout_and_fit_their_models(tmp_path: Path) -> None:
+def test_standins_have_the_published_layout_and_fit_their_models(tmp_path):
     """ImageBind's comes back as the embedded backbone, bit for bit; AnomalyCLIP's carries its CLIP's own embeddings."""
 
     def made(component: str) -> dict[str, torch.Tensor]:
