@@ -66,7 +66,7 @@ def fetch(
         except DownloadError:
             raise
         except _FAILURES as error:
-            problem = _first_line(error)
+            problem = str(error).partition("\n")[0][:200] or type(error).__name__
             status = getattr(getattr(error, "response", None), "status_code", None)
             if status in (401, 403, 404, 410) or getattr(error, "errno", 0) == errno.ENOSPC:
                 break
@@ -109,7 +109,7 @@ def fetch_hub(
         raise DownloadError(f"{repository} is not on the hub, or private. {_consent(repository)}") from None
     except _FAILURES as error:
         place = f"Check the connection and run this cell again, or put the files into {target} yourself."
-        raise DownloadError(f"the hub cannot be asked about {repository} ({_first_line(error)}). {place}") from None
+        raise DownloadError(f"the hub cannot be asked about {repository} ({error}). {place}") from None
     offered = {item.rfilename: (item.size, item.lfs.sha256 if item.lfs else None) for item in info.siblings}
     wanted = [name] if name else choose_files(list(offered))
     if absent := [file for file in wanted if file not in offered]:
@@ -119,10 +119,9 @@ def fetch_hub(
     for file in wanted:
         path, (n_bytes, sha256) = target if name else target / file, offered[file]
         if path.exists() and path.stat().st_size != n_bytes:
-            raise WeightFileError(
-                f"{path} has {path.stat().st_size} bytes, the published file {n_bytes}. It was left as it is: delete "
-                f"it and run this cell again, or use your own files by LLAMA_FOLDER."
-            )
+            sizes = f"{path} has {path.stat().st_size} bytes, the published file {n_bytes}"
+            way = "It was left as it is: delete it and run this cell again, or use your own files by LLAMA_FOLDER."
+            raise WeightFileError(f"{sizes}. {way}")
         get = partial(_get_as_member, repository, file, endpoint) if info.gated or info.private else None
         fetch(hf_hub_url(repository, file, endpoint=endpoint), path, sha256=sha256, n_bytes=n_bytes, get=get)
     return target
@@ -148,10 +147,6 @@ def choose_files(names: list[str]) -> list[str]:
     other = "pytorch_model.bin.index.json" if safe else "model.safetensors.index.json"
     texts = [name for name in top if name.endswith((".json", ".model", ".jinja", "merges.txt")) and name != other]
     return texts + weights
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _consent(repository: str) -> str:

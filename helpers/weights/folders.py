@@ -30,10 +30,9 @@ def write_folder(
     A second call goes on where a killed one stopped: shards that the journal names and whose hash is right are kept.
 
     Args:
-        target, tensors: folder to write, and what, in this order.
+        target, tensors, shard_bytes: folder to write, what, in this order, and the largest file.
         write_small: writes config and tokenizer files into the folder it is given.
         component, source, notes: for ``READY.json``; ``settings``: what else decides the result.
-        shard_bytes: largest file, unless one tensor is larger.
     Raises:
         WeightFileError: the folder belongs to other inputs or settings, or a number is not finite.
         BlockingIOError: another process writes the folder.

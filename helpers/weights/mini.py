@@ -35,7 +35,7 @@ _GGUF_NAMES = {
 def write(component: str, path: Path) -> None:
     """Write the stand-in of the published file of a component, for example ``"imagebind"`` or ``"anomalygpt/..."``."""
     family = component.split("/")[0]
-    made = {"imagebind": _imagebind, "anomalyclip": lambda: {"prompt_learner": _anomalyclip()}}
+    made = {"imagebind": _imagebind, "anomalyclip": _anomalyclip}
     _save(path, made[family]() if family in made else load_file(ASSETS / f"{family}.safetensors"))
 
 
@@ -64,7 +64,8 @@ def write_language_model(meta: Path, delta: Path) -> None:
         "multiple_of": 256, "vocab_size": -1,
     }  # fmt: skip
     for shard in range(N_SHARDS):
-        part = {name: _cut(tensor, llama.axis_of(name), shard) for name, tensor in base.items()}
+        axes = {name: llama.axis_of(name) for name in base}
+        part = {k: v if axes[k] is None else v.chunk(N_SHARDS, dim=axes[k])[shard] for k, v in base.items()}
         _save(meta / f"consolidated.{shard:02d}.pth", part)
     write_tokenizer(meta, fields)
     files.write_json(meta / "params.json", params)
@@ -103,11 +104,6 @@ def find_smollm2() -> Path:
     return inside[0]
 
 
-def _cut(tensor: torch.Tensor, axis: int | None, shard: int) -> torch.Tensor:
-    part = tensor if axis is None else tensor.chunk(N_SHARDS, dim=axis)[shard]
-    return part.clone(memory_format=torch.contiguous_format)
-
-
 def write_tokenizer(folder: Path, fields: Mapping[str, Any]) -> None:
     """SmolLM2's tokenizer from the lists in its GGUF file: byte-level BPE that cuts numbers into digits."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -137,7 +133,6 @@ def _imagebind() -> dict[str, torch.Tensor]:
     from helpers.clip import backbones
 
     content = published.as_imagebind(backbones.art_vit_mini().state_dict())
-    content = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in content.items()}
     n_positions = content["modality_preprocessors.text.pos_embed"].shape[1]
     content["modality_preprocessors.text.mask"] = torch.full((n_positions,) * 2, -math.inf).triu_(1)
     return content | {"modality_heads.audio.0.weight": torch.ones(192)}
@@ -154,17 +149,18 @@ def _anomalyclip() -> dict[str, torch.Tensor]:
     tokens = clip.tokenizer([f"{' '.join(['X'] * n_context)} {name}." for name in names])  # (2, 77)
     embedded = clip.model.token_embedding.weight.detach()[tokens].float()  # (2, 77, width)
     for row, side in enumerate(("pos", "neg")):
-        content[f"token_prefix_{side}"] = embedded[row, :1][None, None].clone()
-        content[f"token_suffix_{side}"] = embedded[row, 1 + n_context :][None, None].clone()
-        content[f"tokenized_prompts_{side}"] = tokens[row].to(torch.int32)[None, None].clone()
+        content[f"token_prefix_{side}"] = embedded[row, :1][None, None]
+        content[f"token_suffix_{side}"] = embedded[row, 1 + n_context :][None, None]
+        content[f"tokenized_prompts_{side}"] = tokens[row].to(torch.int32)[None, None]
     for i in range(sum(name.startswith("compound_prompts_text") for name in content)):
         content[f"compound_prompt_projections.{i}.weight"] = torch.zeros(896, width)
         content[f"compound_prompt_projections.{i}.bias"] = torch.zeros(896)
     return content
 
 
-def _save(path: Path, content: Mapping[str, Any]) -> None:
+def _save(path: Path, content: Mapping[str, torch.Tensor]) -> None:
     for left in path.parent.glob(f".{path.stem}.*{path.suffix}"):  # half written by a killed process
         left.unlink()
+    whole = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in content.items()}
     with files.atomic_path(path) as temporary:
-        torch.save(dict(content), temporary)
+        torch.save({"prompt_learner": whole} if "ctx_pos" in whole else whole, temporary)

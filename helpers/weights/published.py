@@ -94,7 +94,7 @@ def inspect(family: str, shapes: Shapes, *, allow_unknown: bool = False) -> tupl
 def _imagebind(shapes: Shapes) -> Layout:
     """ImageBind's towers, with the arguments of ``open_clip.CLIP``; the other four senses are left out.
 
-    Shapes do not tell the number of heads: each has 64 numbers, but there are at most 16, as in ImageBind-huge.
+    Shapes do not tell the heads: they have 64 numbers each, but there are at most 16, as in ImageBind-huge.
     """
     vision, text = "modality_preprocessors.vision", "modality_preprocessors.text"
     width, _, _, patch, _ = _shape(shapes, f"{vision}.rgbt_stem.proj.1.weight", 5)

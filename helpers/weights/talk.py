@@ -9,7 +9,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+import sentencepiece
 import torch
+import transformers
 
 from helpers.weights.tensors import WeightFileError
 
@@ -71,8 +73,6 @@ def _continue(model: torch.nn.Module, tokenizer: Any, prompt: str) -> str:
 
 
 def _load(folder: Path, device: str) -> tuple[Any, Any]:
-    import transformers
-
     # transformers 5 renamed the argument; without it version 4 would load 7B as float32
     name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -88,8 +88,6 @@ def check_tokenizer(folder: Path, tokenizer: Any) -> None:
     """WeightFileError unless transformers gives the very ids of SentencePiece, which the models were trained with."""
     if not (folder / "tokenizer.model").exists():
         return  # a byte-level tokenizer; nothing else to compare with
-    import sentencepiece
-
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     for text in _FIXED_TEXTS:
         expected, found = [1, *processor.encode(text)], tokenizer(text).input_ids
