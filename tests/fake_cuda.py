@@ -1,12 +1,9 @@
 """A GPU that is not there: tensors that say ``cuda:0``, keep their numbers on the CPU, and refuse what CUDA refuses.
 
-Code written for a GPU runs through it unchanged, with real numbers and real control flow. Found are tensors of two
-devices in one operation, pinned GPU tensors, ``.numpy()`` of a GPU tensor, and CPU data indexed by GPU indices. Not
-found are missing kernels, full memory, inference tensors that training touches, and everything about speed.
-
-For autograd a tensor lies on the ``meta`` device, as in torch's own FakeTensor: its engine would open a CUDA context
-for a tensor of device ``cuda``. So an operation that asks for ``meta`` while one of our tensors takes part, or inside a
-backward pass, means the GPU.
+Code written for a GPU runs through it unchanged, with real numbers. Not found are missing kernels, full memory,
+inference tensors that training touches, and everything about speed. For autograd a tensor lies on the ``meta`` device,
+as in torch's own FakeTensor (its engine would open a CUDA context for ``cuda``): an operation that asks for ``meta``
+while one of our tensors takes part, or inside a backward pass, means the GPU.
 """
 
 from __future__ import annotations
@@ -63,15 +60,9 @@ class GpuTensor(torch.Tensor):
         raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
 
     __array__ = numpy
-
-    def tolist(self) -> Any:
-        return self.held.tolist()
-
-    def data_ptr(self) -> int:
-        return self.held.data_ptr()
-
-    def untyped_storage(self) -> torch.UntypedStorage:  # who saves tensors looks for those that share one
-        return self.held.untyped_storage()
+    tolist = property(lambda self: self.held.tolist)
+    data_ptr = property(lambda self: self.held.data_ptr)  # who saves tensors looks for those that share a storage
+    untyped_storage = property(lambda self: self.held.untyped_storage)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"GpuTensor({self.held})"
@@ -96,14 +87,10 @@ def _refuse(func: Any, args: tuple, ours: list[torch.Tensor], plain: list[torch.
     """Raise what CUDA raises."""
     if func is aten._pin_memory.default and ours:
         raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
-    if not ours or not plain:
-        return
-    if func is aten.index.Tensor and not isinstance(args[0], GpuTensor):
+    if ours and plain and func is aten.index.Tensor and not isinstance(args[0], GpuTensor):
         raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
-    if func not in _ACROSS and any(tensor.dim() for tensor in plain):
-        raise RuntimeError(
-            f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ({func})"
-        )
+    if ours and func not in _ACROSS and any(tensor.dim() for tensor in plain):
+        raise RuntimeError(f"Expected all tensors to be on the same device, but found cuda:0 and cpu! ({func})")
 
 
 def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -134,9 +121,8 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     known = {id(tensor.held): tensor for tensor in ours}  # in-place operations give back the very tensor
 
     def wrap(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor) or isinstance(leaf, GpuTensor):
-            return leaf
-        return known[id(leaf)] if id(leaf) in known else GpuTensor(leaf)
+        is_plain = isinstance(leaf, torch.Tensor) and not isinstance(leaf, GpuTensor)
+        return known.get(id(leaf), GpuTensor(leaf)) if is_plain else leaf
 
     return tree_map(wrap, out)
 
@@ -158,8 +144,7 @@ def _attention(
         key, value = key.repeat_interleave(n_repeats, -3), value.repeat_interleave(n_repeats, -3)
     weights = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
-        allowed = torch.ones(weights.shape[-2:], dtype=torch.bool, device=query.device).tril()
-        weights = weights.masked_fill(~allowed, float("-inf"))
+        attn_mask = torch.ones(weights.shape[-2:], dtype=torch.bool, device=query.device).tril()
     if attn_mask is not None:
         is_bool = attn_mask.dtype == torch.bool
         weights = weights.masked_fill(~attn_mask, float("-inf")) if is_bool else weights + attn_mask
@@ -180,23 +165,26 @@ def fake_cuda(*, name: str = "NVIDIA L4", total_memory: float = 23.6e9) -> Itera
         "get_device_properties": properties, "get_device_name": name, "get_device_capability": (8, 9),
         "mem_get_info": (int(total_memory), int(total_memory)), "is_bf16_supported": True, "memory_allocated": 0,
         "max_memory_allocated": 0, "is_current_stream_capturing": False, "get_rng_state_all": [],
-        "get_rng_state": torch.zeros(16, dtype=torch.uint8), "set_rng_state": None,
-        "_lazy_init": None, "set_device": None, "synchronize": None, "empty_cache": None, "manual_seed": None,
-        "manual_seed_all": None, "set_rng_state_all": None, "reset_peak_memory_stats": None,
+        "get_rng_state": torch.zeros(16, dtype=torch.uint8), **dict.fromkeys(
+            ("set_rng_state", "_lazy_init", "set_device", "synchronize", "empty_cache", "manual_seed",
+             "manual_seed_all", "set_rng_state_all", "reset_peak_memory_stats")
+        ),
     }  # fmt: skip
     torch._C._ensureCUDADeviceGuardSet()  # without a driver: the guard that does nothing
     torch.utils._device._device_constructors()  # torch keeps the first answer, and ours is in it below
     AcceleratorState._reset_state(True)  # accelerate remembers the first device of a process
     overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    patches = (
+        mock.patch.multiple(torch.cuda, **{key: mock.Mock(return_value=value) for key, value in answers.items()}),
+        mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}),  # a mode holds in its own thread only
+        mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", _attention),
+        mock.patch.object(torch, "tensor", _new_tensor),
+        _Mode(),
+    )
     with contextlib.ExitStack() as stack:
-        for attribute, value in answers.items():
-            stack.enter_context(mock.patch.object(torch.cuda, attribute, lambda *a, value=value, **k: value))
-        # transformers loads in threads, and a mode holds in its own thread only
-        stack.enter_context(mock.patch.dict(os.environ, {"HF_DEACTIVATE_ASYNC_LOAD": "1"}))
-        stack.enter_context(mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", _attention))
-        stack.enter_context(mock.patch.object(torch, "tensor", _new_tensor))
-        torch.__future__.set_overwrite_module_params_on_conversion(True)
         stack.callback(AcceleratorState._reset_state, True)
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrites)
-        stack.enter_context(_Mode())
+        for patch in patches:
+            stack.enter_context(patch)
         yield

@@ -33,25 +33,39 @@ import torch
 from PIL import Image
 
 from helpers import data, files, profiles, weights
+from helpers.anomalyclip import detector
+from helpers.anomalyclip import model as anomalyclip
+from helpers.anomalygpt import imagebind, language, pairs, training
+from helpers.anomalygpt import model as anomalygpt
+from helpers.clip import backbones, features
 from helpers.data import images
 from helpers.records import Sample
-from helpers.weights import catalog, llama, mini, published, steps
+from helpers.weights import catalog, llama, mini, steps
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
-        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "vocab_size": 2000, "clip": "art-vit-mini", "sides": (224, 224), "shard_bytes": 400_000, "precision": "fp32",
-        "rank": 4, "pictures": (24, 4), "training_steps": 1,
+        "llama": (64, 96, 2, 4, 2000), "clip": "art-vit-mini", "sides": (224, 224), "shard_bytes": 400_000,
+        "precision": "fp32", "rank": 4, "pictures": (24, 4), "training_steps": 1,
         "imagebind": {"width": 32, "layers": 4, "text": 16, "text_layers": 2, "joint": 20},
         "prompts": {"channels": (2, 4, 4, 8, 8)},  # the published ones take seconds a step on a CPU
     },
     "true": {
-        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "vocab_size": 32000, "clip": "ViT-L-14-336-quickgelu", "sides": (336, 518), "shard_bytes": 2_000_000_000,
-        "precision": "bf16", "rank": 32, "pictures": (100, 32), "training_steps": 10, "imagebind": {}, "prompts": {},
+        "llama": (4096, 11008, 32, 32, 32000), "clip": "ViT-L-14-336-quickgelu", "sides": (336, 518),
+        "shard_bytes": 2_000_000_000, "precision": "bf16", "rank": 32, "pictures": (100, 32), "training_steps": 10,
+        "imagebind": {}, "prompts": {},
     },
 }  # fmt: skip
-QUESTION = "Is there any anomaly in the image?"
+LLAMA = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+QUESTIONS = ("Is there any anomaly in the image?", "Where is it?", "Describe the picture.")
+NORMAL = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
+
+
+def random(name: str, shape: tuple[int, ...], std: float = 0.02, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    """Random numbers of any shape at the speed of a copy; the weight of a norm is 1."""
+    n = math.prod(shape)
+    if name.endswith("weight") and len(shape) == 1:
+        return torch.ones(shape, dtype=dtype)
+    return (NORMAL.roll(n % 7919) * std).to(dtype).repeat(-(-n // len(NORMAL)))[:n].reshape(shape)
 
 
 class Walk:
@@ -59,72 +73,56 @@ class Walk:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.size, self.device = options, SIZES[options.size], options.device
-        layers = options.llm_layers or self.size["num_hidden_layers"]
-        keys = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-        self.config = {key: self.size[key] for key in keys} | {"num_hidden_layers": layers, "rms_norm_eps": 1e-6}
+        self.config = dict(zip(LLAMA, self.size["llama"])) | {"rms_norm_eps": 1e-6}
+        self.config["num_hidden_layers"] = options.llm_layers or self.config["num_hidden_layers"]
         self.config["num_key_value_heads"] = self.config["num_attention_heads"]
         self.grown = self.config | {"vocab_size": self.config["vocab_size"] + 1}
         self.folder = Path(options.folder or tempfile.mkdtemp(prefix="gpu_walk_"))
         settings = profiles.WeightsSettings(shard_bytes=self.size["shard_bytes"], fuse_merge=False)
-        params = {"dim": self.size["hidden_size"], "n_heads": self.size["num_attention_heads"], "n_layers": layers}
-        files.write_json(self.folder / "llama" / "params.json", params | {"norm_eps": 1e-6, "vocab_size": -1})
+        dim, _, _, n_heads, _ = self.size["llama"]
+        params = {"dim": dim, "n_heads": n_heads, "n_layers": self.config["num_hidden_layers"], "norm_eps": 1e-6}
+        files.write_json(self.folder / "llama" / "params.json", params | {"vocab_size": -1})
         self.route = catalog.route(self.folder / "weights", settings, llama_folder=self.folder / "llama")
         self.precision = "fp32" if self.device == "cpu" else self.size["precision"]
         self.rows: list[tuple] = []
-        self.normal = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
-        self.noise: dict[tuple, torch.Tensor] = {}
 
     def step(self, name: str, do: Callable[[], Any], amount: float = 0, unit: str = "", planned_gb: float = 0) -> Any:
         """Do one step, and note what it took; a skipped one gives None."""
         if name in self.options.skip:
             return None
-        is_gpu = self.device.startswith("cuda")
+        is_gpu, began = self.device.startswith("cuda"), time.perf_counter()
         if is_gpu:
             torch.cuda.reset_peak_memory_stats()
-        began = time.perf_counter()
         result = do()
         if is_gpu:
             torch.cuda.synchronize()
         seconds, peak = time.perf_counter() - began, torch.cuda.max_memory_allocated() / 1e9 if is_gpu else 0.0
-        amount = result if unit == "tokens" and isinstance(result, int) else amount
+        amount = result if unit == "tokens" else amount
         speed = f"{amount / seconds:,.2f} {unit}/s" if amount else ""
-        off = abs(peak - planned_gb) / planned_gb if is_gpu and planned_gb else 0.0
-        told = f"{planned_gb:.1f} (off by {off:.0%})" if off > 0.15 else f"{planned_gb:.1f}" if planned_gb else ""
+        off = abs(peak - planned_gb) / planned_gb if planned_gb else 0.0
+        told = f"{planned_gb:.1f}" + f" (off by {off:.0%})" * (off > 0.15) if planned_gb else ""
         self.rows.append((name, round(seconds, 1), speed, f"{peak:.1f}" if is_gpu else "", told))
         print(f"{name}: {seconds:.1f} s {speed}", flush=True)
         return result
-
-    def random(self, shape: tuple[int, ...], std: float, dtype: torch.dtype = torch.float16) -> torch.Tensor:
-        """Random numbers of any shape at the speed of a copy."""
-        n = math.prod(shape)
-        if (std, dtype) not in self.noise:
-            self.noise[std, dtype] = (self.normal * std).to(dtype)
-        noise = self.noise[std, dtype][n * 7919 % 1000 :]
-        return (noise[:n] if n <= len(noise) else noise.repeat(-(-n // len(noise)))[:n]).reshape(shape).clone()
-
-    # --- weights in the published layouts ---------------------------------------------------------------------------
 
     def write_small(self) -> None:
         """ImageBind, PandaGPT, AnomalyGPT: every key and shape as published."""
         eyes = layouts.imagebind_shapes(**self.size["imagebind"])
         width, joint = eyes["modality_heads.vision.2.weight"][::-1]
-        hidden, rank = self.config["hidden_size"], self.size["rank"]
         shapes = {
             "imagebind": eyes,
-            "pandagpt": layouts.pandagpt_shapes(self.config, rank=rank, n_image=joint),
-            "anomalygpt": layouts.anomalygpt_shapes(hidden, joint=joint, width=width, **self.size["prompts"]),
+            "pandagpt": layouts.pandagpt_shapes(self.config, rank=self.size["rank"], n_image=joint),
+            "anomalygpt": layouts.anomalygpt_shapes(
+                self.config["hidden_size"], joint=joint, width=width, **self.size["prompts"]
+            ),
         }
         for file in self.route.files:
             family = file.component.split("/")[0]
-            if family in shapes:
-                dtype = torch.float32 if family == "imagebind" else torch.float16
-                state = {name: self._value(name, shape, dtype) for name, shape in shapes[family].items()}
+            dtype = torch.float32 if family == "imagebind" else torch.float16
+            state = {name: random(name, shape, dtype=dtype) for name, shape in shapes.get(family, {}).items()}
+            if state:
                 file.path.parent.mkdir(parents=True, exist_ok=True)
                 torch.save(state, file.path)
-
-    def _value(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        is_norm = name.endswith("weight") and len(shape) == 1
-        return torch.ones(shape, dtype=dtype) if is_norm else self.random(shape, 0.02, dtype)
 
     def write_language(self) -> None:
         """Meta's shard with its params, the delta, and a tokenizer that fits the vocabulary."""
@@ -133,12 +131,10 @@ class Walk:
         (self.route.delta_dir / "params.json").unlink()
         shapes = llama.shapes_of(self.config)
         layer = [f"layers.{i}.{name}" for i in range(self.config["num_hidden_layers"]) for name in llama._LAYER]
-        meta = [f"{name}.weight" for name in ("tok_embeddings", "norm", "output", *layer)]
-        theirs = {llama.name_of(name): name for name in meta}
-        base = {theirs[name]: self._value(name, shape, torch.float16) for name, shape in shapes.items()}
+        theirs = {llama.name_of(f"{n}.weight"): f"{n}.weight" for n in ("tok_embeddings", "norm", "output", *layer)}
+        base = {theirs[name]: random(name, shape) for name, shape in shapes.items()}
         torch.save(base, self.route.llama_dir / "consolidated.00.pth")
-        del base
-        change = {name: self.random(shape, 0.002) for name, shape in llama.shapes_of(self.grown).items()}
+        change = {name: random("", shape, 0.002) for name, shape in llama.shapes_of(self.grown).items()}
         torch.save(change, self.route.delta_dir / "pytorch_model.bin")
         files.write_json(self.route.delta_dir / "config.json", self.grown)
         (delta,) = [file for file in self.route.files if file.path == self.route.delta_dir]
@@ -153,30 +149,8 @@ class Walk:
         tokens = fields["tokenizer.ggml.tokens"][: self.config["vocab_size"]]
         known = set(tokens)
         merges = [m for m in fields["tokenizer.ggml.merges"] if {m.replace(" ", ""), *m.split(" ")} <= known]
-        fields |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": merges}
         folder.mkdir(parents=True, exist_ok=True)
-        mini.write_tokenizer(folder, fields)
-
-    def write_prompts(self, clip: Any) -> Path:
-        """AnomalyCLIP's learned prompts for this CLIP, through the converter."""
-        embedding = clip.model.token_embedding.weight.detach().float().cpu()
-        width, state = embedding.shape[1], {}
-        n_deep = round(len(clip.model.transformer.resblocks) * 2 / 3)
-        for name, shape in layouts.anomalyclip_shapes(width, n_deep=n_deep).items():
-            state[name.removeprefix("prompt_learner.")] = self.random(shape, 0.02, torch.float32)
-        tokens = clip.tokenizer([f"{' '.join(['X'] * 12)} {name}." for name in ("object", "damaged object")])
-        for row, side in enumerate(("pos", "neg")):
-            state[f"token_prefix_{side}"] = embedding[tokens[row, :1]][None, None].clone()
-            state[f"token_suffix_{side}"] = embedding[tokens[row, 13:]][None, None].clone()
-            state[f"tokenized_prompts_{side}"] = tokens[row].to(torch.int32)[None, None].clone()
-        raw = self.route.raw_dir / "anomalyclip.pth"
-        raw.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"prompt_learner": state}, raw)
-        folder = self.route.weights_dir / "anomalyclip" / "trained_on_mvtec"
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier walk in this folder
-        return published.convert("anomalyclip", raw, folder) / "model.safetensors"
-
-    # --- the steps ----------------------------------------------------------------------------------------------------
+        mini.write_tokenizer(folder, fields | {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": merges})
 
     def prepare(self) -> None:
         """Notebook 01: everything written, accounted for, converted, merged and hashed again."""
@@ -206,24 +180,20 @@ class Walk:
 
     def clip(self, pictures: list[np.ndarray]) -> None:
         """Notebooks 03 and 04: CLIP's features of 32 pictures, AnomalyCLIP's maps of 8."""
-        from helpers.anomalyclip import detector, model
-        from helpers.clip import backbones, features
-
         small, large = self.size["sides"]
         clip = backbones.load_clip(self.size["clip"], pretrained=None, image_size=small, device=self.device)
         models, n = features.Models(clip, None, self.folder / "features", 16), len(pictures)
-        ids = [f"noise {i}" for i in range(n)]
-        self.step("CLIP features", lambda: features.embed(ids, lambda i: pictures[i], models), n, "pictures")
+        embed = lambda: features.embed([str(i) for i in range(n)], lambda i: pictures[i], models)  # noqa: E731
+        self.step("CLIP features", embed, n, "pictures")
         larger = dataclasses.replace(clip, preprocess=backbones.square_preprocess(large))
-        ready = detector.build_detector(larger, model.load_prompts(self.write_prompts(clip), larger))
+        prompts = anomalyclip.PromptLearner(clip.model, clip.tokenizer, seed=1)
+        ready = detector.build_detector(larger, prompts)
         scored = self.step("AnomalyCLIP maps", lambda: ready.score(pictures[:8]), min(n, 8), "pictures")
         assert scored is None or all(np.isfinite(one.anomaly_map).all() for one in scored)
 
     def anomalygpt(self, dataset: data.Dataset, pictures: list[np.ndarray]) -> None:
         """Notebooks 06 to 08: ten training steps at batch 8, 32 pictures with answers, a chat of three turns."""
-        from helpers.anomalygpt import pairs, training
-
-        model = self.step("load AnomalyGPT", lambda: self.load(self.precision), planned_gb=self.planned(1))
+        model = self.step("load AnomalyGPT", self.load, planned_gb=self.planned(1))
         n = self.options.training_steps
         n = self.size["training_steps"] if n is None else n
         settings = pairs.HeadTraining(
@@ -232,25 +202,35 @@ class Walk:
         train = lambda: training.train_head(model, dataset, folder=self.folder / "head", settings=settings)  # noqa: E731
         if n:
             self.step(f"{n} training steps at batch 8", train, 16 * n, "pictures", self.planned(8, training=True))
-        answer = lambda: self.answer(model, pictures)  # noqa: E731
+
+        def ask(shown: list[np.ndarray], **more: Any) -> list[str]:
+            return model.ask(model.look(shown), more.pop("question", QUESTIONS[0]), max_new_tokens=16, **more)
+
+        def count(answers: list[str]) -> int:
+            return sum(len(model.language.tokens.encode(text)) for text in answers)
+
+        def chat() -> int:
+            history: list[tuple[str, str]] = []
+            for question in QUESTIONS:
+                history.append((question, *ask(pictures[:1], question=question, history=history)))
+            return count([answer for _, answer in history])
+
+        batches = [pictures[start : start + 16] for start in range(0, len(pictures), 16)]
+        answer = lambda: sum(count(ask(batch)) for batch in batches)  # noqa: E731
         self.step(f"answers about {len(pictures)} pictures", answer, unit="tokens", planned_gb=self.planned(16))
-        self.step("a chat of three turns", lambda: self.chat(model, pictures[0]), unit="tokens")
+        self.step("a chat of three turns", chat, unit="tokens")
 
-    def load(self, precision: str) -> Any:
-        from helpers.anomalygpt import imagebind, language
-        from helpers.anomalygpt import model as anomalygpt
-
+    def load(self) -> Any:
         where = self.route.weights_dir
         if not self.options.skip_files:
-            return anomalygpt.load(where, device=self.device, precision=precision)
+            return anomalygpt.load(where, device=self.device, precision=self.precision)
         from transformers import LlamaConfig, LlamaForCausalLM
 
         eyes, lora = weights.require(where, "imagebind"), weights.require(where, "pandagpt")
         self.write_tokenizer(self.folder / "tokenizer")
-        config = LlamaConfig(**self.grown)
-        torch.set_default_dtype({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+        torch.set_default_dtype({"fp32": torch.float32, "bf16": torch.bfloat16}[self.precision])
         with torch.device(self.device):
-            speaker = LlamaForCausalLM(config)
+            speaker = LlamaForCausalLM(LlamaConfig(**self.grown))
         torch.set_default_dtype(torch.float32)
         speaker = language.with_lora(speaker, lora).merge_and_unload().eval().requires_grad_(False)
         head, name = anomalygpt.load_head(where, "train_supervised")
@@ -262,33 +242,15 @@ class Walk:
 
     def planned(self, n_pictures: int, *, training: bool = False) -> float:
         """GB that the suite's own check foretells; 0 where it cannot be asked."""
-        from helpers.anomalygpt import model as anomalygpt
-
         if not self.device.startswith("cuda"):
             return 0.0
         load = {"precision": self.precision, "batch_size": n_pictures, "training": training}
         told = anomalygpt.check_memory(self.route.weights_dir, device=self.device, **load)
         return float(re.search(r"about ([\d.]+) GB", told)[1])
 
-    def answer(self, model: Any, pictures: list[np.ndarray]) -> int:
-        """Number of tokens written."""
-        written = 0
-        for start in range(0, len(pictures), 16):
-            answers = model.ask(model.look(pictures[start : start + 16]), QUESTION, max_new_tokens=16)
-            written += sum(len(model.language.tokens.encode(text)) for text in answers)
-        return written
-
-    def chat(self, model: Any, picture: np.ndarray) -> int:
-        history: list[tuple[str, str]] = []
-        look = model.look([picture])
-        for question in (QUESTION, "Where is it?", "Describe the picture."):
-            history.append((question, model.ask(look, question, history=history, max_new_tokens=16)[0]))
-        return sum(len(model.language.tokens.encode(text)) for _, text in history)
-
     def table(self) -> str:
         card = torch.cuda.get_device_name() if self.device.startswith("cuda") else f"CPU, {platform.machine()}"
-        layers = self.config["num_hidden_layers"]
-        columns = ["step", "seconds", "speed", "peak GPU GB", "planned GB"]
+        layers, columns = self.config["num_hidden_layers"], ["step", "seconds", "speed", "peak GPU GB", "planned GB"]
         head = f"random weights, {self.options.size} size, language model of {layers} layers, {card}"
         return f"{head}\n{pd.DataFrame(self.rows, columns=columns).to_string(index=False)}"
 

@@ -12,6 +12,7 @@ import pytest
 import timm
 import tiny_anomalygpt as tiny
 import torch
+import transformers
 from fake_cuda import GpuTensor, fake_cuda
 
 from helpers import data, files, profiles
@@ -57,17 +58,6 @@ def test_a_step_on_it_is_the_step_of_the_cpu():
     torch.testing.assert_close(on_gpu, on_cpu, atol=0, rtol=0)
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
-    tiny.write_weights(home / "weights", HERE / "golden" / "anomalygpt_seed0.safetensors")
-    (home / "data" / "embedded").mkdir(parents=True)
-    dataset = tiny.write_dataset(home / "data" / "embedded")
-    samples = [replace(s, visibility=1.0 if s.mask_path else None) for s in dataset.samples]  # notebook 04 shows one
-    data.write_manifest(dataset.folder / "manifest.csv", samples)
-    return home
-
-
 def run_notebook(name: str, profile: profiles.Profile) -> dict:
     """Every code cell of a notebook as it stands, but for the set-up cell, which chooses the profile."""
     matplotlib.use("Agg")
@@ -96,39 +86,21 @@ def mini(home: Path) -> profiles.Profile:
         max_epochs=5, n_synthetic=24, max_bank_rows=500,
     )  # fmt: skip
     prompts = profiles.AnomalyClipSettings(image_size=40, auxiliary="packages", n_epochs=1, row="own")
-    return profiles.Profile("mini", "fake GPU", home, None, "cuda", clip=clip, anomalyclip=prompts, anomalygpt=settings)
+    dino = profiles.ReferenceSettings(model="any name", image_size=42, side=96, n_references=3, n_bank=2)
+    more = {"clip": clip, "anomalyclip": prompts, "anomalygpt": settings, "reference": dino}
+    return profiles.Profile("mini", "fake GPU", home, None, "cuda", **more)
 
 
-@pytest.fixture(scope="module")
-def walked(home):
-    """Notebooks 06 and 07, whose head and results notebook 08 reads, too."""
-    profile = mini(home)
-    with fake_cuda():
-        return profile, [run_notebook(name, profile) for name in ("06_anomalygpt_train", "07_anomalygpt_test")]
+def make_clip(_name: str, **_options) -> torch.nn.Module:
+    vision = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 4, "head_width": 32}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 3}
+    torch.manual_seed(0)
+    return open_clip.CLIP(24, vision, text, quick_gelu=True)
 
 
-def test_notebooks_06_and_07(walked):
-    profile, notebooks = walked
-    for notebook in notebooks:
-        parts = notebook["model"]
-        for tensor in (parts.language.model.lm_head.weight, parts.image_tower.visual.proj, parts.projection.weight):
-            assert isinstance(tensor, GpuTensor)
-    assert (profile.results_dir("anomalygpt") / "manifest.json").exists()
-
-
-@pytest.fixture
-def tiny_networks(monkeypatch):
-    """What the real loaders of CLIP and of the CNN get for any name: networks with random weights."""
-
-    def make_clip(_name: str, **_options) -> torch.nn.Module:
-        vision = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 4, "head_width": 32}
-        text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 3}
-        torch.manual_seed(0)
-        return open_clip.CLIP(24, vision, text, quick_gelu=True)
-
-    make_cnn = timm.create_model
-    monkeypatch.setattr(open_clip, "create_model", make_clip)
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: make_cnn(name, pretrained=False))
+def make_dino(_name: str, **_options) -> tuple:
+    config = transformers.Dinov2Config(hidden_size=16, num_hidden_layers=5, num_attention_heads=2, image_size=42)
+    return transformers.Dinov2Model(config), {"missing_keys": [], "unexpected_keys": []}
 
 
 def write_prompts(profile: profiles.Profile) -> None:
@@ -142,17 +114,28 @@ def write_prompts(profile: profiles.Profile) -> None:
     files.write_json(path.with_name("READY.json"), ready)
 
 
-def test_notebooks_03_04_and_08(walked, tiny_networks):
-    profile = walked[0]
+def test_the_notebooks(tmp_path, monkeypatch):
+    """06 and 07 first, whose head and results 08 reads; CLIP, the CNN and DINOv2 get random weights for any name."""
+    tiny.write_weights(tmp_path / "weights", HERE / "golden" / "anomalygpt_seed0.safetensors")
+    (tmp_path / "data" / "embedded").mkdir(parents=True)
+    dataset, profile = tiny.write_dataset(tmp_path / "data" / "embedded"), mini(tmp_path)
+    samples = [replace(s, visibility=1.0 if s.mask_path else None) for s in dataset.samples]  # notebook 04 shows one
+    data.write_manifest(dataset.folder / "manifest.csv", samples)
+    make_cnn = timm.create_model
+    with fake_cuda():
+        trained, tested = (run_notebook(name, profile) for name in ("06_anomalygpt_train", "07_anomalygpt_test"))
+    monkeypatch.setattr(open_clip, "create_model", make_clip)
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: make_cnn(name, pretrained=False))
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", make_dino)
     write_prompts(profile)
     with fake_cuda():
-        fitted = run_notebook("03_clip", profile)
-        prompted = run_notebook("04_anomalyclip", profile)
-        asked = run_notebook("08_anomalygpt_chat", profile)
-    for notebook in (fitted, prompted, asked):
-        assert isinstance(notebook["clip"].model.visual.proj, GpuTensor)
-    assert isinstance(next(fitted["cnn"].model.parameters()), GpuTensor)
-    assert isinstance(prompted["own"].ctx_pos, GpuTensor) and isinstance(prompted["ready"].text, GpuTensor)
-    assert isinstance(asked["model"].language.model.lm_head.weight, GpuTensor)
+        names = ("03_clip", "04_anomalyclip", "05_reference", "08_anomalygpt_chat")
+        fitted, prompted, laid, asked = (run_notebook(name, profile) for name in names)
+    on_gpu = [one["clip"].model.visual.proj for one in (fitted, prompted, asked)]
+    on_gpu += [one["model"].language.model.lm_head.weight for one in (trained, tested, asked)]
+    on_gpu += [tested["model"].image_tower.visual.proj, tested["model"].projection.weight]
+    on_gpu += [next(fitted["cnn"].model.parameters()), next(laid["network"].model.parameters())]
+    on_gpu += [prompted["own"].ctx_pos, prompted["ready"].text]
+    assert all(isinstance(one, GpuTensor) for one in on_gpu)
     judged = [one.method for one in asked["talk"].verdicts if one.is_anomalous is not None]
-    assert set(judged) >= {*fitted["found"], "anomalyclip", "anomalygpt"}
+    assert set(judged) >= {*fitted["found"], *laid["done"], "anomalyclip", "anomalygpt"} and len(laid["done"]) == 3
