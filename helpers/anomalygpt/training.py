@@ -147,6 +147,15 @@ def batch_of(
     return {"embedding": features.embedding, "taps": features.taps, "few_shot": torch.stack(maps)} | texts_and_masks
 
 
+def map_or_say(load: Callable[[Path], Any], folder: Path) -> MapOf | None:
+    """``unit_map`` of the detector that ``load(folder)`` gives; None and a printed sentence where it was not fitted."""
+    try:
+        return load(folder).unit_map
+    except FileNotFoundError as error:
+        print(f"Left out, it is optional: {error}")
+        return None
+
+
 def train_head(
     model: AnomalyGPT, dataset: Dataset, *, folder: Path, settings: HeadTraining, confirmed: Sequence[Confirmed] = (),
     map_of: MapOf | None = None, on_checkpoint: Callable[[Path], None] | None = None,
