@@ -53,7 +53,7 @@ def test_paths_and_uploads_of_both_versions(ui: widgets.ChatUI, made) -> None:
     for value in ({"a.png": {"content": content}}, ({"name": "a.png", "content": memoryview(content)},)):
         ui.upload = type("Upload", (), {"value": value})
         ui._receive()
-        assert ui.session.picture.name == "a.png" and ui.session.errors == []
+        assert ui.session.picture.name == "a.png" and ui.sample.value is None and ui.session.errors == []
     ui.path.value = "no_such_picture.jpg"
     assert "no_such_picture.jpg" in ui.message.value and ui.session.errors == []
 

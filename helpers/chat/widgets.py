@@ -103,7 +103,8 @@ class ChatUI:
         self.comment = widgets.Text(placeholder="What do you see? (optional)", layout=wide)
         self.keep = widgets.Checkbox(description="keep a copy of the picture", indent=False, layout=wide)
         left = [self.sample, self.path, self.upload, self.compared_with, self.image, self.view, self.threshold]
-        asking = [widgets.HBox(self.quick, layout=row), widgets.HBox([self.question, self.send, self.again, self.save])]
+        typed = [self.question, self.send, self.again, self.save]
+        asking = [widgets.HBox(part, layout=row) for part in (self.quick, typed)]
         judging = [widgets.HTML("<b>Your judgement of the last answer</b>"), self.verdict, self.label, self.region]
         right = [self.talk, self.message, *asking, *judging, self.comment, self.keep, self.give]
         half = widgets.Layout(flex="1 1 400px", min_width="300px", padding="0 10px")
@@ -139,13 +140,14 @@ class ChatUI:
     @guarded
     def _open(self) -> None:
         self._look_at(chat.open_picture(self.path.value))
+        self.sample.value = None  # no sample is shown any more
 
     @guarded
     def _receive(self) -> None:
         value = self.upload.value  # {name: {"content": ...}} in version 7, a tuple of records in 8
-        records = value.items() if isinstance(value, Mapping) else ((one["name"], one) for one in value)
-        for name, one in records:
+        for name, one in value.items() if isinstance(value, Mapping) else [(one["name"], one) for one in value]:
             self._look_at(chat.receive_picture(str(name), bytes(one["content"])))
+            self.sample.value = None
 
     @guarded
     def _compare(self) -> None:
