@@ -179,7 +179,7 @@ def _convert(route: Route, file: WeightFile) -> None:
 def _delete(route: Route, file: WeightFile) -> None:
     """Delete a raw file whose part is ready: only what lies in ``raw`` itself, never through a link."""
     path = file.path
-    if not path.exists() or not path.is_relative_to(route.raw_dir) or file.source == "LLAMA_FOLDER":
+    if not path.exists() or file.source == "LLAMA_FOLDER":
         return
     is_linked = path.is_symlink() or not path.resolve().is_relative_to(route.raw_dir.resolve())
     if is_linked or (path.is_dir() and any(item.is_symlink() for item in path.rglob("*"))):
