@@ -121,6 +121,12 @@ def test_what_no_reference_shows_is_said_and_not_judged(model, art):
     assert (found.anomaly_map[~found.seen] == 0).all() and f"{found.seen.mean():.0%}" in found.words
 
 
+def test_a_reference_itself_has_no_difference(model):
+    found = model.compare(model.references[0].image)
+    assert found.answer == aligned.SAME and found.score < found.limit
+    assert np.isfinite(found.anomaly_map).all() and found.anomaly_map.max() <= found.limit
+
+
 def test_two_artworks_in_one_photograph(model, art):
     found = model.compare(np.hstack([painting(2), art]))
     assert found.answer == aligned.SAME and found.seen[:, :150].mean() < 0.1 < 0.8 < found.seen[:, 160:].mean()

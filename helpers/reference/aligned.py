@@ -131,7 +131,7 @@ class Aligned:
         for one, noise in zip(looks, noises):
             is_seen, back = np.isfinite(one.differs[0]).astype(np.float32), np.linalg.inv(one.matrix)
             planes = np.where(is_seen > 0, one.differs, 0).astype(np.float32) / noise
-            level = float(np.median(planes[:, is_seen > 0]))
+            level = max(float(np.median(planes[:, is_seen > 0])), 1e-6)  # 0 when it is the reference itself
             planes = photometry.inner_blur(np.moveaxis(planes, 0, 2), is_seen, _SIGMA)
             inside = cv2.warpPerspective(is_seen, back, shape[::-1]) > 0.5
             planes = cv2.warpPerspective(planes, back, shape[::-1])
