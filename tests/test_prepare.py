@@ -242,6 +242,7 @@ def killed(route: Route, step: int, deaths: Path) -> bool:
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert status in (0, -signal.SIGKILL), f"step {step}: the process ended with {status}"
         return status != 0
+    torch.set_num_threads(1)  # the parent's threads are not in the copy, and waiting for them would be for ever
     known, replace = deaths.read_text().splitlines(), os.replace
 
     def dying(source: Path, target: Path) -> None:

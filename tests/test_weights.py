@@ -150,6 +150,7 @@ def test_kill_mid_shard_then_resume_writes_only_what_is_missing(tmp_path, base, 
     target = tmp_path / "out"
     child = os.fork()
     if not child:
+        torch.set_num_threads(1)  # the parent's threads are not in the copy
         fsync = os.fsync
         os.fsync = lambda handle: (time.sleep(0.05), fsync(handle))  # a slow disk
         weights.merge_delta(*pair, target, shard_bytes=40_000)
