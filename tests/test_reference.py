@@ -121,6 +121,14 @@ def test_what_no_reference_shows_is_said_and_not_judged(model, art):
     assert (found.anomaly_map[~found.seen] == 0).all() and f"{found.seen.mean():.0%}" in found.words
 
 
+def test_a_map_in_units_of_the_limit_ranks_pictures_as_the_score_does(model, art):
+    elsewhere, marked = model.compare(painting(9)), art.copy()
+    marked[60:110, 40:90] = 255 - marked[60:110, 40:90]
+    found = model.compare(marked)
+    assert elsewhere.answer == aligned.NOT_THIS and found.answer == aligned.DIFFERENT
+    assert elsewhere.unit_map.min() > max(0.9, found.unit_map.max())
+
+
 def test_a_reference_itself_has_no_difference(model):
     found = model.compare(model.references[0].image)
     assert found.answer == aligned.SAME and found.score < found.limit

@@ -61,8 +61,9 @@ class Comparison:
 
     @property
     def unit_map(self) -> np.ndarray:
-        """The map in [0, 1], 0.5 at the limit."""
-        return self.anomaly_map / (self.anomaly_map + self.limit)
+        """The map in [0, 1], 0.5 at the limit; near 1 all over when the picture lies on no reference, as its score."""
+        plane = np.maximum(self.anomaly_map, self.score) if self.score > UNREGISTERED else self.anomaly_map
+        return plane / (plane + self.limit)
 
 
 @dataclass
