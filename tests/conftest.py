@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,20 @@ GOLDEN = Path(__file__).parent / "golden"
 def parity_fixtures() -> Path:
     """Folder of the reference numbers: ``PARITY_FIXTURES``, by default the copy in ``tests/golden``."""
     return Path(os.environ.get("PARITY_FIXTURES") or GOLDEN)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """A test marked ``forks`` runs in a fresh process: a copy of one whose libraries have started threads can hang."""
+    if pyfuncitem.get_closest_marker("forks") is None or "IN_A_FRESH_PROCESS" in os.environ:
+        return None
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", pyfuncitem.nodeid],
+        cwd=pyfuncitem.config.rootpath, env=os.environ | {"IN_A_FRESH_PROCESS": "1"}, timeout=300,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return True
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

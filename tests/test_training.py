@@ -101,6 +101,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path, st
     assert seconds == sorted(seconds), "the time before the interruption counts, too"
 
 
+@pytest.mark.forks
 def test_killed_process_resumes_to_the_same_parameters(tmp_path: Path) -> None:
     """A real SIGKILL in the middle of a run; the run after it ends with the bits of the uninterrupted one."""
     folder, slow = tmp_path / "killed", {"on_checkpoint": lambda folder: time.sleep(0.15)}
@@ -216,6 +217,7 @@ def shared_run(folder: Path, n_processes: int) -> None:
         files.write_json(folder / "result.json", {"history": result.history, "weight": weight})
 
 
+@pytest.mark.forks
 def test_two_processes_take_the_steps_of_one_with_twice_the_batch(tmp_path: Path) -> None:
     debug_launcher(shared_run, (tmp_path / "two", 2))
     shared_run(tmp_path / "one", 1)
