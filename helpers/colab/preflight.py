@@ -44,7 +44,7 @@ STAGES = {
     "06_anomalygpt_train": Stage(66, 10, 4.5, "checkpoints/anomalygpt/*/training.json"),
     "07_anomalygpt_test": Stage(102, 4, 0.5, "results/anomalygpt/manifest.json"),
     "08_anomalygpt_chat": Stage(50, 5, 0.1, ""),
-    "09_compare": Stage(89, 2, 0.1, "report/index.html"),
+    "09_compare": Stage(47, 2, 0.1, "report/index.html"),
 }
 
 
