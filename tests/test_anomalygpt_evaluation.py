@@ -127,18 +127,18 @@ def test_few_genuine_pictures_are_tested_with(model, dataset, tmp_path):
     assert len(run.result.predictions) == 14 and run.result.manifest["calibration"]["one"]["n_sources"] == 1
 
 
-def test_a_map_of_another_method_is_scored_and_spoken_about(model, dataset, tmp_path):
-    def map_of(picture, category):
-        return np.full((224, 224), picture[..., 1:].min() / 255, dtype=np.float32)
-
-    run = te.run(
-        model, dataset, folder=tmp_path / "anomalygpt_aligned", settings=SMALL, profile="mini", map_of=map_of,
-        method="anomalygpt_aligned",
-    )  # fmt: skip
-    for prediction in run.result.predictions:
-        expected = map_of(images.load_image(prediction.sample.image_path), "")[0, 0]
-        assert prediction.anomaly_score == pytest.approx(expected)
-    assert run.result.method == "anomalygpt_aligned" and set(run.maps["shots"]) == {1}
+def test_maps_of_another_method_are_scored_and_spoken_about_and_noticed_when_they_change(model, dataset, tmp_path):
+    for factor in (1.0, 0.5):
+        maps = tiny.GivenMaps(factor)
+        about = {"settings": SMALL, "profile": "mini", "maps_from": maps, "method": "anomalygpt_aligned"}
+        run = te.run(model, dataset, folder=tmp_path / "anomalygpt_aligned", **about)
+        for prediction in run.result.predictions:
+            expected = maps.unit_map(images.load_image(prediction.sample.image_path), "")[0, 0]
+            assert prediction.anomaly_score == pytest.approx(expected)
+        assert run.result.method == "anomalygpt_aligned" and set(run.maps["shots"]) == {1}
+    del maps.asked[:]
+    te.run(model, dataset, folder=tmp_path / "anomalygpt_aligned", **about)
+    assert not maps.asked  # the same maps: the complete run is kept
 
 
 def test_answers_before_and_after_are_those_of_the_first_words(model, dataset):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import shutil
 import signal
@@ -155,15 +156,10 @@ def test_gradient_checkpointing_changes_no_number(model, samples):
 
 
 def test_a_map_of_another_method_makes_the_prompts(model, samples):
-    pair, asked = p.PairDataset(samples, SMALL)[0], []
-
-    def map_of(picture, category):
-        asked.append((picture.shape, category))
-        return np.full((224, 224), 0.25, dtype=np.float32)
-
-    batch = t.batch_of([pair], model, None, map_of)
-    assert asked == [((224, 224, 3), pair.category)] * 2
-    assert batch["few_shot"].shape == (2, 224, 224) and float(batch["few_shot"].max()) == 0.25
+    pair, maps = p.PairDataset(samples, SMALL)[0], tiny.GivenMaps()
+    batch = t.batch_of([pair], model, None, maps)
+    assert maps.asked == [((224, 224, 3), pair.category)] * 2
+    assert torch.equal(batch["few_shot"][0], torch.from_numpy(maps.unit_map(pair.normal, "")))
     t.head_loss(model, model.head, batch)["answer"].backward()
     assert not model.head.image_decoder.fc[0].weight.grad.any()  # the words do not reach the decoder's map
 
@@ -289,8 +285,11 @@ def test_the_head_learns_from_feedback(model, dataset, confirmed, tmp_path):
 
 def test_a_second_head_learns_from_another_map(trained, dataset, tmp_path):
     model, _, folder = trained
-    second, settings = anomalygpt.with_head(model, tmp_path, folder), dataclasses.replace(ONE_EPOCH, max_pairs=2)
-    flat = lambda picture, category: np.full((224, 224), 0.5, np.float32)  # noqa: E731
-    t.train_head(second, dataset, folder=tmp_path / "second", settings=settings, map_of=flat)
-    first = model.head.state_dict()
-    assert any(not tensor.equal(first[name]) for name, tensor in second.head.state_dict().items())
+    settings, heads = dataclasses.replace(ONE_EPOCH, max_pairs=2), [model.head.state_dict()]
+    for factor in (1.0, 0.5, 0.5):  # other maps: training starts anew; the same: it is complete
+        second = anomalygpt.with_head(model, tmp_path, folder)
+        about = {"settings": settings, "maps_from": tiny.GivenMaps(factor)}
+        t.train_head(second, dataset, folder=tmp_path / "second", **about)
+        heads.append(second.head.state_dict())
+    equal = [all(torch.equal(a[name], b[name]) for name in a) for a, b in itertools.pairwise(heads)]
+    assert equal == [False, False, True]

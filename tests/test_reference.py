@@ -182,6 +182,9 @@ def test_a_saved_detector_says_the_same(model, art, tmp_path):
     saved = detectors.Detector("aligned", SETTINGS, {"art": model})
     saved.save(tmp_path)
     again = reference.load(tmp_path)
+    saved.save(tmp_path)
+    detectors.Detector("aligned", SETTINGS, {"other": model}).save(tmp_path / "other")
+    assert again.identity == reference.load(tmp_path).identity != reference.load(tmp_path / "other").identity
     first, second = (one.score("art", [image])[0] for one in (saved, again))
     assert first.anomaly_score == second.anomaly_score and first.answer == second.answer
     np.testing.assert_array_equal(first.anomaly_map, second.anomaly_map)

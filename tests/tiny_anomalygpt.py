@@ -189,6 +189,17 @@ def talkative(model: anomalygpt.AnomalyGPT) -> anomalygpt.AnomalyGPT:
     return replace(model, language=language.Language(model.language.model, tokens))
 
 
+class GivenMaps:
+    """Maps of another method: everywhere the darkest green or blue of the picture, times ``factor``."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        self.factor, self.identity, self.asked = factor, f"times {factor}", []
+
+    def unit_map(self, picture: np.ndarray, category: str) -> np.ndarray:
+        self.asked.append((picture.shape, category))
+        return np.full((224, 224), self.factor * picture[..., 1:].min() / 255, dtype=np.float32)
+
+
 def write_weights(folder: Path, path: Path) -> Path:
     """The tiny chain of a fixture in the folders of notebook 01, with a whole CLIP vocabulary and a word tokenizer."""
     fixture = load_file(path)

@@ -22,7 +22,7 @@ from helpers import files, results
 from helpers.anomalygpt import conversations
 from helpers.anomalygpt.imagebind import ImageFeatures
 from helpers.anomalygpt.model import MAP_SIZE, AnomalyGPT, Look
-from helpers.anomalygpt.training import MapOf
+from helpers.anomalygpt.training import MapSource
 from helpers.data import Dataset, images, mask_of
 from helpers.judge import metrics, statistics
 from helpers.records import Sample, Scored
@@ -64,22 +64,22 @@ class Evaluation(NamedTuple):
 
 def run(
     model: AnomalyGPT, dataset: Dataset, *, folder: Path, settings: EvaluationSettings, profile: str,
-    checkpoint: str | Path = "", map_of: MapOf | None = None, method: str = "anomalygpt",
+    checkpoint: str | Path = "", maps_from: MapSource | None = None, method: str = "anomalygpt",
 ) -> Evaluation:  # fmt: skip
     """Test on every category of a dataset. Answers are written as they come; a complete run is read back.
 
     Args:
         folder, profile, method: results folder (gets ``map_values.csv`` and ``answers.csv``, too), names of the row.
         checkpoint: as the chain was loaded with it; the folder of notebook 06 says what the head was trained on.
-        map_of: maps of the row, of its calibration and of its prompts, in place of the published few-shot maps.
+        maps_from: maps of the row, of its calibration and of its prompts, in place of the published few-shot maps.
     """
-    folder, bench = Path(folder), Bench(model, dataset, settings, map_of)
+    folder, bench = Path(folder), Bench(model, dataset, settings, maps_from)
     card = Path(checkpoint) / "training.json"
     trained = files.read_json(card) if card.exists() else {}
     seen = f"genuine pictures with simulated anomalies, epoch {trained.get('best_epoch')}"
     result = results.predict(
         folder, method=method, dataset=dataset, score=bench.score, calibration=bench.calibration, alpha=settings.alpha,
-        profile=profile, settings={**asdict(settings), "map": "own" if map_of is None else "given"},
+        profile=profile, settings={**asdict(settings), "map": maps_from.identity if maps_from else "own"},
         checkpoint_hash=model.checkpoint_id, trained_on=seen if trained else "published head, industrial pictures",
         trained_on_kinds=trained.get("kinds", ()), batch_size=settings.batch_size,
         answers_say=conversations.answers_say,
@@ -143,12 +143,12 @@ class Bench:
     """A chain in front of a dataset: references, maps and answers."""
 
     def __init__(
-        self, model: AnomalyGPT, dataset: Dataset, settings: EvaluationSettings, map_of: MapOf | None = None
+        self, model: AnomalyGPT, dataset: Dataset, settings: EvaluationSettings, maps_from: MapSource | None = None
     ) -> None:
-        self.model, self.dataset, self.settings, self.has_maps = model, dataset, settings, map_of is not None
+        self.model, self.dataset, self.settings, self.has_maps = model, dataset, settings, maps_from is not None
         # Pictures are looked at and asked about for the row, and again for the tables.
         self.embed = functools.lru_cache(maxsize=4)(self.embed)
-        self.map = functools.cache(lambda sample: map_of(images.load_image(sample.image_path), sample.category))
+        self.map = functools.cache(lambda one: maps_from.unit_map(images.load_image(one.image_path), one.category))
         self.row_words: dict[Sample, Words] = {}
 
     def calibration(self) -> dict[str, list[float]]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,8 +31,15 @@ from helpers.data import Dataset
 IGNORED = -100
 """Target of tokens that the model is not asked to predict."""
 _FOCAL_CLAMP = 1e-5
-MapOf = Callable[[np.ndarray, str], np.ndarray]
-"""(picture uint8 RGB, category) -> float32 ``(224, 224)`` in [0, 1], 0.5 where genuine pictures end."""
+
+
+class MapSource(Protocol):
+    """Another method's maps, from which prompts can be made."""
+
+    identity: str  # hash of all that the maps come from, code too: where it changes, nothing made with them is kept
+
+    def unit_map(self, image: np.ndarray, category: str) -> np.ndarray:
+        """Picture uint8 RGB -> float32 ``(224, 224)`` in [0, 1], 0.5 where genuine pictures end."""
 
 
 def focal_loss(probability: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -118,13 +125,13 @@ def pad_texts(texts: Sequence[tuple[list[int], list[int]]], pad_id: int) -> tupl
 
 
 def batch_of(
-    pairs: Sequence[Pair], model: AnomalyGPT, wording: str | None, map_of: MapOf | None = None
+    pairs: Sequence[Pair], model: AnomalyGPT, wording: str | None, maps_from: MapSource | None = None
 ) -> dict[str, torch.Tensor]:
     """What :func:`head_loss` reads of pairs, normal and anomalous pictures in turn.
 
     ``embedding (B, J)`` and ``taps (T, B, N, W)`` on the model's device, ``masks (B, 224, 224)``, ``ids`` and ``targets
-    (B, L)``, and ``few_shot``, which prompts are made of: maps of ``map_of``, or ``(B, rows, columns)`` against the
-    pairs' references in four rotations, nan where there is none (the decoder's map).
+    (B, L)``, and ``few_shot``, which prompts are made of: those of ``maps_from``, or ``(B, rows, columns)`` against
+    the pairs' references in four rotations, nan where there is none (the decoder's map).
     """
     tokens, tower = model.language.tokens, model.image_tower
     features = tower.embed_images([picture for pair in pairs for picture in (pair.normal, pair.anomalous)])
@@ -133,8 +140,9 @@ def batch_of(
         question = conversations.question(pair.category, wording=wording)
         texts += [question_and_answer(tokens, question, answer) for answer in pair.answers]
         masks += [np.zeros((MAP_SIZE, MAP_SIZE), np.float32), pair.mask]
-        if map_of is not None:
-            maps += [torch.from_numpy(map_of(picture, pair.category)) for picture in (pair.normal, pair.anomalous)]
+        if maps_from is not None:
+            shown = (pair.normal, pair.anomalous)
+            maps += [torch.from_numpy(maps_from.unit_map(picture, pair.category)) for picture in shown]
         elif pair.reference is None:
             maps += torch.full((2, *tower.grid), math.nan, device=features.taps.device)
         else:
@@ -147,10 +155,10 @@ def batch_of(
     return {"embedding": features.embedding, "taps": features.taps, "few_shot": torch.stack(maps)} | texts_and_masks
 
 
-def map_or_say(load: Callable[[Path], Any], folder: Path) -> MapOf | None:
-    """``unit_map`` of the detector that ``load(folder)`` gives; None and a printed sentence where it was not fitted."""
+def maps_or_say(load: Callable[[Path], MapSource], folder: Path) -> MapSource | None:
+    """The detector that ``load(folder)`` gives; None and a printed sentence where it was not fitted."""
     try:
-        return load(folder).unit_map
+        return load(folder)
     except FileNotFoundError as error:
         print(f"Left out, it is optional: {error}")
         return None
@@ -158,7 +166,7 @@ def map_or_say(load: Callable[[Path], Any], folder: Path) -> MapOf | None:
 
 def train_head(
     model: AnomalyGPT, dataset: Dataset, *, folder: Path, settings: HeadTraining, confirmed: Sequence[Confirmed] = (),
-    map_of: MapOf | None = None, on_checkpoint: Callable[[Path], None] | None = None,
+    maps_from: MapSource | None = None, on_checkpoint: Callable[[Path], None] | None = None,
 ) -> training.TrainingResult:  # fmt: skip
     """Train the head of ``model`` on genuine pictures; resume if ``folder`` holds a checkpoint of the same run.
 
@@ -167,13 +175,13 @@ def train_head(
 
     Args:
         dataset, settings, confirmed: see :func:`helpers.anomalygpt.pairs.pairs_of`.
-        map_of: what prompts are made of, in place of the published few-shot map.
+        maps_from: what prompts are made of, in place of the published few-shot map; training with others starts anew.
         on_checkpoint: see :func:`helpers.training.train`, as what is raised for a bad loss or another run's checkpoint.
     """
     from safetensors.torch import save_file
 
     folder, (pairs, tuning) = Path(folder), pairs_of(dataset, settings, confirmed=confirmed)
-    collate = partial(batch_of, model=model, wording=settings.wording, map_of=map_of)
+    collate = partial(batch_of, model=model, wording=settings.wording, maps_from=maps_from)
     evaluate = _tuning_score(model, tuning, collate, settings.micro_batch) if tuning else None
     before = [{"epoch": 0, "step": 0, "score": evaluate(model.head)}] if tuning else []
     n_steps = settings.n_epochs * math.ceil(len(pairs) / settings.batch_size)
@@ -185,16 +193,17 @@ def train_head(
     free = ("n_epochs", "micro_batch", "patience", "checkpoint_every")
     identity = {
         "settings": {key: value for key, value in asdict(settings).items() if key not in free}, "kinds": pairs.kinds,
-        "dataset": dataset.hash, "start": model.checkpoint_id, "map_of": map_of is not None,
+        "dataset": dataset.hash, "start": model.checkpoint_id, "maps": maps_from and maps_from.identity,
         "language": [model.language.hidden, str(model.language.embed([0]).dtype)],
     }  # fmt: skip
+    steps = folder / (f"steps_{maps_from.identity[:12]}" if maps_from else "steps")
     is_gpu = model.device.type == "cuda"
     with (
         recomputing(model.language.model) if is_gpu else contextlib.nullcontext(),
         language.memory_errors("a smaller micro_batch or precision '8bit' or '4bit'"),
     ):
         result = training.train(
-            model.head, partial(head_loss, model), pairs, optimizer, folder=folder / "steps",
+            model.head, partial(head_loss, model), pairs, optimizer, folder=steps,
             n_epochs=settings.n_epochs, batch_size=settings.micro_batch,
             n_accumulation=settings.batch_size // settings.micro_batch, scheduler=schedule, collate=collate,
             evaluate=evaluate, patience=settings.patience, max_grad_norm=1.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -46,6 +47,7 @@ class Detector:
     network: dino.Dino | None = None  # for the rows of DINOv2
     calibration: dict[str, list[float]] = field(default_factory=dict)  # category -> scores of genuine pictures
     groups: dict[str, list[str]] = field(default_factory=dict)  # and the source of each
+    identity: str = ""  # of a loaded row: hash of what its scores and maps come from
 
     def score(self, category: str, images: Sequence[np.ndarray]) -> list[Scored]:
         """Score, map and (for ``aligned``) answer in words of each picture, uint8 RGB ``(H, W, 3)``."""
@@ -77,7 +79,7 @@ class Detector:
         return results.predict(
             folder, method=self.method, dataset=dataset, score=score, calibration=self.calibration,
             calibration_groups=self.groups, alpha=alpha, profile=profile, settings=asdict(self.settings),
-            checkpoint_hash=getattr(self.network, "weights_hash", ""), batch_size=8,
+            checkpoint_hash=_identity(getattr(self.network, "weights_hash", "")), batch_size=8,
             trained_on="genuine pictures of the artwork only",
         )  # fmt: skip
 
@@ -85,8 +87,9 @@ class Detector:
         """Write what :func:`load` reads, one file."""
         models = {c: asdict(one) if self.method == "aligned" else one for c, one in self.models.items()}
         state = {"method": self.method, "settings": asdict(self.settings), "models": models}
-        with files.atomic_path(folder / _FILE) as temporary:
-            torch.save(tree_map(lambda v: torch.from_numpy(v) if isinstance(v, np.ndarray) else v, state), temporary)
+        content = io.BytesIO()  # the same bytes for the same numbers; a file's name would be in them
+        torch.save(tree_map(lambda v: torch.from_numpy(v) if isinstance(v, np.ndarray) else v, state), content)
+        files.write_bytes(folder / _FILE, content.getvalue())
 
 
 def load(folder: Path, network: dino.Dino | None = None) -> Detector:
@@ -104,7 +107,13 @@ def load(folder: Path, network: dino.Dino | None = None) -> Detector:
     for category, one in models.items() if method == "aligned" else ():
         references = [aligned.Reference(**each) for each in one["references"]]
         models[category] = aligned.Aligned(**one | {"settings": settings, "references": references})
-    return Detector(method, settings, models, network)
+    return Detector(method, settings, models, network, identity=_identity(files.sha256_file(folder / _FILE)))
+
+
+def _identity(numbers: str) -> str:
+    """Hash of what scores and maps come from: numbers, by their hash, and the code of this room."""
+    code = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
+    return files.sha256_json([numbers, *code])
 
 
 def fit_aligned(dataset: Dataset, settings: aligned.Settings, *, alpha: float) -> Detector:
