@@ -122,7 +122,7 @@ def write(comparison: Comparison, folder: Path) -> Path:
 def read(path: Path) -> pd.DataFrame:
     """The table of a ``comparison.csv``; a painting or kind called "nan" is a name."""
     empty = {name: [""] for name in _ESTIMATE}
-    return pd.read_csv(path, keep_default_na=False, na_values=empty, float_precision="round_trip")
+    return pd.read_csv(path, keep_default_na=False, na_values=empty)
 
 
 def _read_all(results_dir: Path, samples: Sequence[Sample], dataset: data.Dataset) -> tuple[dict, dict, dict]:

@@ -41,7 +41,7 @@ def read(folder: Path) -> pd.DataFrame:
     for path in sorted(Path(folder).glob("*__*.csv")):
         series, _, run = path.stem.partition("__")
         try:
-            frame = pd.read_csv(path, float_precision="round_trip").drop_duplicates(_KEYS).astype(types)
+            frame = pd.read_csv(path).drop_duplicates(_KEYS).astype(types)
             frames.append(frame.assign(series=series, method=series.partition(".")[2], run=run))
         except (ValueError, KeyError) as error:
             skipped.append(f"{path.name}: {error}")

@@ -78,10 +78,12 @@ def pixel_table(maps: Iterable[np.ndarray], masks: Iterable[np.ndarray]) -> np.n
     sorted_pixels, pools = [], ([], [])
     for anomaly_map, mask in zip(maps, masks, strict=True):
         small, marked = _small_map(anomaly_map), _small_mask(mask)
-        region = cv2.connectedComponents(marked.astype(np.uint8))[1][marked]
+        region = cv2.connectedComponents(marked.view(np.uint8))[1][marked]
         weight = 1 / np.maximum(np.bincount(region, minlength=1), 1)[region]
-        order = np.argsort(small[marked])
-        genuine, anomalous = np.sort(small[~marked]), small[marked][order]
+        found = small[marked]
+        order = np.argsort(found)
+        anomalous = found[order]
+        genuine = np.sort(np.where(marked, np.inf, small), axis=None)[: small.size - len(found)]
         sorted_pixels.append((genuine, anomalous, np.append(0, np.cumsum(weight[order]))))
         for pool, pixels in zip(pools, (genuine, anomalous)):
             pool.append(pixels[:: max(1, len(pixels) // _N_BINS)])
@@ -140,7 +142,7 @@ def _small_map(anomaly_map: np.ndarray) -> np.ndarray:
 
 
 def _small_mask(mask: np.ndarray) -> np.ndarray:
-    if np.ndim(mask) != 2 or not np.isin(mask, (0, 1)).all():
+    if np.ndim(mask) != 2 or not (np.asarray(mask) == np.asarray(mask, dtype=bool)).all():
         what = "None" if mask is None else f"of shape {np.shape(mask)} with values up to {np.max(mask)}"
         raise ValueError(f"A mask is {what}; expected False and True (H, W). Leave pictures without a mask out.")
     covered = cv2.resize(np.asarray(mask, dtype=np.float32), (SIDE, SIDE), interpolation=cv2.INTER_AREA)
