@@ -251,7 +251,7 @@ def intervals(frame: pd.DataFrame, *, title: str, x_label: str) -> Figure:
             ax.plot(row.value, y, _MARKERS.get(row.method, "o"), color=color, markersize=8, clip_on=False, zorder=3)
         ax.axvline(0.5, color=_MUTED, linewidth=1.2, linestyle=(0, (2, 3)))
         left = min(0.4, *frame.low.fillna(1), *frame.value) - 0.02
-        ax.set(title=_wrap(panel, 34), xlim=(left, 1.0), ylim=(len(methods) - 0.4, -0.6), xlabel=x_label)
+        ax.set(title=_wrap(panel, 28), xlim=(left, 1.0), ylim=(len(methods) - 0.4, -0.6), xlabel=x_label)
         ax.set_yticks(range(len(methods)), [_wrap(method_label(method), 26) for method in methods])
         ax.grid(axis="y", visible=False)
         ax.tick_params(axis="y", length=0)
@@ -303,7 +303,7 @@ def _grid(
 
 def _finish(fig: Figure, title: str, words: str) -> Figure:
     _glyphs()
-    fig.suptitle(_wrap(title, int(fig.get_figwidth() * 10.5)), x=0.01, ha="left", fontsize=13, fontweight="bold")
+    fig.suptitle(_wrap(title, int(fig.get_figwidth() * 9)), x=0.01, ha="left", fontsize=13, fontweight="bold")
     fig.set_label(f"{words} {title}".strip())
     return fig
 

@@ -28,11 +28,11 @@ _MANY = {name: f"{words}s" for name, words in GROUPS.items()} | {"whole": "pictu
 
 def verdict(comparison: Comparison) -> str:
     """The headline: what was found, in one or two plain sentences without brackets."""
-    rates, found, passed = (_rows(comparison, m) for m in ("balanced_accuracy", "sensitivity", "specificity"))
+    rates, found, passed = (overall(comparison, m) for m in ("balanced_accuracy", "sensitivity", "specificity"))
     best = max(rates, key=lambda method: rates[method]["value"], default="")
     level = [method for method in rates if abs(rates[method]["value"] - rates[best]["value"]) < 1e-9]
     same = [m for m in level if all(rows[m]["value"] == rows[best]["value"] for rows in (found, passed))]
-    groups = {name: _rows(comparison, "sensitivity", f"group:{name}").get(best) for name in GROUPS}
+    groups = {name: overall(comparison, "sensitivity", f"group:{name}").get(best) for name in GROUPS}
     missed = [f"{row['n_images'] - _count(row)} of {row['n_images']} {_MANY[name]}"
               for name, row in groups.items() if row is not None and row["value"] < 0.5]  # fmt: skip
     facts = {"n": len(comparison.samples), "found": found.get(best), "passed": passed.get(best), "missed": missed}
@@ -59,20 +59,20 @@ def findings(comparison: Comparison) -> list[str]:
             behind.setdefault(worse, []).append(better)
         told.append((measure, n_pairs, len(sure), behind))
     for name in GROUPS:
-        rows = _rows(comparison, "sensitivity", f"group:{name}")
+        rows = overall(comparison, "sensitivity", f"group:{name}")
         counts = {method: _count(row) for method, row in rows.items()}
         ends = [(end, [m for m in counts if counts[m] == end]) for end in sorted({*counts.values()}, reverse=True)]
         if ends:
             groups.append((_MANY[name], next(iter(rows.values()))["n_images"], *ends[0], *ends[-1]))
-    passed = list(_rows(comparison, "specificity").values())
-    seen, unseen = (_rows(comparison, "sensitivity", kind) for kind in ("seen", "unseen"))
+    passed = list(overall(comparison, "specificity").values())
+    seen, unseen = (overall(comparison, "sensitivity", kind) for kind in ("seen", "unseen"))
     return say(
         "findings", told=told, groups=groups,
         worst=min(passed, key=lambda row: row["value"], default=None),
         reach=1 - min((row["ci_low"] for row in passed), default=0),
         is_split=bool(seen.keys() & unseen.keys()),
         all_seen=[method for method in seen if method not in unseen],
-        chance=[method for method, row in _rows(comparison, "image_auroc").items() if row["ci_low"] <= 0.5],
+        chance=[method for method, row in overall(comparison, "image_auroc").items() if row["ci_low"] <= 0.5],
     )  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def _told(comparison: Comparison, measure: str) -> tuple[int, pd.DataFrame]:
     return len(tests), tests[tests.p_holm < 0.05]
 
 
-def _rows(comparison: Comparison, metric: str, kind: str = "all") -> dict[str, Mapping[str, Any]]:
+def overall(comparison: Comparison, metric: str, kind: str = "all") -> dict[str, Mapping[str, Any]]:
     """A number of each detector that has it, over all paintings."""
     look = numbers(comparison.table)
     return {method: look[key] for method in comparison.runs if (key := (method, "all", kind, metric)) in look}

@@ -80,8 +80,8 @@ class _Pictures:
         verdicts = judged.pivot(index="place", columns="method", values="is_predicted_anomalous").astype(bool)
         self.verdicts = verdicts[[method for method in comparison.runs if method in verdicts]]
         self.n_calls = self.verdicts.sum(axis=1).astype(int)
-        rows = comparison.table[(comparison.table.metric == "pixel_auroc") & (comparison.table.category == "all")]
-        self.best_map = str(rows.method.loc[rows.value.idxmax()]) if len(rows) else ""
+        rates, maps = (findings.overall(comparison, metric) for metric in ("balanced_accuracy", "pixel_auroc"))
+        self.best_map = max(maps, key=lambda method: rates[method]["value"] if method in rates else 0, default="")
 
     @cached_property
     def limits(self) -> dict[tuple[str, str], float]:
@@ -173,7 +173,7 @@ def draw_all(comparison: Comparison, folder: Path) -> dict[str, Path]:
     for name, names in _pages("auroc", paintings, 6):
         rows = table[table.category.isin(names)]
         if len(rows):
-            frame = rows.assign(panel=[figures.painting_name(name, paintings, 34) for name in rows.category])
+            frame = rows.assign(panel=[figures.painting_name(name, paintings, 28) for name in rows.category])
             title = f"Image AUROC with 95 % intervals. {findings.trust(comparison, 'AUROC')}"
             found[name] = figures.intervals(frame, title=title, x_label="image AUROC")
     for name, names in _pages("scores", paintings, 3):
