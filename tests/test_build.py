@@ -43,7 +43,7 @@ def source_tree(folder: Path, *, train: int, good: int = 0, real: int = 0) -> li
 
 
 def make(samples: list[Sample], target: Path, *, sizes: DataSettings = SIZES, seed: int = 7) -> data.Dataset:
-    source = build.Source(target.parent, "", samples=samples)
+    source = data.FolderReading(target.parent, "", samples=samples)
     return data.open_dataset(build.build_dataset(source, target, sizes, seed=seed).parent)
 
 
@@ -69,7 +69,7 @@ def test_counts_splits_and_layout(built: tuple[list[Sample], data.Dataset]) -> N
 
 def test_what_is_made_can_be_made_again_from_its_seed(built: tuple[list[Sample], data.Dataset]) -> None:
     _, dataset = built
-    records = overview.read_records(dataset)
+    records = {row["sample"].image_path: row for row in overview.read_records(dataset).to_dict("records")}
     by_path = {sample.image_path: sample for sample in dataset.samples}
     made = [s for s in dataset.samples if records[s.image_path]["origin"] == build.SYNTHETIC]
     assert set(records) == set(by_path) and len(made) == 5
@@ -119,7 +119,7 @@ def test_a_scroll_keeps_its_proportions_down_to_a_limit(tmp_path: Path, capsys) 
     picture(samples[0].image_path, 1, (80, 700))
     picture(samples[1].image_path, 2, (10, 700))
     samples[2].image_path.write_bytes(samples[2].image_path.read_bytes()[:200])
-    source = build.Source(**vars(data.read_folder(tmp_path / "source")))
+    source = data.read_folder(tmp_path / "source")
     dataset = data.open_dataset(build.build_dataset(source, tmp_path / "dataset", SIZES, seed=7).parent)
     shapes = {images.load_image(s.image_path).shape for s in dataset.samples if s.image_path.stem == "photo_0"}
     assert shapes == {(44, 384, 3)}  # 96 px long it would be 11 px high; at most four times as long as the others
@@ -277,7 +277,7 @@ def test_nothing_of_the_users_is_replaced(tmp_path: Path) -> None:
 )
 def test_impossible_kinds_are_refused(tmp_path: Path, kinds: tuple, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        build.build_dataset(build.Source(tmp_path, ""), tmp_path / "dataset", SIZES, seed=1, kinds=kinds)
+        build.build_dataset(data.FolderReading(tmp_path, ""), tmp_path / "dataset", SIZES, seed=1, kinds=kinds)
 
 
 def test_two_artworks_with_names_alike_stay_apart() -> None:

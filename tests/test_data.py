@@ -54,7 +54,7 @@ def test_a_folder_becomes_a_dataset(mvtec: Path, capsys: pytest.CaptureFixture[s
     moved = data.open_dataset(shutil.move(mvtec, mvtec.with_name("moved")))
     assert moved.hash == dataset.hash and all(s.image_path.is_relative_to(moved.folder) for s in moved.samples)
     words = capsys.readouterr().out
-    assert "MVTec layout" in words and re.search(r"test +box +3 +3\n +good +2 +0\n +replica +1 +0", words)
+    assert re.search(r"test +box +3 +3\n +good +2 +0\n +replica +1 +0", words)
 
 
 def test_bad_files_are_listed_and_stop_nothing(mvtec: Path, capsys: pytest.CaptureFixture[str]) -> None:

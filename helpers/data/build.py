@@ -11,8 +11,8 @@ import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from itertools import cycle, islice
+from dataclasses import asdict, dataclass, replace
+from itertools import cycle, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from helpers.data.reading import read_folder
 from helpers.records import NORMAL_KIND, SPLITS, Sample
 from helpers.results import category_label
 
-RECORDS = "synthesis.jsonl"  # how each picture of the dataset came about, its origin among them
+RECORDS = "synthesis.jsonl"  # how each picture of the dataset came about, in the manifest's order
 ORIGINS = GENUINE, REPHOTOGRAPHED, REAL, SYNTHETIC = "genuine", "rephotographed", "real anomaly", "synthetic anomaly"
 TEST_KINDS = synthesis.LOCAL_KINDS + synthesis.REPORT_VARIATIONS  # of synthetic anomalies in a test set by default
 MIN_SIDE = 64  # pixels of a scroll's shorter side, at up to four times the longer side of the others
@@ -38,41 +38,26 @@ MOST_TIMES = 3  # genuine pictures beyond this many times the number asked for a
 CALIBRATION_SHARE = 0.3  # of the source pictures set thresholds, when there are test pictures of its own
 OWN_TEST_SHARES = (0.2, 0.3)  # of calibration and test when there are none; the rest is learnt from
 _KINDS = (*synthesis.LOCAL_KINDS, *synthesis.ANOMALOUS_VARIATIONS)
-_NUMBERS = ("n_train", "n_calibration", "n_test_normal")
 _MACHINE = {module.__name__: module.__version__ for module in (cv2, np, PIL, skimage)}
 _MACHINE |= {"python": platform.python_version(), "machine": platform.processor() or platform.machine()}
-
-
-@dataclass
-class Source(FolderReading):
-    """Pictures to make a dataset of."""
-
-    count_real: bool = False  # its anomalous pictures count towards the number of anomalies asked for
-    identity: str = ""  # what a frozen dataset is compared by, instead of pictures, labels, masks and groups
 
 
 def source_for(
     data_source: Path | str | None, *, builtin: str, target: Path, max_side: int, seed: int,
     difference: sources.Difference,
-) -> Source:  # fmt: skip
+) -> FolderReading:  # fmt: skip
     """The user's pictures (a folder or CSV file), or built-in ones, written to ``target``, when there are none:
     ``"embedded"`` (two paintings; ``max_side`` pixels and ``seed`` are of their photographs) or ``"wikimedia"`` (Mona
     Lisa and Girl with a Pearl Earring, from the network; ``difference`` sorts further pictures of them)."""
     if data_source is not None:
-        return Source(**vars(read_folder(data_source)))
+        return read_folder(data_source)
     if builtin == "embedded":
-        source = Source(target, "two painted pictures that ship with the suite, photographed by simulated cameras")
-        source.samples = sources.embedded_artworks(target, max_side=max_side, seed=seed)
-        source.count_real, source.identity = True, f"embedded {max_side} {seed}"
-    else:
-        source = Source(target, "public-domain reproductions from Wikimedia Commons")
-        source.samples, source.left_out = sources.wikimedia(target, difference)
-        source.identity = files.sha256_json(sources.titles())  # not what came: what Commons holds may drift
-    return source
+        return sources.embedded_artworks(target, max_side=max_side, seed=seed)
+    return sources.wikimedia(target, difference)
 
 
 def build_dataset(
-    source: Source, target: Path | str, sizes: Any, *, seed: int, kinds: Sequence[str] = TEST_KINDS,
+    source: FolderReading, target: Path | str, sizes: Any, *, seed: int, kinds: Sequence[str] = TEST_KINDS,
     kinds_held_out: Sequence[str] = synthesis.HELD_OUT_KINDS,
 ) -> Path:  # fmt: skip
     """Make and freeze a dataset in the MVTec layout; returns the path of ``manifest.csv``.
@@ -91,8 +76,7 @@ def build_dataset(
     unknown = [kind for kind in (*kinds, *kinds_held_out) if kind not in _KINDS]
     if unknown or not kinds:
         raise ValueError(f"Kinds {', '.join(unknown) or 'are none'}: allowed are {', '.join(_KINDS)}.")
-    settings = {name: getattr(sizes, name) for name in ("max_image_side", *_NUMBERS, "n_test_anomalous")}
-    settings |= {"seed": seed, "count_real": source.count_real, "kinds": list(kinds)}
+    settings = {**asdict(sizes), "seed": seed, "count_real": source.count_real, "kinds": list(kinds)}
     settings["kinds_held_out"] = sorted(kinds_held_out, key=_KINDS.index)
     target, identity = Path(os.path.abspath(target)), source.identity or manifest.dataset_hash(source.samples)
     info = {"made_by": "build_dataset", "settings": settings, "sources_hash": identity, "machine": _MACHINE}
@@ -117,7 +101,7 @@ def _reason_to_make(target: Path, info: Mapping[str, Any]) -> str | None:
     """None when the frozen dataset is to be kept, "" when there is none, else why it is made again."""
     mark = target / manifest.MANIFEST_JSON
     old = files.read_json(mark) if mark.exists() else {}
-    if not str(old.get("made_by")).endswith("build_dataset"):
+    if "sources_hash" not in old:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise DatasetError(f"{target} holds other files. Give an empty folder for the dataset, or move them away.")
         return ""
@@ -125,7 +109,7 @@ def _reason_to_make(target: Path, info: Mapping[str, Any]) -> str | None:
     changed = [f"{name} was {was.get(name)}, is {value}" for name, value in now.items() if was.get(name) != value]
     try:
         manifest.open_dataset(target)
-        files.sha256_file(target / RECORDS)
+        (target / RECORDS).stat()
     except (FileNotFoundError, DatasetError) as error:
         changed.append(str(error).rstrip("."))
     return "; ".join(changed) or None
@@ -151,42 +135,42 @@ def plan(samples: Sequence[Sample], settings: Mapping[str, Any]) -> tuple[list[J
             notes.append(f"{category} is left out: {len(real)} anomalous pictures and no genuine one to learn from.")
             continue
         copied = {sample.group for sample in real}
-        groups = _split(normals, copied, settings["seed"], notes)
-        train, calibration, test = (len(groups[split]) for split in SPLITS)
+        groups = _split(normals, copied, settings["seed"])
+        n_train, n_calibration, n_test = map(len, groups.values())
+        words = "thresholds and false-alarm rates are rough" if min(n_calibration, n_test) < 3 else ""
         if copied & (groups["train"] | groups["calibration"]):
             words = "test pictures show what is learnt from, so every number is optimistic"
-        elif not calibration or not test:
+        elif not n_calibration or not n_test:
             words = "re-photographs of the same ones stand in for others, so numbers are optimistic"
-        else:
-            words = "thresholds and false-alarm rates are rough" if min(calibration, test) < 3 else ""
         if words:
-            found = f"{train} to learn from, {calibration} for thresholds, {test} to test"
+            found = f"{n_train} to learn from, {n_calibration} for thresholds, {n_test} to test"
             limits[category] = f"{category_label(category)} has few genuine pictures ({found}): {words}."
         parts = {split: [s for s in normals if s.group in groups[split]] for split in SPLITS}
         jobs += _jobs(parts, real, settings, notes, taken)
     return jobs, notes, limits
 
 
-def _split(normals: Sequence[Sample], copied: set[str], seed: int, notes: list[str]) -> dict[str, set[str]]:
-    """Source pictures of each split; ``copied`` are those that anomalous pictures show."""
-    category = normals[0].category
+def _split(normals: Sequence[Sample], copied: set[str], seed: int) -> dict[str, set[str]]:
+    """Source pictures of each split; ``copied`` are those that anomalous pictures show.
+
+    What a test picture shows is tested on, if two others are left to learn from. A split without pictures of its own
+    takes a share of those to learn from, at least one where one stays.
+    """
     train, calibration, test = ({s.group for s in normals if s.split == split} for split in SPLITS)
     if not train | calibration:
-        notes.append(f"{category}: no pictures to learn from; the source's normal test pictures are split.")
         train, test = test, set()
     if not train:
         train, calibration = calibration, set()
     shown = (train | calibration) & (test | copied)
-    if shown and len(train - shown) >= 2:
-        notes.append(f"{category}: {len(shown)} sources to learn from are tested on, as a test picture shows them.")
+    if len(train - shown) >= 2:
         train, calibration, test = train - shown, calibration - shown, test | shown
     calibration, test = calibration - train, test - train - calibration
 
-    def part(share: float, n: int, most: int) -> int:  # at least one, where so many may go
-        return max(0, min(max(round(share * n), 1), most))
+    def part(share: float, n: int, most: int) -> int:
+        return int(np.clip(round(share * n), 1, most))
 
-    # A split without pictures of its own takes a share of those to learn from; at least one stays.
-    order = [sorted(train)[i] for i in synthesis.rng_for(seed, f"{category}/splits").permutation(len(train))]
+    rng = synthesis.rng_for(seed, f"{normals[0].category}/splits")
+    order = [sorted(train)[i] for i in rng.permutation(len(train))]
     share = CALIBRATION_SHARE if test else OWN_TEST_SHARES[0]
     n_calibration = 0 if calibration else part(share, len(order), len(order) - 1)
     n_test = 0 if test else part(OWN_TEST_SHARES[1], len(order), len(order) - 1 - n_calibration)
@@ -211,14 +195,14 @@ def _jobs(
         known = (category, kind != NORMAL_KIND, mask, split, kind, made_of.group)
         jobs.append(Job(Path(f"{path}.png"), *known, origin=origin, source_path=made_of.image_path.as_posix()))
 
-    n_asked = dict(zip(SPLITS, (settings[name] for name in _NUMBERS)))
+    n_asked = {split: settings[name] for split, name in zip(SPLITS, ("n_train", "n_calibration", "n_test_normal"))}
     rng = synthesis.rng_for(settings["seed"], f"{category}/limits")
     for split, found in parts.items():
         most = MOST_TIMES * n_asked[split]
         if len(found) > most:
             notes.append(f"{category}: {most} of {len(found)} genuine pictures for {split} are used.")
-        for sample in (found[index] for index in sorted(rng.permutation(len(found))[:most])):
-            add(sample, GENUINE, split, NORMAL_KIND, clean(sample.image_path.stem))
+        for index in sorted(rng.permutation(len(found))[:most]):
+            add(found[index], GENUINE, split, NORMAL_KIND, clean(found[index].image_path.stem))
     genuine = {split: [job for job in jobs if job.split == split] for split in SPLITS}
     lender = next(found for found in reversed(genuine.values()) if found)  # for a split without a picture of its own
     for split, found in genuine.items():
@@ -243,35 +227,24 @@ def _turns(items: Sequence[Job], n: int) -> list[Job]:
     return [next(one) for one in islice(cycle(cycles), max(0, n))]
 
 
-def _write(source: Source, target: Path, info: Mapping[str, Any]) -> None:
+def _write(source: FolderReading, target: Path, info: Mapping[str, Any]) -> None:
     """Make every picture in a folder beside ``target``, then records, manifest and mark; put it in the place."""
-    settings, partial, made = info["settings"], target.with_name(f"{target.name}.partial"), {}
-    jobs, notes, limits = plan(source.samples, settings)
+    partial, made = target.with_name(f"{target.name}.partial"), {}
+    jobs, notes, limits = plan(source.samples, info["settings"])
     shutil.rmtree(partial, ignore_errors=True)
     with ThreadPoolExecutor(4) as pool:
-        for stage in ((GENUINE, REAL), (REPHOTOGRAPHED,), (SYNTHETIC,)):  # each is made of pictures of those before it
-            todo = [job for job in jobs if job.origin in stage]
-            results = pool.map(lambda job: _make(job, partial, settings), todo)
-            made |= zip(todo, tqdm(results, desc=f"writing {stage[0]}", total=len(todo), unit="picture", delay=10))
+        for origin in ORIGINS:  # each is made of pictures of those before it
+            todo = [job for job in jobs if job.origin == origin]
+            results = pool.map(_make, todo, repeat(partial), repeat(info["settings"]))
+            made |= zip(todo, tqdm(results, desc=f"writing {origin}", total=len(todo), unit="picture", delay=10))
     pairs = [made[job] for job in sorted(jobs, key=lambda job: (job.category, SPLITS.index(job.split)))]
     lines = [json.dumps(record, ensure_ascii=False, sort_keys=True) for _, record in pairs]
     files.write_text(partial / RECORDS, "\n".join(lines) + "\n")
     left_out = [{"path": source.short(path), "reason": reason} for path, reason in source.left_out]
-    about = {"kinds_held_out": settings["kinds_held_out"], "notes": notes, "limits": limits, "left_out": left_out}
-    manifest.write_manifest(partial, [sample for sample, _ in pairs], info={**info, **about})
-    if target.exists():
-        shutil.rmtree(target)
+    about = {"kinds_held_out": info["settings"]["kinds_held_out"], "notes": notes, "limits": limits}
+    manifest.write_manifest(partial, [sample for sample, _ in pairs], info={**info, **about, "left_out": left_out})
+    shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
-
-
-def _at_resolution(path: Path | str, max_side: int) -> np.ndarray:
-    """The picture with its longer side at ``max_side``; that of a scroll is longer, so that the shorter one is kept."""
-    image = images.load_image(path, max_side=max_side)
-    if min(image.shape[:2]) < MIN_SIDE:
-        image = images.load_image(path, max_side=4 * max_side)
-        shorter, longer = sorted(image.shape[:2])
-        image = images.resize(image, max(max_side, round(MIN_SIDE * longer / shorter)))
-    return image
 
 
 def _make(job: Job, folder: Path, settings: Mapping[str, Any]) -> tuple[Sample, dict[str, Any]]:
@@ -280,7 +253,11 @@ def _make(job: Job, folder: Path, settings: Mapping[str, Any]) -> tuple[Sample, 
     record["image_path"], path = job.image_path.as_posix(), folder / job.image_path
     seed = mask = mask_path = None
     if job.origin in (GENUINE, REAL):
-        image = _at_resolution(job.source_path, settings["max_image_side"])
+        image = images.load_image(job.source_path, max_side=settings["max_image_side"])
+        if min(image.shape[:2]) < MIN_SIDE:
+            image = images.load_image(job.source_path, max_side=4 * settings["max_image_side"])
+            side = round(MIN_SIDE * max(image.shape) / min(image.shape[:2]))
+            image = images.resize(image, max(settings["max_image_side"], side))
         if job.mask_path is not None:
             mask = images.load_mask(job.mask_path, image.shape[:2], picture=Path(job.source_path))
     else:

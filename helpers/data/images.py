@@ -30,8 +30,6 @@ _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF", "JPEG200
 with suppress(ImportError):  # not required: it reads what iPhones save
     importlib.import_module("pillow_heif").register_heif_opener()
 _SRGB = ImageCms.createProfile("sRGB")
-# Turns what was drawn before an EXIF rotation that changes the proportions (EXIF 2.3, table 6).
-_UPRIGHT = {5: lambda a: a.T, 6: lambda a: np.rot90(a, -1), 7: lambda a: a[::-1, ::-1].T, 8: np.rot90}
 
 
 class ImageError(ValueError):
@@ -73,24 +71,28 @@ def load_mask(
     choice that was made. ``ImageError``: the file cannot be read, or mask and picture differ in proportions.
     """
     path, notes = Path(path), [] if notes is None else notes
-    mask = _mask_of_file(path, notes)
+    with _refused_in_words(path):
+        is_lossy = path.read_bytes()[:2] == b"\xff\xd8"  # JPEG
+        mask = _marked(_labels(_decoded(path, None, notes), path), is_lossy, notes)
     if mask.mean() > 0.5:
         notes.append("more than half of the picture is marked; look whether it is inverted")
     if shape is None:
         return mask
-    turn = 1
-    with suppress(Exception), _opened(Path(picture or "")) as image:
-        turn = int(image.getexif().get(0x112, 1))
-    fits_as_stored = _fits(mask.shape[::-1] if turn in _UPRIGHT else mask.shape, shape)
-    if fits_as_stored and not _fits(mask.shape, shape):
-        mask = _UPRIGHT[turn](mask)
-        notes.append("drawn before its picture's EXIF rotation, so it was turned like the picture")
-    elif turn > 1 and fits_as_stored:
-        notes.append("its picture is turned by EXIF and the mask is not; look whether it lies right")
+    turned = _turned_like(picture, mask)
+    if not np.array_equal(turned, mask) and _fits(turned.shape, shape):
+        is_upright = _fits(mask.shape, shape)
+        was_turned = "drawn before its picture's EXIF rotation, so it was turned like the picture"
+        perhaps = "its picture is turned by EXIF and the mask is not; look whether it lies right"
+        notes.append(perhaps if is_upright else was_turned)
+        mask = mask if is_upright else turned
     if not _fits(mask.shape, shape):
         sizes = f"{mask.shape}, its picture is {tuple(shape)} (rows, columns)"
         raise ImageError(f"Mask {path} is {sizes}: the proportions differ. Save the mask in its picture's size.")
-    return _resized_mask(np.ascontiguousarray(mask), shape)
+    if mask.shape[0] < shape[0] or mask.shape[1] < shape[1]:
+        return cv2.resize(mask.view(np.uint8), shape[::-1], interpolation=cv2.INTER_NEAREST_EXACT).astype(bool)
+    covered = cv2.resize(mask.astype(np.float32), shape[::-1], interpolation=cv2.INTER_AREA)
+    # Where all is thin, what is covered most stays: no hairline breaks, no speck goes.
+    return covered > np.minimum(0.2, cv2.dilate(covered, np.ones((3, 3), np.uint8)) / 3)
 
 
 def save_png(path: Path | str, array: np.ndarray) -> None:
@@ -133,13 +135,11 @@ def _refused_in_words(path: Path) -> Iterator[None]:
     except ImageError:
         raise
     except Exception as error:
-        head = b""
-        with suppress(OSError), path.open("rb") as file:
-            head = file.read(12)
         why = str(error).partition("\n")[0].replace(f" {str(path)!r}", "") or type(error).__name__
+        head = b"" if isinstance(error, PermissionError) else path.read_bytes()[:12]
         if isinstance(error, UnidentifiedImageError) and head[:2] in (b"II", b"MM"):
             why = "a TIFF of camera raw or of colours as floats"
-        if head[4:8] == b"ftyp" and head[8:] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"):
+        if head[4:11] in (b"ftyphei", b"ftyphev", b"ftypmif", b"ftypmsf"):
             why = "HEIC, as iPhones save it; or pip install pillow-heif"
         way = "Copy it again, or save it as JPEG, PNG, TIFF or WebP of 8 bits a channel"
         raise ImageError(f"{path} cannot be read as a picture ({path.stat().st_size} bytes; {why}). {way}.") from error
@@ -154,12 +154,12 @@ def _opened(path: Path) -> Image.Image:
 def _decoded(path: Path, max_side: int | None, notes: list[str]) -> Image.Image:
     """The picture as stored, in its own mode, upright; a JPEG at reduced size where that suffices."""
     with _opened(path) as image:
-        n_pages, sizes = getattr(image, "n_frames", 1), []
+        n_pages, pixels = getattr(image, "n_frames", 1), {0: 0}
         if n_pages > 1:  # a TIFF may begin with its thumbnail
             for page in range(min(n_pages, 32) if image.format == "TIFF" else 1):
                 image.seek(page)
-                sizes.append(image.width * image.height)
-            image.seek(int(np.argmax(sizes)))
+                pixels[page] = image.width * image.height
+            image.seek(max(pixels, key=pixels.get))
             notes.append(f"it has {n_pages} pages or frames; number {image.tell() + 1} was read")
         width, height = image.size
         scale = 1.0 if max_side is None else max_side / max(width, height)
@@ -212,26 +212,6 @@ def _in_srgb(image: Image.Image, profile: bytes | None, notes: list[str]) -> Ima
     return image.convert("RGB")
 
 
-def _mask_of_file(path: Path, notes: list[str]) -> np.ndarray:
-    """One mask as bool ``(H, W)``."""
-    with _refused_in_words(path):
-        with _opened(path) as header:
-            is_lossy = header.format == "JPEG"
-        values = _labels(_decoded(path, None, notes), path)
-    highest = values.max(initial=0)
-    if is_lossy or _is_grey_scale(values):
-        if not is_lossy or ((values > 0.04 * highest) & (values < 0.96 * highest)).mean() > 0.5:
-            notes.append("a mask of grey values, counted from half of the range on; look whether it is a photograph")
-        return values > (127 if 127 < highest <= 255 else highest / 2)
-    background = 0
-    if 0 < values.min() < highest:
-        border = np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
-        levels, n_pixels = np.unique(border, return_counts=True)
-        background = levels[n_pixels.argmax()]
-        notes.append("a mask without zeros; the value along most of its border counts as background")
-    return values != background
-
-
 def _labels(image: Image.Image, path: Path) -> np.ndarray:
     """What a mask file holds ``(H, W)``, 0 = background: label numbers, numbers of its few colours, or grey values."""
     deep = _deep_values(image, path)
@@ -240,16 +220,28 @@ def _labels(image: Image.Image, path: Path) -> np.ndarray:
         return np.rint(values * 255) if image.mode == "F" and values.max(initial=0) <= 1 else values
     if image.mode in ("1", "L"):
         return np.asarray(image.convert("L"))
-    colours = np.asarray(image.convert("RGB"))
-    values = colours.max(axis=2)
-    if image.has_transparency_data:
-        alpha = np.asarray(image.convert("RGBA").getchannel("A"))
-        values = values * (alpha > 0)
-        if values.min() == values.max() and alpha.min() < alpha.max():
-            return alpha  # painted on a transparent layer, perhaps in black: the mask is where the paint is
-    codes = colours.astype(np.int32) @ (1 << 16, 1 << 8, 1)
+    image = image if image.has_transparency_data else image.convert("RGB")
+    *colours, alpha = np.moveaxis(np.asarray(image.convert("RGBA"), np.int32), 2, 0)
+    values = np.maximum.reduce(colours) * (alpha > 0)
+    if np.ptp(values) == 0 and np.ptp(alpha) > 0:
+        return alpha  # painted on a transparent layer, perhaps in black: the mask is where the paint is
+    codes = np.tensordot((1 << 16, 1 << 8, 1), colours, 1)
     # Red on white, say: the largest of three colours is 255 everywhere.
     return codes if values.min() > 0 and len(np.unique(codes)) <= 32 else values
+
+
+def _marked(values: np.ndarray, is_lossy: bool, notes: list[str]) -> np.ndarray:
+    """Which values of a mask, bool ``(H, W)``, are not background."""
+    highest, background = values.max(), 0
+    if is_lossy or _is_grey_scale(values):
+        if not is_lossy or ((values > 0.04 * highest) & (values < 0.96 * highest)).mean() > 0.5:
+            notes.append("a mask of grey values, counted from half of the range on; look whether it is a photograph")
+        return values > (127 if 127 < highest <= 255 else highest / 2)
+    if 0 < values.min() < highest:
+        levels, n_pixels = np.unique([*values[[0, -1]].ravel(), *values[:, [0, -1]].ravel()], return_counts=True)
+        background = levels[n_pixels.argmax()]
+        notes.append("a mask without zeros; the value along most of its border counts as background")
+    return values != background
 
 
 def _is_grey_scale(values: np.ndarray) -> bool:
@@ -269,11 +261,9 @@ def _fits(shape: tuple[int, int], other: tuple[int, int]) -> bool:
     return abs(shape[0] * other[1] - shape[1] * other[0]) <= max(shape) + max(other)
 
 
-def _resized_mask(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """A mask at another size: enlarged by repeating, shrunk by the share covered."""
-    size = (shape[1], shape[0])
-    if mask.shape == tuple(shape) or mask.shape[0] < shape[0] or mask.shape[1] < shape[1]:
-        return cv2.resize(mask.view(np.uint8), size, interpolation=cv2.INTER_NEAREST_EXACT).astype(bool)
-    covered = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_AREA)
-    # Where all is thin, what is covered most stays: no hairline breaks, no speck goes.
-    return covered > np.minimum(0.2, cv2.dilate(covered, np.ones((3, 3), np.uint8)) / 3)
+def _turned_like(picture: Path | None, mask: np.ndarray) -> np.ndarray:
+    """The mask, turned as the EXIF block of a picture asks."""
+    turned = Image.fromarray(mask)
+    with suppress(OSError, KeyError, SyntaxError, ValueError), _opened(Path(picture or "")) as image:
+        turned.getexif()[0x112] = image.getexif()[0x112]
+    return np.array(ImageOps.exif_transpose(turned))

@@ -1,27 +1,29 @@
-"""Folders of pictures: what each picture is, from the names of the folders above it. No pixel is looked at here.
+"""What each picture of a folder or table is, from the names above it or the cells beside it. No pixel is looked at.
 
 One rule for every tree: a folder's name says a split (``train``), a label (``good``, ``fake``), masks
 (``ground_truth``), nothing (``images``), or it is any other name: the artwork above split and label, a kind of anomaly
-below. Deeper folders count like these; what is not used is left out by name.
+below. Deeper folders count like these, and so do the cells of a table; what is not used is left out by name.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 
 import pandas as pd
 
-from helpers.data import names as words
+from helpers.data import names
 from helpers.data.images import IMAGE_SUFFIXES
 from helpers.data.names import ANOMALY_KIND, DatasetError, Meaning
 from helpers.records import NORMAL_KIND, Sample
 
+GENUINE_ONLY = "genuine pictures only, all to learn from; there is no test/ folder"
+_COLUMNS = ("image_path", "category", "split", "label", "kind", "mask_path", "group")
 _OURS = ("manifest.csv", "manifest.json", "synthesis.jsonl")
 _MASK_STEM = re.compile(
     r"[_\-. ]+(anomaly|defect)?[_\-. ]*(masks?|gt|ground[_\- ]?truth|labels?|seg(mentation)?|annotation)([_\- ]?\d+)?$"
@@ -37,10 +39,11 @@ class FolderReading:
 
     source: Path
     layout: str
-    is_labelled: bool = True
     samples: list[Sample] = field(default_factory=list)
     left_out: list[tuple[Path, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    count_real: bool = False  # for a dataset, its anomalous pictures count towards the number asked for
+    identity: str = ""  # what a frozen dataset is compared by, instead of pictures, labels, masks and groups
 
     def describe(self) -> str:
         """Numbers of pictures and masks, then notes and files left out."""
@@ -58,44 +61,38 @@ class FolderReading:
         path = path.relative_to(self.source) if path.is_relative_to(self.source) else path
         return path.as_posix().encode("utf-8", "replace").decode("utf-8")
 
-    def name_categories(self, names: Sequence[str], keys: Sequence[object]) -> None:
-        """Give each sample the category of its name, safe in paths; samples of two keys never share one."""
-        taken: set[str] = set()
-        categories = {key: words.unique(words.clean(name), taken) for key, name in dict(zip(keys, names)).items()}
-        self.samples = [replace(sample, category=categories[key]) for sample, key in zip(self.samples, keys)]
-
 
 def few(items: Sequence[object]) -> str:
     """The first six of many, and how many more there are."""
     return ", ".join(map(str, items[:6])) + (f" and {len(items) - 6} more" if len(items) > 6 else "")
 
 
-class Unclear(Exception):
-    """Why a picture is left out."""
-
-
 class File:
-    """A file and what is said of it: ``head`` and ``tail`` are other names above and below the first split or label."""
+    """A picture and what is said of it, by the names of the folders above it or the cells of its row in a table.
 
-    def __init__(self, path: Path, meanings: Sequence[Meaning]) -> None:
-        steps = [step for step in meanings if any(step[1:])]
-        at = next((i for i, step in enumerate(steps) if step.split or step.kind), len(steps))
-        self.path, self.is_mask = path, any(step.is_mask for step in steps)
-        self.splits = {step.split for step in steps if step.split}
-        self.kinds = [step.kind for step in steps if step.kind]
-        self.labels = {kind == NORMAL_KIND for kind in self.kinds}
-        self.first = next((step.split or step.kind == NORMAL_KIND for step in steps[at:]), None)
-        titles = [step.told if not step.kind else "" for step in steps]
+    ``head`` and ``tail`` are other names above and below the first split or label, which is ``first``: the split, True
+    for a normal label, False for an anomalous one; None where there is neither.
+    """
+
+    def __init__(
+        self, path: Path, said: Sequence[Meaning], *, where: str = "", mask: Path | None = None, group: str = ""
+    ) -> None:
+        said = [one for one in said if any(one)]
+        at = next((i for i, one in enumerate(said) if one.split or one.kind), len(said))
+        self.path, self.where, self.mask, self.group = path, where, mask, group
+        self.is_mask, self.told = any(one.is_mask for one in said), {names.plain(one.told) for one in said} - {""}
+        self.splits, self.kinds = {one.split for one in said if one.split}, [one.kind for one in said if one.kind]
+        self.first = next((one.split or one.kind == NORMAL_KIND for one in said[at:]), None)
+        titles = ["" if one.kind else one.told for one in said]
         self.head, self.tail = tuple(filter(None, titles[:at])), tuple(filter(None, titles[at:]))
         self.child = "".join(titles[at + 1 : at + 2])
-        self.told = {words.plain(step.told) for step in steps} - {""}
 
 
 class Tree:
     """The pictures below a folder, with the places where labels and artworks stand, by the other names above them."""
 
-    def __init__(self, files: Sequence[File] = (), *, has_masks: bool = False) -> None:
-        self.is_labelled = has_masks or any(file.first is not None for file in files)
+    def __init__(self, files: Sequence[File], *, has_masks: bool = False) -> None:
+        self.files, self.is_labelled = files, has_masks or any(file.first is not None for file in files)
         self.has_folders = any(file.head or file.first is not None for file in files)
         below: dict[tuple, dict] = defaultdict(lambda: defaultdict(set))  # first split or label -> names below it
         for file in files:
@@ -109,10 +106,11 @@ class Tree:
                 self.artworks[head] = sorted((learnt or found[True]) - {""})
 
     def place(self, file: File) -> tuple[tuple[str, ...], Sample]:
-        """The names that identify the artwork, and the picture without its category; or :class:`Unclear`."""
+        """The names that identify the artwork, and the picture without its category; DatasetError: it is not used."""
         head, tail, beside, is_lost = file.head, file.tail, set(), False
-        if len(file.splits) > 1 or len(file.labels) > 1:
-            raise Unclear("two things at once are said of it")
+        labels = {kind == NORMAL_KIND for kind in file.kinds}
+        if len(file.splits) > 1 or len(labels) > 1:
+            raise DatasetError("two things at once are said of it")
         if file.first is None:  # perhaps folders with labels stand beside it
             above = next((head[:at] for at in range(len(head), -1, -1) if head[:at] in self.labels), None)
             is_lost = above is None and (self.is_labelled or (self.has_folders and not head))
@@ -120,83 +118,99 @@ class Tree:
             head, tail = above, head[len(above) :]
         artworks = self.artworks.get(head, [])
         if artworks:
-            artwork = words.spoken_of([*tail, file.path.stem], artworks)
+            artwork = names.spoken_of([*tail, file.path.stem], artworks)
             if artwork is None:
-                raise Unclear(f"which painting does it show ({', '.join(artworks)})? Write it into the file name")
-            head, tail = (*head, artwork), tuple(name for name in tail if words.plain(name) != words.plain(artwork))
+                raise DatasetError(f"which painting does it show ({', '.join(artworks)})? Write it into the file name")
+            head, tail = (*head, artwork), tuple(name for name in tail if names.plain(name) != names.plain(artwork))
         split, kind = next(iter(file.splits), None), NORMAL_KIND
         decides = beside or split == "test"  # a folder without a label says a kind
-        if is_lost or (decides and not file.labels and (beside == {False}) == bool(tail)):
-            raise Unclear("no folder says what it is: move it into good/, or the folder of its painting or kind")
-        if False in file.labels:
-            stated = chain(file.kinds, map(words.kind_of, tail[:1]))
+        if is_lost or (decides and not labels and (beside == {False}) == bool(tail)):
+            raise DatasetError("no folder says what it is: move it into good/, or the folder of its painting or kind")
+        if False in labels:
+            stated = (*file.kinds, *map(names.kind_of, tail[:1]))
             kind = next((kind for kind in stated if kind != ANOMALY_KIND), ANOMALY_KIND)
-        elif not file.labels and tail and (decides or (file.first is not None and not artworks)):
-            kind = words.kind_of(tail[0])
-        is_anomalous, trusted = kind != NORMAL_KIND, head if artworks or file.first is None else ()
+        elif not labels and tail and (decides or (file.first is not None and not artworks)):
+            kind = names.kind_of(tail[0])
+        is_anomalous, unlabelled = kind != NORMAL_KIND, head if artworks or file.first is None else ()
         split = split or ("test" if is_anomalous else "train")
         if is_anomalous and split != "test":
-            raise Unclear("anomalous, so not used: detectors learn from normal pictures only")
-        if not is_anomalous and any(map(words.says_forged, (*trusted, *tail))):
-            raise Unclear("would be taken for genuine, but a folder above it says otherwise: rename or move that")
-        return head, Sample(file.path, "", is_anomalous, None, split, kind)
+            raise DatasetError("anomalous, so not used: detectors learn from normal pictures only")
+        if is_anomalous and not file.where and _MASK_STEM.search(file.path.stem):
+            raise DatasetError("named like a mask, but its picture is not beside it")
+        if not is_anomalous and any(map(names.says_forged, (*unlabelled, *tail))):
+            raise DatasetError("would be taken for genuine, but a folder above it says otherwise: rename or move that")
+        return head, Sample(file.path, "", is_anomalous, file.mask if is_anomalous else None, split, kind, file.group)
+
+    def read_into(self, reading: FolderReading) -> list[File]:
+        """Add every picture to ``reading``, with its category, or to its files left out; the files that were added."""
+        placed: dict[tuple, tuple[File, Sample]] = {}
+        for file in self.files:
+            try:
+                head, sample = self.place(file)
+                if (head, file.path) in placed:
+                    raise DatasetError("named in an earlier row already")
+                placed[head, file.path] = file, sample
+            except DatasetError as reason:
+                reading.left_out.append((file.path, f"{file.where}{reason}"))
+        taken: set[str] = set()  # two artworks never share a category, which is safe in paths
+        heads = dict.fromkeys(head for head, _ in placed)
+        titles = {head: head[-1] if head else reading.source.name for head in heads}
+        categories = {head: names.unique(names.clean(title), taken) for head, title in titles.items()}
+        reading.samples = [replace(sample, category=categories[head]) for (head, _), (_, sample) in placed.items()]
+        return [file for file, _ in placed.values()]
+
+
+def read(source: Path) -> FolderReading:
+    """What every picture of a folder or table is, as far as names tell. ``DatasetError``: it is neither."""
+    if source.is_file() and source.suffix.lower() not in (".csv", ".tsv"):
+        raise DatasetError(f"{source} is neither a folder nor a CSV (an archive: unpack it).")
+    if source.is_file():
+        return read_table(source)
+    reading, tables = read_tree(source), []
+    if reading.layout == GENUINE_ONLY:  # folders with labels say more than a table that was not asked for
+        for path in sorted(source.glob("*.[ct]sv")):
+            frame, unknown = _frame(path, FolderReading(path, ""))
+            if "image_path" in frame and {"category", "label", "kind", "split"} & {*frame} and "sha256" not in unknown:
+                tables.append(path)
+    if tables[1:]:
+        found = few([path.name for path in tables])
+        raise DatasetError(f"{source} holds several tables of pictures: {found}. Give the path of one.")
+    return read_table(tables[0]) if tables else reading
 
 
 def read_tree(root: Path) -> FolderReading:
-    """What every picture below a folder is, as far as names tell."""
-    reading = FolderReading(root, "MVTec layout")
+    """What every picture below a folder is, from the names of folders and files."""
+    reading = FolderReading(root, "labelled folders; where no name says a split, normal pictures are learnt from")
     paths = _listed(root, reading)
     meanings = _meanings({name for path in paths for name in path.relative_to(root).parts[:-1]})
-    stems = {(path.parent, path.stem) for path in paths}
-    files, masks, placed = [], [], []
+    stems, files, masks = {(path.parent, path.stem) for path in paths}, [], []
     for path in paths:
-        steps, bare = [meanings[name] for name in path.relative_to(root).parts[:-1]], _bare(path.stem)
-        file = File(path, [step for step in steps if step])
-        if None in steps:
-            reading.left_out.append(
-                (path, "0/ and 1/ (yes/ and no/ ...) may be labels or paintings: say good/ and bad/")
-            )
-        elif file.is_mask or (bare != path.stem and (path.parent, bare) in stems):
-            masks.append(file)
-        else:
-            files.append(file)
+        said, bare = [meanings[name] for name in path.relative_to(root).parts[:-1]], _bare(path.stem)
+        if None in said:
+            why = "0/ and 1/ (yes/ and no/ ...) may be labels or paintings: say good/ and bad/"
+            reading.left_out.append((path, why))
+            continue
+        file = File(path, said)
+        is_mask = file.is_mask or (bare != path.stem and (path.parent, bare) in stems)
+        (masks if is_mask else files).append(file)
     tree = Tree(files, has_masks=bool(masks))
-    for file in files:
-        try:
-            head, sample = tree.place(file)
-            if sample.is_anomalous and _MASK_STEM.search(file.path.stem):
-                raise Unclear("named like a mask, but its picture is not beside it")
-            placed.append((file, head))
-            reading.samples.append(sample)
-        except (Unclear, DatasetError) as reason:
-            reading.left_out.append((file.path, str(reason)))
-    heads = [head for _, head in placed]
-    reading.name_categories([head[-1] if head else root.name for head in heads], heads)
-    _match_masks(masks, [file for file, _ in placed], reading)
-    reading.is_labelled = tree.is_labelled
+    _match_masks(masks, tree.read_into(reading), reading)
     if not tree.is_labelled:
-        reading.layout = "genuine pictures only, all to learn from; there is no test/ folder"
+        reading.layout = GENUINE_ONLY
         inner = sorted({"/".join(file.head[:2]) for file in files if file.head[1:]})
         reading.notes += [f"Not artworks of their own: {few(inner)}."] if inner[1:] else []
-    elif not any(file.splits for file in files):
-        reading.layout = "labelled folders: normal pictures count as train, anomalous ones as test"
-    elif tree.artworks:
-        reading.layout = "the report's two trees"
     return reading
 
 
-def _meanings(names: set[str]) -> dict[str, Meaning | None]:
+def _meanings(folders: set[str]) -> dict[str, Meaning | None]:
     """What each folder name of a tree says; None for names that may be labels or titles."""
-    meanings = {name: words.meaning_of(words.repaired(name)) for name in names}
-    known = {meaning.name for meaning in meanings.values()}
-    for name, meaning in meanings.items():
-        bare = _bare(meaning.name)
-        if bare in known - {meaning.name}:  # crack_mask/ beside crack/
-            meanings[name] = Meaning(meaning.name, is_mask=True, told=bare)
-    unclear = {name for name in names if words.plain(name) in words.vocabulary()["unclear"]}
-    if {name for name in names if name.isdigit()} <= {"0", "1"}:  # else they number paintings
+    meanings = {name: names.meaning_of(names.repaired(name)) for name in folders}
+    beside = {name: _bare(name) for name in folders if _bare(name) in folders - {name}}  # crack_mask/ beside crack/
+    meanings |= {name: Meaning(is_mask=True, told=bare) for name, bare in beside.items()}
+    unclear = {name for name in folders if names.plain(name) in names.vocabulary()["unclear"]}
+    if {name for name in folders if name.isdigit()} <= {"0", "1"}:  # else they number paintings
         if any(meaning.split for meaning in meanings.values()):
-            meanings |= {"0": Meaning("good", kind=NORMAL_KIND), "1": Meaning("anomaly", kind=ANOMALY_KIND)}
+            meanings |= {"0": Meaning(kind=NORMAL_KIND), "1": Meaning(kind=ANOMALY_KIND)}
         elif len(unclear) > 1:
             meanings |= dict.fromkeys(unclear)
     return meanings
@@ -205,23 +219,22 @@ def _meanings(names: set[str]) -> dict[str, Meaning | None]:
 def _match_masks(masks: Sequence[File], files: Sequence[File], reading: FolderReading) -> None:
     """Give each anomalous picture its mask; leave out masks that fit none, or more than one."""
     by_stem, found = defaultdict(list), defaultdict(list)
-    for index, (file, sample) in enumerate(zip(files, reading.samples)):
-        by_stem[file.path.stem].append((index, file.told, sample.is_anomalous))
+    for index, file in enumerate(files):
+        by_stem[file.path.stem].append((index, file.told))
     for mask in masks:
         near = [one for stem in {mask.path.stem, _bare(mask.path.stem)} for one in by_stem[stem]]
-        same = [(index, is_anomalous) for index, told, is_anomalous in near if told == mask.told]
-        wider = [(index, True) for index, told, is_anomalous in near if told > mask.told and is_anomalous]
-        owners = [owner for owner in same if owner[1]] or same or wider
-        if len(owners) == 1 and owners[0][1]:
-            found[owners[0][0]].append(mask.path)
+        same = [i for i, told in near if told == mask.told] or [i for i, told in near if told > mask.told]
+        owners = [i for i in same if reading.samples[i].is_anomalous]
+        if len(owners) == 1:
+            found[owners[0]].append(mask.path)
         else:
-            why = "more than one picture; used for none" if len(owners) > 1 else "no anomalous picture"
+            why = "more than one picture; used for none" if owners else "no anomalous picture"
             reading.left_out.append((mask.path, f"mask of {why}"))
     for index, paths in found.items():
-        if len(paths) == 1:
-            reading.samples[index] = replace(reading.samples[index], mask_path=paths[0])
-        else:
+        if paths[1:]:
             reading.left_out += [(mask, "one of several masks of a picture; none is used") for mask in paths]
+        else:
+            reading.samples[index] = replace(reading.samples[index], mask_path=paths[0])
 
 
 def _bare(stem: str) -> str:
@@ -233,18 +246,105 @@ def _bare(stem: str) -> str:
 def _listed(root: Path, reading: FolderReading) -> list[Path]:
     """Pictures by their suffix, broken links among them; other files are left out. Links are followed."""
     pictures, n_hidden, seen = [], 0, set()
-    for here, folders, names in os.walk(root, followlinks=True):
-        n_hidden += sum(map(words.is_hidden, folders + names))
-        is_new = os.path.realpath(here) not in seen  # a linked folder that leads back into itself is entered once
+    for here, folders, files in os.walk(root, followlinks=True):
+        if os.path.realpath(here) in seen:  # a linked folder that leads back into itself
+            folders.clear()
+            continue
         seen.add(os.path.realpath(here))
-        folders[:] = sorted(name for name in folders if is_new and not words.is_hidden(name))
-        kept = sorted(name for name in names if is_new and not words.is_hidden(name) and name not in _OURS)
-        for path in (Path(here, name) for name in kept):
-            if str(path).encode("utf-8", "replace").decode() != str(path):
-                reading.left_out.append((path, "its name is not valid UTF-8: rename it"))
-            elif path.suffix.lower() in IMAGE_SUFFIXES:
-                pictures.append(path)
-            else:
+        shown = [name for name in sorted(files) if not names.is_hidden(name)]
+        n_hidden += len(files) - len(shown) + sum(map(names.is_hidden, folders))
+        folders[:] = sorted(name for name in folders if not names.is_hidden(name))
+        for path in (Path(here, name) for name in shown if name not in _OURS):
+            if path.suffix.lower() not in IMAGE_SUFFIXES:
                 reading.left_out.append((path, "no picture of a format that is read (an archive: unpack it)"))
+            elif reading.short(path) != path.relative_to(root).as_posix():
+                reading.left_out.append((path, "its name is not valid UTF-8: rename it"))
+            else:
+                pictures.append(path)
     reading.notes += [f"Hidden files, thumbnails and the like were ignored: {n_hidden}."] if n_hidden else []
     return pictures
+
+
+def read_table(table: Path) -> FolderReading:
+    """The rows of a table; paths in it start from its folder (or, as VisA writes them, from the folder above).
+
+    ``DatasetError``: no column names the pictures, or others are there but none is understood as a label.
+    """
+    reading, files = FolderReading(table.parent, f"CSV table {table.name}"), []
+    frame, unknown = _frame(table, reading)
+    header = f"{table} has the columns {', '.join([*frame.columns, *unknown])}"
+    if "image_path" not in frame:
+        known = ", ".join(names.vocabulary()["column image_path"])
+        raise DatasetError(f"{header}; one must name the picture: {known}.")
+    if not {"label", "kind"} & {*frame}:
+        if unknown or "mask_path" in frame:
+            way = "Add a column label (normal or anomaly), or remove the other columns if all pictures are genuine."
+            raise DatasetError(f"{header}; none of them is understood as a label. {way}")
+        reading.notes.append(f"{table.name} has no column label: all pictures count as genuine.")
+    reading.notes += [f"Columns of {table.name} that were not read: {', '.join(unknown)}."] if unknown else []
+    if "label" not in frame:
+        frame["kind"] = [kind or NORMAL_KIND for kind in frame.get("kind", [""] * len(frame))]
+    elif "kind" not in frame and NORMAL_KIND in {*map(_stated, frame["label"])}:  # labels like good, crack, tear
+        frame = frame.rename(columns={"label": "kind"})
+    for number, row in enumerate(frame.reindex(columns=_COLUMNS, fill_value="").to_dict("records"), start=2):
+        path, mask = (_resolved(table.parent, row[name]) for name in ("image_path", "mask_path"))
+        where, mask = f"row {number} of {table.name}: ", mask if row["mask_path"] else None
+        title = Meaning(told=row["category"] or table.parent.name)
+        try:
+            files.append(File(path, [title, *_said(row)], where=where, mask=mask, group=row["group"]))
+        except DatasetError as error:
+            reading.left_out.append((path, f"{where}{error}"))
+    Tree(files).read_into(reading)
+    return reading
+
+
+def _stated(value: str) -> str | None:
+    """The label or kind that a cell states."""
+    cells = {label: names.vocabulary()[f"cell {label}"] for label in (NORMAL_KIND, ANOMALY_KIND)}
+    return next((label for label in cells if value.casefold() in cells[label]), names.meaning_of(value).kind)
+
+
+def _said(row: dict[str, str]) -> list[Meaning]:
+    """Split, kind and label of a row, like the names of folders."""
+    split, kinds = names.meaning_of(row["split"]).split, []
+    if row["split"] and not split:
+        raise DatasetError(f"split is {row['split']!r}; allowed are train, calibration (or validation) and test")
+    if row["kind"]:
+        kinds.append(_stated(row["kind"]) or names.kind_of(row["kind"]))
+    if row["label"] or not kinds:
+        kinds.append(_stated(row["label"]))
+    if None in kinds:
+        raise DatasetError(f"label is {row['label']!r}; allowed are normal, anomaly, good, 0, 1, true, false")
+    return [Meaning(split), *(Meaning(kind=kind) for kind in kinds)]
+
+
+def _frame(table: Path, reading: FolderReading) -> tuple[pd.DataFrame, list[str]]:
+    """Columns that are understood, by their meaning: stripped text, empty cells as ""; the names of other columns."""
+    content = table.read_bytes()
+    try:
+        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("cp1252", errors="replace")
+        reading.notes.append(f"{table.name} is not UTF-8; read as Windows-1252. Check names with accents.")
+    separator = max(",;\t|", key="".join(text.splitlines()[:1]).count)
+    long: list[list[str]] = []
+    options = {"dtype": str, "keep_default_na": False, "index_col": False, "on_bad_lines": long.append}
+    try:
+        frame = pd.read_csv(io.StringIO(text, newline=None), sep=separator, engine="python", **options)
+    except (pd.errors.EmptyDataError, pd.errors.ParserError) as error:
+        raise DatasetError(f"{table} cannot be read as a table ({error}).") from error
+    reading.left_out += [(table, f"a row with too many cells: {', '.join(cells)[:80]}") for cells in long]
+    empty = names.vocabulary()["cell empty"]
+    frame = frame.fillna("").map(lambda cell: cell.strip() * (cell.strip().casefold() not in empty))
+    columns = {names.plain(str(column)): column for column in reversed(frame.columns)}  # the first of equal ones
+    aliases = {meaning: list(names.vocabulary()[f"column {meaning}"]) for meaning in _COLUMNS}
+    aliases["label"] += [name for name in columns if names.meaning_of(name.removeprefix("is_")).kind]  # is_defect
+    known = {meaning: columns[name] for meaning, found in aliases.items() for name in found[::-1] if name in columns}
+    unknown = [name for name in map(str, frame) if name not in known.values() and not name.startswith("Unnamed")]
+    return frame[[*known.values()]].set_axis([*known], axis=1), unknown
+
+
+def _resolved(root: Path, name: str) -> Path:
+    """A path as a table writes it: relative to the table's folder, perhaps with Windows separators."""
+    tries = [base / text for text in (name, name.replace("\\", "/")) for base in (root, root.parent)]
+    return Path(os.path.abspath(next((path for path in tries if path.is_file()), tries[0])))

@@ -1,7 +1,6 @@
 """What a name says about split, label, kind and masks, by the vocabulary in ``words.txt``: for folders, tables, inbox.
 
-A name is read whole, in lower case and without words like ``images``: ``non_anomaly`` contains ``anomaly``, so parts of
-a name decide nothing. What may mean two things is refused.
+A name is understood when all its words are: a part of it decides nothing. What may mean two things is refused.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from helpers.records import NORMAL_KIND, SPLITS
 
 ANOMALY_KIND = "anomaly"
 """Kind of anomalous pictures whose folder says no more than that."""
+_MEANINGS = (*SPLITS, "mask", "good", "anomaly", "forgery", "not", "filler")
 _HIDDEN = re.compile(r"\.|__macosx$|@eadir$|[#$]recycle|_?thumb(nail)?s?$|thumbs\.db$|desktop\.ini$|synofile", re.I)
 
 
@@ -28,7 +28,6 @@ class Meaning(NamedTuple):
     """What a name says: ``kind`` is *good*, *anomaly* or the kind of forgery that it states, ``told`` what it tells of
     artwork or kind: a kind, or the name when it is none of the vocabulary; "" for *train* and *images*."""
 
-    name: str
     split: str | None = None
     kind: str | None = None
     is_mask: bool = False
@@ -45,23 +44,26 @@ def vocabulary() -> dict[str, list[str]]:
 def meaning_of(name: str) -> Meaning:
     """What a folder name or a word in a table says.
 
-    >>> [meaning_of(name).kind for name in ("Non-Anomaly", "not damaged", "ok_pictures", "bad", "my forgeries", "box")]
+    >>> [meaning_of(name).kind for name in ("Non-Anomaly", "defect-free", "ok_pictures", "bad", "my forgeries", "box")]
     ['good', 'good', 'good', 'anomaly', 'forgeries', None]
-    >>> meaning_of("test_fakes")[1:], meaning_of("Mona Lisa").told, meaning_of("mask_dir").is_mask
-    (('test', 'fakes', False, 'fakes'), 'Mona Lisa', True)
+    >>> meaning_of("test_fakes")[:2], meaning_of("Mona Lisa").told, meaning_of("mask_dir").is_mask
+    (('test', 'fakes'), 'Mona Lisa', True)
     """
-    words = _words(name)
-    ends = ((words[:1], words[1:]), (words[-1:], words[:-1]))
-    parts = [(split, rest) for end, rest in ends for split in SPLITS if end and end[0] in vocabulary()[split]]
-    for split, rest in ((None, words), *parts):
-        if any(_is("mask", "_".join(rest[k:])) and (not k or _label(rest[:k])) for k in range(len(rest))):
-            return Meaning(name, split, is_mask=True)
-        kind = _label(rest)
-        if kind or (split and not rest):
-            if kind == ANOMALY_KIND and any(_is("forgery", word) for word in rest):
-                kind = clean("_".join(rest))
-            return Meaning(name, split, kind, told=kind if kind and kind != ANOMALY_KIND else "")
-    return Meaning(name, told=name if words else "")
+    words = re.sub("ground_truth", "mask", re.sub("^(.+)_free$", r"not_\1", plain(name))).split("_")
+    said = {word: next((meaning for meaning in _MEANINGS if _is(meaning, word)), "title") for word in words}
+    split = next((what for what in said.values() if what in SPLITS), None)
+    core = [word for word, what in said.items() if what not in (split, "filler")]  # the other words
+    is_not = bool(core) and said[core[0]] == "not"
+    label = {said[word] for word in core[is_not:]}
+    if "mask" in label and label <= {"mask", "good", "anomaly", "forgery"}:
+        return Meaning(split, is_mask=True)
+    if label == {"good"} or (label and label <= {"anomaly", "forgery"}):
+        kind = NORMAL_KIND if (label == {"good"}) != is_not else ANOMALY_KIND
+        kind = clean("_".join(core)) if "forgery" in label and not is_not else kind
+        return Meaning(split, kind, told=kind if kind != ANOMALY_KIND else "")
+    if split and not core:
+        return Meaning(split)
+    return Meaning(told="" if all(_is("nothing", word) for word in words) else name)
 
 
 def kind_of(name: str) -> str:
@@ -72,9 +74,8 @@ def kind_of(name: str) -> str:
     >>> kind_of("genuine"), kind_of("face swap")
     ('good', 'face_swap')
     """
-    kind, words = meaning_of(name).kind, _words(name)
-    is_unclear = words and (_is("not", words[0]) or any(_is("good", word.rstrip("0123456789")) for word in words))
-    if kind is None and is_unclear:
+    kind, words = meaning_of(name).kind, plain(name).split("_")
+    if kind is None and any(_is("good", word.rstrip("0123456789")) or _is("not", word) for word in words):
         raise DatasetError(f"{name!r} may mean normal pictures or a kind of anomaly: call it good, or by another name")
     return kind or clean(name)
 
@@ -132,37 +133,17 @@ def spoken_of(texts: Sequence[str], artworks: Sequence[str]) -> str | None:
     >>> spoken_of(["MonaLisa-07"], names), spoken_of(["crack", "fake pearl 3"], names)
     ('mona_lisa', 'girl_with_a_pearl_earring')
     """
-    all_words = [word for artwork in artworks for word in set(plain(artwork).split("_"))]
+    all_words = [word for artwork in artworks for word in {*plain(artwork).split("_")} - {*vocabulary()["filler"]}]
     for text in texts:
         said = plain(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", text))
         hits = [a for a in artworks if plain(a).replace("_", "") in said.replace("_", "")]
         hits = [a for a in hits if not any(a != other and plain(a) in plain(other) for other in hits)]
         telling = {word for word in re.findall(r"[^\W\d_]{3,}", said) if all_words.count(word) == 1}
-        hits = hits or [a for a in artworks if telling & set(plain(a).split("_")) - {*vocabulary()["filler"]}]
+        hits = hits or [a for a in artworks if telling & {*plain(a).split("_")}]
         if len(hits) == 1:
             return hits[0]
     return artworks[0] if len(artworks) == 1 else None
 
 
-def _words(name: str) -> list[str]:
-    """The words of a name, without those that say nothing at either end."""
-    words = plain(name).split("_")
-    for end in (-1, 0):
-        while words and _is("filler" if words[1:] else "nothing", words[end]):
-            words.pop(end)
-    return words
-
-
 def _is(meaning: str, word: str) -> bool:
     return word in vocabulary()[meaning] or word.removesuffix("s") in vocabulary()[meaning]
-
-
-def _label(words: list[str]) -> str | None:
-    """*good* or *anomaly* when all words together say so, perhaps by a negation."""
-    text = "_".join(words)
-    if _is("good", text):
-        return NORMAL_KIND
-    if _is("anomaly", text) or _is("forgery", text):
-        return ANOMALY_KIND
-    inner = words[1:] if words[:1] and _is("not", words[0]) else words[:-1] if words[-1:] == ["free"] else []
-    return {NORMAL_KIND: ANOMALY_KIND, ANOMALY_KIND: NORMAL_KIND}.get(_label(inner)) if inner else None

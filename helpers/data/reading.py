@@ -14,7 +14,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from helpers import files
-from helpers.data import images, layouts, tables
+from helpers.data import images, layouts
 from helpers.data.layouts import FolderReading, few
 from helpers.data.manifest import MANIFEST_CSV, MANIFEST_JSON, shared_groups, write_manifest
 from helpers.data.names import DatasetError, meaning_of, plain, says_forged
@@ -32,7 +32,12 @@ def read_folder(folder: Path | str) -> FolderReading:
     ``FileNotFoundError``: there is no such folder. ``DatasetError``: no normal picture can be read, a table is not
     understood, or one picture stands in two splits of an artwork or under two labels.
     """
-    reading = _understood(Path(os.path.abspath(Path(folder).expanduser())))
+    source = Path(os.path.abspath(Path(folder).expanduser()))
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist. Give the folder (or CSV file) of your pictures.")
+    reading, spelling = layouts.read(source), {}  # kinds that differ in case or separators only become one
+    samples = [replace(s, kind=spelling.setdefault(plain(s.kind), s.kind)) for s in reading.samples]
+    reading.samples = sorted(samples, key=lambda s: (s.category, SPLITS.index(s.split), s.is_anomalous, s.kind))
     # Decoders release the interpreter lock; four at a time keep the memory of four largest pictures below 1 GB.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         work = pool.map(_checked, reading.samples)
@@ -104,27 +109,6 @@ def near_duplicates(hashes: Sequence[np.ndarray | None]) -> list[tuple[int, int]
         alike = comparable & (n_different <= NEAR_DUPLICATE_LIMIT * n_both)
         pairs += [(known[row], known[row + 1 + k]) for k in np.flatnonzero(alike)]
     return pairs
-
-
-def _understood(source: Path) -> FolderReading:
-    """What every picture of a folder or table is, before any is decoded."""
-    if not source.exists():
-        raise FileNotFoundError(f"{source} does not exist. Give the folder (or CSV file) of your pictures.")
-    if source.is_file():
-        if source.suffix.lower() not in (".csv", ".tsv"):
-            raise DatasetError(f"{source} is neither a folder nor a CSV (an archive: unpack it).")
-        reading = tables.read_table(source)
-    else:
-        reading, found = layouts.read_tree(source), tables.tables_in(source)
-        if found[1:] and not reading.is_labelled:
-            names = few([path.name for path in found])
-            raise DatasetError(f"{source} holds several tables of pictures: {names}. Give the path of one.")
-        if found and not reading.is_labelled:  # folders with labels say more than a table that was not asked for
-            reading = tables.read_table(found[0])
-    spelling: dict[str, str] = {}  # kinds that differ in case or separators only become one
-    samples = [replace(s, kind=spelling.setdefault(plain(s.kind), s.kind)) for s in reading.samples]
-    reading.samples = sorted(samples, key=lambda s: (s.category, SPLITS.index(s.split), s.is_anomalous, s.kind))
-    return reading
 
 
 def _checked(sample: Sample) -> tuple[Sample | None, np.ndarray | None, list, list]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ import requests
 from urllib3.util import Retry
 
 from helpers import files, synthesis
-from helpers.data import images, manifest, reading
+from helpers.data import images, reading
+from helpers.data.layouts import FolderReading
 from helpers.data.names import clean, repaired
 from helpers.records import NORMAL_KIND, Sample
 
@@ -38,41 +41,28 @@ class SourceError(RuntimeError):
     """Pictures cannot be had; the message says why and what to do instead."""
 
 
-def embedded_artworks(target: Path, *, max_side: int, seed: int) -> list[Sample]:
+def embedded_artworks(target: Path, *, max_side: int, seed: int) -> FolderReading:
     """Two paintings that ship with the suite (see the card in ``helpers/assets``), without any download.
 
     The original is photographed with other crops, stands, light and cameras; each photograph is a source of its own. A
     replica is the motif painted again by another hand, a reinterpretation another work after it; they are photographed
-    alike. The longer side has up to 15 % less than ``max_side`` pixels. A complete ``target`` is returned as it is.
+    alike. The longer side has up to 15 % less than ``max_side`` pixels. A picture that is there is not made again.
     """
-    settings, samples = {"max_side": max_side, "seed": seed, "n_genuine": N_GENUINE}, []
-    if kept := _kept(target, "embedded", settings):
-        return kept
+    layout = "two painted pictures that ship with the suite, photographed by simulated cameras"
+    source = FolderReading(target, layout, count_real=True, identity=f"embedded {max_side} {seed}")
     for canvas in sorted(PAINTINGS.glob("*/*/*.webp")):
         category, kind = canvas.parts[-3:-1]
-        painting = images.load_image(canvas)
-        stems = [f"photograph_{number:03d}" for number in range(N_GENUINE)] if kind == NORMAL_KIND else [canvas.stem]
+        painting, split = images.load_image(canvas), "train" if kind == NORMAL_KIND else "test"
+        stems = [f"photograph_{number:03d}" for number in range(N_GENUINE)] if split == "train" else [canvas.stem]
         for stem in stems:
-            rng = synthesis.rng_for(seed, f"{category}/{kind}/{stem}")
-            view = images.resize(painting, round(max_side * rng.uniform(0.85, 1)))
-            view, _ = synthesis.rephotograph(view, rng, changes=synthesis.NORMAL_VARIATIONS)
-            samples.append(_sample(target, category, kind, f"{stem}.png"))
-            images.save_png(samples[-1].image_path, view)
-    manifest.write_manifest(target, samples, info={"embedded": settings})
-    return samples
-
-
-def _sample(target: Path, category: str, kind: str, name: str) -> Sample:
-    split, group = "train" if kind == NORMAL_KIND else "test", f"{category}/{Path(name).stem}"
-    path = target.absolute() / category / split / kind / name
-    return Sample(path, category, kind != NORMAL_KIND, split=split, kind=kind, group=group)
-
-
-def _kept(target: Path, name: str, settings: Mapping[str, Any]) -> list[Sample]:
-    """The pictures of an earlier run with the same settings; [] when there are none."""
-    mark = target / manifest.MANIFEST_JSON
-    found = manifest.load_manifest(target) if mark.exists() and files.read_json(mark).get(name) == settings else []
-    return found if all(sample.image_path.exists() for sample in found) else []
+            path = target.absolute() / f"{max_side} px, seed {seed}" / category / split / kind / f"{stem}.png"
+            sample = Sample(path, category, split == "test", None, split, kind, f"{category}/{stem}")
+            source.samples.append(sample)
+            if not path.exists():
+                rng = synthesis.rng_for(seed, f"{category}/{kind}/{stem}")
+                view = images.resize(painting, round(max_side * rng.uniform(0.85, 1)))
+                images.save_png(path, synthesis.rephotograph(view, rng, changes=synthesis.NORMAL_VARIATIONS)[0])
+    return source
 
 
 def titles() -> list[list[str]]:
@@ -81,99 +71,120 @@ def titles() -> list[list[str]]:
     return pd.read_csv(Path(__file__).with_name("commons.csv")).values.tolist()
 
 
+def wikimedia(target: Path, difference: Difference) -> FolderReading:
+    """Pictures of :func:`titles` from Wikimedia Commons, and members of categories in which ``difference`` finds none
+    and which are no copies; every other file is left out with the reason. A line is printed for each file.
+
+    The API is asked for renderings (originals can have hundreds of megapixels; addresses made by hand fail since August
+    2026). Licences must be free, and are listed in ``licences_*.csv``, written last: with it, nothing is asked again. A
+    stopped call goes on with what it has. ``SourceError``: no network, a refusal, or no genuine picture.
+    """
+    identity = files.sha256_json(titles())  # not what came: what Commons holds may drift
+    folder, table = target / identity[:8], target / f"licences_{identity[:8]}.csv"
+    if not table.exists():
+        try:
+            rows = list(_fetched(folder, difference))
+        except requests.RequestException as error:
+            way = f"What came is kept: run this again (403: it dislikes our User-Agent, {USER_AGENT!r}). {_OFFLINE}"
+            raise SourceError(f"Commons cannot be reached or gives no usable answer: {error}. {way}") from error
+        if not any(folder.glob(f"*/train/{NORMAL_KIND}/*")):
+            raise SourceError(f"No genuine picture could be had from {COMMONS_API}; see the lines above. {_OFFLINE}")
+        files.write_text(table, pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
+    source, rows = reading.read_folder(folder), pd.read_csv(table, keep_default_na=False)
+    source.layout, source.identity = "public-domain reproductions from Wikimedia Commons", identity
+    source.left_out += [(Path(row.file), row.left_out) for row in rows[rows["left_out"] != ""].itertuples()]
+    return source
+
+
+def best_artworks(*, limit: int) -> list[Sample]:
+    """*Best Artworks of All Time*: pictures by 50 painters (their categories), ``limit`` of each, all normal. Folder
+    names with broken encoding are repaired; pictures that lie there twice, by their repaired names, are taken once."""
+    name = "ikarus777/best-artworks-of-all-time"
+    print(f"Best Artworks of All Time: about 2 GB; the licence stands on https://www.kaggle.com/datasets/{name}")
+    try:
+        import kagglehub
+
+        folder = Path(kagglehub.dataset_download(name))
+    except Exception as error:  # kagglehub lets its own, requests' and the system's errors through
+        raise SourceError(f"Kaggle gave no dataset ({type(error).__name__}: {error}). Try again later.") from error
+    paths = {repaired(f"{path.parent.name}/{path.stem}"): path for path in folder.glob("images/images/*/*.jpg")}
+    if not paths:
+        raise SourceError(f"{folder} does not hold images/images/<Artist>/*.jpg, as {name} does.")
+    found = pd.DataFrame(sorted(paths.items()), columns=["group", "path"])
+    found["artist"] = found["group"].str.partition("/")[0]
+    taken = found.groupby("artist").head(limit).itertuples()
+    return [Sample(row.path, row.artist, False, split="train", group=row.group) for row in taken]
+
+
 class _Skip(Exception):
     """Why one file is left out; the others go on."""
 
 
-def wikimedia(target: Path, difference: Difference) -> tuple[list[Sample], list[tuple[Path, str]]]:
-    """Pictures of :func:`titles` from Wikimedia Commons, and members of categories in which ``difference`` finds none
-    and which are no copies; name and reason of every file left out. A line is printed for each file.
-
-    The API is asked for renderings (originals can have hundreds of megapixels; addresses made by hand fail since August
-    2026). Licences must be free, and are listed in ``licences.csv``. Downloads are kept: a stopped call goes on, and a
-    complete ``target`` is returned without asking. ``SourceError``: no network, a refusal, or no genuine picture.
-    """
-    if kept := _kept(target, "wikimedia", titles()):
-        left_out = files.read_json(target / manifest.MANIFEST_JSON)["left_out"]
-        return kept, [(Path(file), reason) for file, reason in left_out]
-    samples, rows, left_out, seen = [], [], [], set()
-    try:
-        for category, kind, file, entry in _candidates():
-            genuine = [s for s in samples if s.category == category and not s.is_anomalous]
-            is_member = kind == "member"
-            if entry.get("sha1") in seen or (is_member and not 0 < len(genuine) < MOST_GENUINE):
-                continue
-            try:
-                sample = _fetched(target, category, NORMAL_KIND if is_member else kind, file, entry)
-                seen.add(entry["sha1"])
-                if is_member:
-                    _refuse_other(sample, genuine, difference)
-            except (_Skip, images.ImageError) as error:
-                left_out.append([file, str(error)])
-                print(f"left out {file}: {error}")
-                continue
-            samples.append(sample)
-            about = {"licence": _meta(entry, "LicenseShortName"), "author": _meta(entry, "Artist")}
-            rows.append({"file": sample.image_path.name, **about, "page": entry.get("descriptionurl", "")})
-            print(f"{category} {sample.kind}: {file} ({about['licence']})")
-    except requests.RequestException as error:
-        way = f"What came is kept: run this again later. (403: it dislikes our User-Agent, {USER_AGENT!r}.) {_OFFLINE}"
-        raise SourceError(f"Commons cannot be reached or gives no usable answer: {error}. {way}") from error
-    if all(sample.is_anomalous for sample in samples):
-        raise SourceError(f"No genuine picture could be had from {COMMONS_API}; see the lines above. {_OFFLINE}")
-    files.write_text(target / "licences.csv", pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
-    manifest.write_manifest(target, samples, info={"wikimedia": titles(), "left_out": left_out})
-    return samples, [(Path(file), reason) for file, reason in left_out]
-
-
-def _candidates() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
-    """Painting, kind, file, and what Commons says of it: nothing when it is gone."""
+def _fetched(folder: Path, difference: Difference) -> Iterator[dict[str, str]]:
+    """Licence and author of every file, and why it is left out; those that are not lie in ``folder``, MVTec layout."""
+    seen, scans = set(), defaultdict(list)
     for category, kind, title in titles():
-        if kind == "member":
-            for entry in _asked(generator="categorymembers", gcmtitle=title, gcmtype="file", gcmlimit="50"):
-                yield category, kind, entry["title"].removeprefix("File:"), entry
-        else:
-            yield category, kind, title, next(_asked(titles=f"File:{title}"), {})
+        mine, is_member = scans[category], kind == "member"
+        place = folder / category / (f"test/{kind}" if kind not in (NORMAL_KIND, "member") else f"train/{NORMAL_KIND}")
+        for file, entry in _asked(title, is_member):
+            known = entry.get("sha1", file)
+            if known in seen or (is_member and not 0 < len(mine) < MOST_GENUINE):
+                continue
+            seen.add(known)
+            licence, author = _plain(entry, "LicenseShortName"), _plain(entry, "Artist")
+            row = {"file": file, "licence": licence, "author": author, "page": entry.get("descriptionurl", "")}
+            try:
+                check = functools.partial(_check_member, scans=mine, difference=difference)
+                path = _download(place, file, entry, check if is_member else images.load_image)
+                mine += [path] if place.name == NORMAL_KIND else []
+                print(f"{category} {place.name}: {file} ({licence})")
+                yield row | {"left_out": ""}
+            except (_Skip, images.ImageError) as error:
+                print(f"left out {file}: {error}")
+                yield row | {"left_out": str(error)}
 
 
-def _asked(**query: str) -> Iterator[dict[str, Any]]:
-    """``imageinfo`` and ``title`` of the files that a query names, page by page."""
-    query |= {"action": "query", "format": "json", "formatversion": "2", "redirects": "1", "prop": "imageinfo"}
+def _asked(title: str, is_category: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A file, or all of a category, page by page: name, and what Commons says of it (nothing when it is gone)."""
+    members = {"generator": "categorymembers", "gcmtitle": title, "gcmtype": "file", "gcmlimit": "50"}
+    query = {"action": "query", "format": "json", "formatversion": "2", "redirects": "1", "prop": "imageinfo"}
     query |= {"iiprop": "url|size|sha1|mime|extmetadata", "iiurlwidth": str(WIDTH)}
+    query |= members if is_category else {"titles": f"File:{title}"}
     while query:
         reply = _get(COMMONS_API, query).json()
         if "error" in reply:
             raise requests.RequestException(reply["error"])
         for page in reply.get("query", {}).get("pages", ()):
-            yield from ({"title": page["title"], **info} for info in page.get("imageinfo", ())[:1])
+            name = page["title"].removeprefix("File:") if is_category else title
+            yield name, page.get("imageinfo", [{}])[0]
         query = query | reply["continue"] if "continue" in reply else {}
 
 
-def _fetched(target: Path, category: str, kind: str, file: str, entry: Mapping[str, Any]) -> Sample:
-    """The picture, on disk, if it may be used."""
-    licence = _meta(entry, "LicenseShortName")
+def _download(folder: Path, file: str, entry: Mapping[str, Any], check: Callable[[Path], object]) -> Path:
+    """The picture on disk, if it may be used."""
+    licence, address = _plain(entry, "LicenseShortName"), entry.get("thumburl")
     if not entry:
         raise _Skip("no file of this name on Commons any more")
     if not _FREE_LICENCE.fullmatch(licence):
         raise _Skip(f"its licence is {licence or 'not stated'!r}, which is not known to be free")
-    if not str(entry.get("mime")).startswith("image/") or not entry.get("thumburl"):
+    if not str(entry.get("mime")).startswith("image/") or not address:
         raise _Skip(f"Commons has no picture of it ({entry.get('mime')}, {entry.get('thumberror', 'no rendering')})")
-    suffix = Path(urllib.parse.urlsplit(entry["thumburl"]).path).suffix.lower()  # a rendering of a TIFF is a JPEG
+    suffix = Path(urllib.parse.urlsplit(address).path).suffix.lower()  # a rendering of a TIFF is a JPEG
     # The original's hash in the name: a new version on Commons is another file.
-    sample = _sample(target, category, kind, f"{clean(Path(file).stem)}_{entry['sha1'][:8]}{suffix}")
-    if not sample.image_path.exists():
-        with files.atomic_path(sample.image_path) as temporary:
-            temporary.write_bytes(_get(entry["thumburl"]).content)
-            images.load_image(temporary, max_side=64)
-    return sample
+    path = folder / f"{clean(Path(file).stem)}_{entry['sha1'][:8]}{suffix}"
+    if not path.exists():
+        with files.atomic_path(path) as temporary:
+            temporary.write_bytes(_get(address).content)
+            check(temporary)
+    return path
 
 
-def _refuse_other(sample: Sample, genuine: Sequence[Sample], difference: Difference) -> None:
+def _check_member(path: Path, scans: list[Path], difference: Difference) -> None:
     """Refuse a picture that shows one of a painting's scans once more, or differs from its main scan, the first one."""
-    pictures = [images.load_image(one.image_path, max_side=WIDTH) for one in (*genuine, sample)]
+    pictures = [images.load_image(one, max_side=WIDTH) for one in (*scans, path)]
     pairs = reading.near_duplicates([reading.perceptual_hash(picture) for picture in pictures])
-    twins = [f"it is the scan of {genuine[i].image_path.name} once more" for i, j in pairs if j == len(genuine)]
-    if reason := next(iter(twins), None) or difference(pictures[0], pictures[-1]):
+    twins = [f"it is the scan of {scans[i].name} once more" for i, j in pairs if j == len(scans)]
+    if reason := twins[0] if twins else difference(pictures[0], pictures[-1]):
         raise _Skip(reason)
 
 
@@ -190,27 +201,7 @@ def _get(url: str, query: Mapping[str, str] | None = None) -> requests.Response:
     return reply
 
 
-def _meta(entry: Mapping[str, Any], name: str) -> str:
+def _plain(entry: Mapping[str, Any], name: str) -> str:
     """A field of ``extmetadata``, without its HTML."""
     value = str(entry.get("extmetadata", {}).get(name, {}).get("value", ""))
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", value)).strip()
-
-
-def best_artworks(*, limit: int) -> list[Sample]:
-    """*Best Artworks of All Time*: pictures by 50 painters (their categories), ``limit`` of each, all normal. Folder
-    names with broken encoding are repaired; pictures that lie there twice are taken once."""
-    name = "ikarus777/best-artworks-of-all-time"
-    print(f"Best Artworks of All Time: about 2 GB; the licence stands on https://www.kaggle.com/datasets/{name}")
-    try:
-        import kagglehub
-
-        folder = Path(kagglehub.dataset_download(name))
-    except Exception as error:  # kagglehub lets its own, requests' and the system's errors through
-        raise SourceError(f"Kaggle gave no dataset ({type(error).__name__}: {error}). Try again later.") from error
-    paths = {files.sha256_file(path): path for path in sorted(folder.glob("images/images/*/*.jpg"), reverse=True)}
-    if not paths:
-        raise SourceError(f"{folder} does not hold images/images/<Artist>/*.jpg, as {name} does.")
-    table = pd.DataFrame({"path": sorted(paths.values())})
-    table["artist"] = [repaired(path.parent.name) for path in table["path"]]
-    taken = table.groupby("artist").head(limit).itertuples(index=False)
-    return [Sample(path, artist, False, split="train", group=f"{artist}/{path.stem}") for path, artist in taken]
+    return " ".join(re.sub(r"<[^>]*>", "", value).split())
