@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import data, files, synthesis
-from helpers.data import DatasetError, build, images, overview
+from helpers.data import DatasetError, build, images
 from helpers.profiles import DataSettings
 from helpers.records import NORMAL_KIND, SPLITS, Sample
 
@@ -69,7 +69,7 @@ def test_counts_splits_and_layout(built: tuple[list[Sample], data.Dataset]) -> N
 
 def test_what_is_made_can_be_made_again_from_its_seed(built: tuple[list[Sample], data.Dataset]) -> None:
     _, dataset = built
-    records = {row["sample"].image_path: row for row in overview.read_records(dataset).to_dict("records")}
+    records = {row["sample"].image_path: row for row in build.read_records(dataset).to_dict("records")}
     by_path = {sample.image_path: sample for sample in dataset.samples}
     made = [s for s in dataset.samples if records[s.image_path]["origin"] == build.SYNTHETIC]
     assert set(records) == set(by_path) and len(made) == 5
@@ -108,13 +108,13 @@ def test_the_report_s_changes_of_the_whole_picture_are_tested_without_masks(tmp_
     dataset = make(samples, tmp_path / "dataset", sizes=replace(SIZES, n_test_anomalous=16))
     whole = {s.kind for s in dataset.select(is_anomalous=True) if s.mask_path is None and s.visibility is None}
     assert whole == set(synthesis.REPORT_VARIATIONS)
-    assert overview.summary(dataset).loc[("saint", "test")].tolist() == [1, 3, 0, 16, 1]
-    examples = overview.kind_examples(dataset, category="saint")
+    assert build.summary(dataset).loc[("saint", "test")].tolist() == [1, 3, 0, 16, 1]
+    examples = build.kind_examples(dataset, category="saint")
     assert [example[0] for example in examples] == list(build.TEST_KINDS)
-    overview.check_dataset(dataset)
+    build.check_dataset(dataset)
 
 
-def test_a_scroll_keeps_its_proportions_down_to_a_limit(tmp_path: Path, capsys) -> None:
+def test_a_scroll_keeps_its_proportions_down_to_a_limit(tmp_path: Path) -> None:
     samples = source_tree(tmp_path / "source", train=5)
     picture(samples[0].image_path, 1, (80, 700))
     picture(samples[1].image_path, 2, (10, 700))
@@ -123,9 +123,9 @@ def test_a_scroll_keeps_its_proportions_down_to_a_limit(tmp_path: Path, capsys) 
     dataset = data.open_dataset(build.build_dataset(source, tmp_path / "dataset", SIZES, seed=7).parent)
     shapes = {images.load_image(s.image_path).shape for s in dataset.samples if s.image_path.stem == "photo_0"}
     assert shapes == {(44, 384, 3)}  # 96 px long it would be 11 px high; at most four times as long as the others
-    left_out, printed = files.read_json(dataset.folder / "manifest.json")["left_out"], capsys.readouterr().out
+    left_out = files.read_json(dataset.folder / "manifest.json")["left_out"]
     assert [Path(file["path"]).name for file in left_out] == ["photo 1.png", "photo 2.png"]
-    assert "cut it into parts" in left_out[0]["reason"] and all(file["path"] in printed for file in left_out)
+    assert "cut it into parts" in left_out[0]["reason"]
 
 
 def planned(samples: list[Sample], n: tuple[int, int, int, int], seed: int = 0):

@@ -120,12 +120,12 @@ LEFT_OUT = {
     "mona/good 2, mona/x.png": ("mona/x.png", "no folder says"),
     "train 2, test/good 1, extras 1": ("extras/000.png", "no folder says"),
     "train/mona 2, train/pearl 2, test/fake/IMG_1.png": ("test/fake/IMG_1.png", "which painting does it show"),
-    "good 2, tear 1, masks/tear m2": ("masks/tear/001.png", "mask of no anomalous"),
-    "good 2, tear 1, mask/good m1": ("mask/good/000.png", "mask of no anomalous"),
-    "train 2, test/good/0.png, test/good/0_mask.png, test/tear/0.png": ("test/good/0_mask.png", "mask of no anomalous"),
-    "good 2, tear/a.png, tear/a.jpg, mask/tear/a_mask.png": ("mask/tear/a_mask.png", "more than one picture"),
+    "good 2, tear 1, masks/tear m2": ("masks/tear/001.png", "not the one mask"),
+    "good 2, tear 1, mask/good m1": ("mask/good/000.png", "not the one mask"),
+    "train 2, test/good/0.png, test/good/0_mask.png, test/tear/0.png": ("test/good/0_mask.png", "not the one mask"),
+    "good 2, tear/a.png, tear/a.jpg, mask/tear/a_mask.png": ("mask/tear/a_mask.png", "not the one mask"),
     "good 2, tear/a.png, mask/tear/a_mask_0.png, mask/tear/a_mask_1.png":
-        ("mask/tear/a_mask_0.png,mask/tear/a_mask_1.png", "several masks"),
+        ("mask/tear/a_mask_0.png,mask/tear/a_mask_1.png", "not the one mask"),
     "good 2, tear 1, tear/b_mask.png": ("tear/b_mask.png", "like a mask"),
 }  # fmt: skip
 

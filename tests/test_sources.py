@@ -18,7 +18,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import pandas as pd
 import pytest
 from PIL import Image
 
@@ -154,9 +153,9 @@ def test_wikimedia_writes_a_dataset_with_licences(commons: Commons, tmp_path: Pa
     paths = {s.kind: s.image_path for s in samples}
     assert not left_out and paths["good"].read_bytes() == commons.files[SCAN]
     assert paths["replica"].name.startswith("Prado_copy_é_")
-    (table,) = tmp_path.glob("licences_*.csv")
-    rows = pd.read_csv(table)
-    assert list(rows["author"]) == ["Leonardo da Vinci"] * 3 and list(rows["licence"]) == ["Public domain"] * 3
+    (mark,) = tmp_path.glob("*/manifest.json")
+    rows = json.loads(mark.read_text())["files"]
+    assert {(row["author"], row["licence"], row["left_out"]) for row in rows} == {("Leonardo da Vinci", "Public domain", "")}
     assert commons.agents == {sources.USER_AGENT} and "https://" in sources.USER_AGENT
     commons.asked.clear()
     again = build.source_for(None, builtin="wikimedia", target=tmp_path, max_side=96, seed=1, difference=unasked)
@@ -248,7 +247,7 @@ def test_refusals_of_the_server_are_explained(commons, tmp_path, monkeypatch, na
         monkeypatch.setattr(sources, "COMMONS_API", "http://127.0.0.1:9/w/api.php")
     with pytest.raises(sources.SourceError, match=words):
         sources.wikimedia(tmp_path, unasked)
-    assert not list(tmp_path.glob("licences_*.csv"))
+    assert not list(tmp_path.rglob("manifest.json"))
 
 
 def test_best_artworks_takes_twice_spelt_artists_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Source pictures -> one frozen dataset: splits by source picture, re-photographs, anomalies with masks.
+"""Source pictures -> one frozen dataset: splits by source picture, re-photographs, anomalies with masks; its tables.
 
 Everything is saved as PNG: JPEG would change pixels outside the mask, and a detector could learn the compression.
 """
@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import cycle, islice, repeat
@@ -18,17 +18,19 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pandas as pd
 import PIL
 import skimage
 from tqdm.auto import tqdm
 
 from helpers import files, synthesis
 from helpers.data import images, manifest, sources
-from helpers.data.layouts import FolderReading, few
+from helpers.data.layouts import FolderReading
+from helpers.data.manifest import Dataset, mask_of
 from helpers.data.names import DatasetError, clean, unique
 from helpers.data.reading import read_folder
 from helpers.records import NORMAL_KIND, SPLITS, Sample
-from helpers.results import category_label
+from helpers.results import category_label, confirm
 
 RECORDS = "synthesis.jsonl"  # how each picture of the dataset came about, in the manifest's order
 ORIGINS = GENUINE, REPHOTOGRAPHED, REAL, SYNTHETIC = "genuine", "rephotographed", "real anomaly", "synthetic anomaly"
@@ -91,8 +93,6 @@ def build_dataset(
     other = [f"{name} {was}, here {_MACHINE[name]}" for name, was in made["machine"].items() if was != _MACHINE[name]]
     lines = [f"It was made with {'; '.join(other)}, and is kept as it is."] if other else []
     lines += [f"Note: {note}" for note in made["notes"]] + [f"Limit: {limit}" for limit in made["limits"].values()]
-    left_out = [f"{file['path']}: {file['reason']}" for file in made["left_out"]]
-    lines += [f"Left out (all stand in manifest.json): {few(left_out)}"] if left_out else []
     print(*lines, sep="\n", end="\n" * bool(lines))
     return target / manifest.MANIFEST_CSV
 
@@ -138,7 +138,7 @@ def plan(samples: Sequence[Sample], settings: Mapping[str, Any]) -> tuple[list[J
         groups = _split(normals, copied, settings["seed"])
         n_train, n_calibration, n_test = map(len, groups.values())
         words = "thresholds and false-alarm rates are rough" if min(n_calibration, n_test) < 3 else ""
-        if copied & (groups["train"] | groups["calibration"]):
+        if copied & {*groups["train"], *groups["calibration"]}:
             words = "test pictures show what is learnt from, so every number is optimistic"
         elif not n_calibration or not n_test:
             words = "re-photographs of the same ones stand in for others, so numbers are optimistic"
@@ -150,35 +150,34 @@ def plan(samples: Sequence[Sample], settings: Mapping[str, Any]) -> tuple[list[J
     return jobs, notes, limits
 
 
-def _split(normals: Sequence[Sample], copied: set[str], seed: int) -> dict[str, set[str]]:
+def _split(normals: Sequence[Sample], copied: set[str], seed: int) -> dict[str, list[str]]:
     """Source pictures of each split; ``copied`` are those that anomalous pictures show.
 
     What a test picture shows is tested on, if two others are left to learn from. A split without pictures of its own
     takes a share of those to learn from, at least one where one stays.
     """
-    train, calibration, test = ({s.group for s in normals if s.split == split} for split in SPLITS)
-    if not train | calibration:
-        train, test = test, set()
-    if not train:
-        train, calibration = calibration, set()
-    shown = (train | calibration) & (test | copied)
-    if len(train - shown) >= 2:
-        train, calibration, test = train - shown, calibration - shown, test | shown
-    calibration, test = calibration - train, test - train - calibration
+    first = min((s.split for s in normals), key=SPLITS.index)  # learnt from, whatever it is called
+    uses = [(s.group, "train" if s.split == first else s.split) for s in normals]
+    learnt_first = {group: use for split in reversed(SPLITS) for group, use in uses if use == split}
+    shown = {group for group, use in uses if use == "test"} | (copied & {*learnt_first})
+    tested_first = learnt_first | dict.fromkeys(shown, "test")
+    where = tested_first if [*tested_first.values()].count("train") >= 2 else learnt_first
+    train, calibration, test = (sorted(group for group in where if where[group] == split) for split in SPLITS)
 
     def part(share: float, n: int, most: int) -> int:
         return int(np.clip(round(share * n), 1, most))
 
-    rng = synthesis.rng_for(seed, f"{normals[0].category}/splits")
-    order = [sorted(train)[i] for i in rng.permutation(len(train))]
+    rng, n = synthesis.rng_for(seed, f"{normals[0].category}/splits"), len(train)
+    train = [train[index] for index in rng.permutation(n)]
     share = CALIBRATION_SHARE if test else OWN_TEST_SHARES[0]
-    n_calibration = 0 if calibration else part(share, len(order), len(order) - 1)
-    n_test = 0 if test else part(OWN_TEST_SHARES[1], len(order), len(order) - 1 - n_calibration)
-    calibration |= set(order[:n_calibration])
-    test |= set(order[n_calibration : n_calibration + n_test])
+    n_calibration = 0 if calibration else part(share, n, n - 1)
+    n_test = 0 if test else part(OWN_TEST_SHARES[1], n, n - 1 - n_calibration)
+    calibration, test = calibration or train[:n_calibration], test or train[n_calibration : n_calibration + n_test]
     if not calibration:  # one picture to learn from beside test pictures
-        calibration = set(sorted(test - copied)[: part(CALIBRATION_SHARE, len(test), len(test) - 1)])
-    return {"train": train - calibration - test, "calibration": calibration, "test": test - calibration}
+        calibration = [group for group in test if group not in copied]
+        calibration = calibration[: part(CALIBRATION_SHARE, len(test), len(test) - 1)]
+    test = [group for group in test if group not in calibration]
+    return {"train": train[n_calibration + n_test :], "calibration": calibration, "test": test}
 
 
 def _jobs(
@@ -227,7 +226,7 @@ def _turns(items: Sequence[Job], n: int) -> list[Job]:
     return [next(one) for one in islice(cycle(cycles), max(0, n))]
 
 
-def _write(source: FolderReading, target: Path, info: Mapping[str, Any]) -> None:
+def _write(source: FolderReading, target: Path, info: dict[str, Any]) -> None:
     """Make every picture in a folder beside ``target``, then records, manifest and mark; put it in the place."""
     partial, made = target.with_name(f"{target.name}.partial"), {}
     jobs, notes, limits = plan(source.samples, info["settings"])
@@ -240,9 +239,9 @@ def _write(source: FolderReading, target: Path, info: Mapping[str, Any]) -> None
     pairs = [made[job] for job in sorted(jobs, key=lambda job: (job.category, SPLITS.index(job.split)))]
     lines = [json.dumps(record, ensure_ascii=False, sort_keys=True) for _, record in pairs]
     files.write_text(partial / RECORDS, "\n".join(lines) + "\n")
-    left_out = [{"path": source.short(path), "reason": reason} for path, reason in source.left_out]
     about = {"kinds_held_out": info["settings"]["kinds_held_out"], "notes": notes, "limits": limits}
-    manifest.write_manifest(partial, [sample for sample, _ in pairs], info={**info, **about, "left_out": left_out})
+    about["left_out"] = source.listed()
+    manifest.write_manifest(partial, [sample for sample, _ in pairs], info=info | about)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
 
@@ -276,3 +275,70 @@ def _make(job: Job, folder: Path, settings: Mapping[str, Any]) -> tuple[Sample, 
         images.save_png(mask_path, mask)
     seen = record.get("visibility")
     return replace(job, image_path=path, mask_path=mask_path, visibility=seen, synthesis_seed=seed), record
+
+
+def read_records(dataset: Dataset) -> pd.DataFrame:
+    """How each picture came about, a row for each ``sample``: ``origin``, ``source_path`` (the file it was copied from,
+    or, relative to the dataset, the picture it was made of), ``variations`` of a re-photograph, and what
+    :func:`helpers.synthesis.synthesize` says of a synthetic anomaly."""
+    lines = (dataset.folder / RECORDS).read_text(encoding="utf-8").splitlines()
+    return pd.DataFrame(map(json.loads, lines)).assign(sample=dataset.samples)
+
+
+def gallery(samples: Iterable[Sample], *, n: int) -> list[tuple[str, np.ndarray]]:
+    """Caption and picture (uint8 RGB, at most 512 pixels a side) of the first ``n`` of each artwork and kind."""
+    table = pd.DataFrame([(s.category, s.kind, s) for s in samples], columns=["category", "kind", "sample"])
+    shown = table.groupby(["category", "kind"]).head(n)["sample"]
+    captions = [f"{s.kind}, {s.category}".replace("_", " ") if s.is_anomalous else s.image_path.stem for s in shown]
+    return [(caption, images.load_image(s.image_path, max_side=512)) for caption, s in zip(captions, shown)]
+
+
+def kind_examples(dataset: Dataset, *, category: str) -> list[tuple[str, np.ndarray, np.ndarray, np.ndarray | None]]:
+    """One synthetic anomaly of each kind of an artwork, of middle visibility: kind, original and anomalous picture
+    (uint8 RGB), mask (bool, None for a change of the whole picture)."""
+    table, examples = read_records(dataset).sort_values("visibility", kind="stable"), []
+    made = table[(table["category"] == category) & (table["origin"] == SYNTHETIC)]
+    for kind in TEST_KINDS:
+        mine = made[made["kind"] == kind]
+        for row in mine[len(mine) // 2 :][:1].itertuples():
+            original = images.load_image(dataset.folder / row.source_path)
+            examples.append((kind, original, images.load_image(row.sample.image_path), mask_of(row.sample)))
+    return examples
+
+
+def zoomed(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The square around a mask, with as much again around it: uint8 RGB ``(h, w, 3)``, cut at the border."""
+    rows, columns = np.nonzero(mask)
+    middle = np.array([rows.min() + rows.max(), columns.min() + columns.max()]) // 2
+    half = max(24, round(0.75 * max(np.ptp(rows), np.ptp(columns))))
+    top, left = np.maximum(np.minimum(middle - half, np.array(mask.shape) - 2 * half), 0)
+    return image[top : top + 2 * half, left : left + 2 * half]
+
+
+def summary(dataset: Dataset) -> pd.DataFrame:
+    """Pictures per artwork and split: a column per origin, and the true number of genuine sources."""
+    rows = read_records(dataset)
+    table = pd.crosstab([rows["category"], rows["split"]], rows["origin"])
+    order = [(category, split) for category in dataset.categories for split in SPLITS]
+    table = table.reindex(order, columns=list(ORIGINS), fill_value=0).rename_axis(["artwork", "split"])
+    table["source pictures"] = [dataset.n_sources(category, split) for category, split in order]
+    return table.rename_axis(None, axis=1)
+
+
+def check_dataset(dataset: Dataset) -> None:
+    """Check on the files what later notebooks rely on, a line each; what does not hold is an AssertionError."""
+    records, n_changed = read_records(dataset), 0
+    made = [row for row in records[records["origin"] == SYNTHETIC].itertuples() if row.sample.mask_path]
+    for row in made:
+        before, after = map(images.load_image, (dataset.folder / row.source_path, row.sample.image_path))
+        n_changed += int((before != after)[~mask_of(row.sample)].sum())
+    places = {(s.category, s.sha256, s.split) for s in dataset.samples}
+    confirm(
+        {
+            "no file stands in two splits": len(places) == len({place[:2] for place in places}),
+            "every local damage has a mask": all(
+                s.mask_path for s in dataset.samples if s.kind in synthesis.LOCAL_KINDS
+            ),
+            f"outside the masks of {len(made)} damaged pictures no pixel differs": n_changed == 0,
+        }
+    )

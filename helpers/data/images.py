@@ -19,8 +19,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from helpers import files
 
-_SUFFIXES = ".jpg .jpeg .jpe .jfif .png .bmp .gif .tif .tiff .webp .avif .ppm .pgm .heic .heif .jp2"
-IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
+IMAGE_SUFFIXES = set(".jpg .jpeg .jpe .jfif .png .bmp .gif .tif .tiff .webp .avif .ppm .pgm .heic .heif .jp2".split())
 """Suffixes of files that are taken for pictures when a folder is read (what they hold decides, not the suffix)."""
 MAX_PIXELS = 80_000_000
 """Largest picture decoded whole: 240 MB as RGB. Bigger baseline JPEGs are decoded at 1/2, 1/4 or 1/8 instead."""

@@ -61,6 +61,10 @@ class FolderReading:
         path = path.relative_to(self.source) if path.is_relative_to(self.source) else path
         return path.as_posix().encode("utf-8", "replace").decode("utf-8")
 
+    def listed(self) -> list[dict[str, str]]:
+        """The files left out, for JSON."""
+        return [{"path": self.short(path), "reason": reason} for path, reason in self.left_out]
+
 
 def few(items: Sequence[object]) -> str:
     """The first six of many, and how many more there are."""
@@ -217,24 +221,21 @@ def _meanings(folders: set[str]) -> dict[str, Meaning | None]:
 
 
 def _match_masks(masks: Sequence[File], files: Sequence[File], reading: FolderReading) -> None:
-    """Give each anomalous picture its mask; leave out masks that fit none, or more than one."""
-    by_stem, found = defaultdict(list), defaultdict(list)
+    """Give each anomalous picture its mask; leave out masks that fit none, or several, or are several."""
+    by_stem, found, lost = defaultdict(list), defaultdict(list), []
     for index, file in enumerate(files):
         by_stem[file.path.stem].append((index, file.told))
     for mask in masks:
         near = [one for stem in {mask.path.stem, _bare(mask.path.stem)} for one in by_stem[stem]]
         same = [i for i, told in near if told == mask.told] or [i for i, told in near if told > mask.told]
         owners = [i for i in same if reading.samples[i].is_anomalous]
-        if len(owners) == 1:
-            found[owners[0]].append(mask.path)
-        else:
-            why = "more than one picture; used for none" if owners else "no anomalous picture"
-            reading.left_out.append((mask.path, f"mask of {why}"))
+        (found[owners[0]] if len(owners) == 1 else lost).append(mask.path)
     for index, paths in found.items():
-        if paths[1:]:
-            reading.left_out += [(mask, "one of several masks of a picture; none is used") for mask in paths]
-        else:
+        if len(paths) == 1:
             reading.samples[index] = replace(reading.samples[index], mask_path=paths[0])
+        else:
+            lost += paths
+    reading.left_out += [(path, "a mask, but not the one mask of one anomalous picture: not used") for path in lost]
 
 
 def _bare(stem: str) -> str:
@@ -272,15 +273,15 @@ def read_table(table: Path) -> FolderReading:
     """
     reading, files = FolderReading(table.parent, f"CSV table {table.name}"), []
     frame, unknown = _frame(table, reading)
-    header = f"{table} has the columns {', '.join([*frame.columns, *unknown])}"
+    has_labels, problem = bool({"label", "kind"} & {*frame}), ""
     if "image_path" not in frame:
-        known = ", ".join(names.vocabulary()["column image_path"])
-        raise DatasetError(f"{header}; one must name the picture: {known}.")
-    if not {"label", "kind"} & {*frame}:
-        if unknown or "mask_path" in frame:
-            way = "Add a column label (normal or anomaly), or remove the other columns if all pictures are genuine."
-            raise DatasetError(f"{header}; none of them is understood as a label. {way}")
-        reading.notes.append(f"{table.name} has no column label: all pictures count as genuine.")
+        problem = f"one must name the picture: {', '.join(names.vocabulary()['column image_path'])}"
+    elif not has_labels and (unknown or "mask_path" in frame):
+        way = "add a column label (normal or anomaly), or remove the others if all pictures are genuine"
+        problem = f"none of them is understood as a label: {way}"
+    if problem:
+        raise DatasetError(f"{table} has the columns {', '.join([*frame.columns, *unknown])}; {problem}.")
+    reading.notes += [] if has_labels else [f"{table.name} has no column label: all pictures count as genuine."]
     reading.notes += [f"Columns of {table.name} that were not read: {', '.join(unknown)}."] if unknown else []
     if "label" not in frame:
         frame["kind"] = [kind or NORMAL_KIND for kind in frame.get("kind", [""] * len(frame))]
@@ -306,15 +307,12 @@ def _stated(value: str) -> str | None:
 
 def _said(row: dict[str, str]) -> list[Meaning]:
     """Split, kind and label of a row, like the names of folders."""
-    split, kinds = names.meaning_of(row["split"]).split, []
-    if row["split"] and not split:
-        raise DatasetError(f"split is {row['split']!r}; allowed are train, calibration (or validation) and test")
-    if row["kind"]:
-        kinds.append(_stated(row["kind"]) or names.kind_of(row["kind"]))
-    if row["label"] or not kinds:
-        kinds.append(_stated(row["label"]))
-    if None in kinds:
-        raise DatasetError(f"label is {row['label']!r}; allowed are normal, anomaly, good, 0, 1, true, false")
+    split = names.meaning_of(row["split"]).split
+    kinds = [_stated(row["kind"]) or names.kind_of(row["kind"])] if row["kind"] else []
+    kinds += [_stated(row["label"])] if row["label"] or not kinds else []
+    if None in kinds or (row["split"] and not split):
+        allowed = "allowed are normal, anomaly, good, 0, 1, true, false, and train, calibration, test"
+        raise DatasetError(f"label is {row['label']!r}, split is {row['split']!r}; {allowed}")
     return [Meaning(split), *(Meaning(kind=kind) for kind in kinds)]
 
 

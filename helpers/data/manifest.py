@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,7 +19,6 @@ from helpers.records import SPLITS, Sample
 
 MANIFEST_CSV, MANIFEST_JSON = "manifest.csv", "manifest.json"
 COLUMNS = "image_path sha256 category split is_anomalous kind mask_path group visibility synthesis_seed".split()
-_PARSERS = {"is_anomalous": {"True": True, "False": False}.__getitem__, "visibility": float, "synthesis_seed": int}
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,11 @@ def write_manifest(path: Path | str, samples: Sequence[Sample], *, info: Mapping
         samples: absolute paths; missing hashes are computed. None, or one named twice, is a ``DatasetError``.
         info: further JSON values; of them, ``kinds_held_out`` and ``limits`` come back in :class:`Dataset`.
     """
-    path = _table_in(path)
+    path, most = _table_in(path), Counter((s.image_path, s.category) for s in samples).most_common(1)
+    if not samples or most[0][1] > 1:
+        why = f"{most[0][0][0]} is named {most[0][1]} times in {most[0][0][1]}" if most else "No pictures to write"
+        raise DatasetError(f"{why} ({path}). Run notebook 02, or check the folder of pictures.")
     samples = [s if s.sha256 else replace(s, sha256=files.sha256_file(s.image_path)) for s in samples]
-    if not samples:
-        raise DatasetError(f"No pictures to write into {path}. Run notebook 02, or check the folder of pictures.")
-    (file, category), n = Counter((s.image_path, s.category) for s in samples).most_common(1)[0]
-    if n > 1:
-        raise DatasetError(f"{file} is named {n} times in {category}; once is allowed.")
     table = pd.DataFrame([asdict(sample) for sample in samples], columns=COLUMNS, dtype=object)
     for column in ("image_path", "mask_path"):
         table[column] = [p and p.as_posix().removeprefix(f"{path.parent.as_posix()}/") for p in table[column]]
@@ -84,13 +81,13 @@ def load_manifest(path: Path | str) -> list[Sample]:
     ``FileNotFoundError``: there is none. ``DatasetError``: a column is missing, or a row (it is named) is unreadable.
     """
     path, samples = _table_in(path), []
+    parsers = {"is_anomalous": {"True": True, "False": False}.__getitem__, "visibility": float, "synthesis_seed": int}
+    parsers |= dict.fromkeys(("image_path", "mask_path"), path.parent.joinpath)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist. Run notebook 02 to make the dataset.")
     try:
         for row in pd.read_csv(path, dtype=str, keep_default_na=False, usecols=COLUMNS).to_dict("records"):
-            values = {name: _PARSERS.get(name, str)(cell) for name, cell in row.items() if cell}
-            places = {name: path.parent / values[name] for name in ("image_path", "mask_path") if name in values}
-            samples.append(Sample(**{**values, **places}))
+            samples.append(Sample(**{name: parsers.get(name, str)(cell) for name, cell in row.items() if cell}))
     except (ValueError, KeyError, TypeError) as error:  # ValueError: also a missing column or cell
         row = f"row {len(samples) + 2}"
         raise DatasetError(f"{path}, {row}: {error}. Make the manifest again or correct the row.") from error
@@ -111,22 +108,18 @@ def open_dataset(dataset_dir: Path | str) -> Dataset:
     if gone:
         raise FileNotFoundError(f"{len(gone)} files of {folder} are gone, first {gone[0]}. Run notebook 02 again.")
     found, limits = dataset_hash(samples), info.get("limits", {})
-    shared = {category: len(groups) for category, groups in shared_groups(samples).items() if category not in limits}
+    shared = [category for category in shared_groups(samples) if category not in limits]
     if found != info["dataset_hash"] or shared:
-        hashes = f"hash {found[:12]}, frozen {info['dataset_hash'][:12]}"
-        what = f"stand in two splits: source pictures of {', '.join(shared)}" if shared else hashes
+        what = f"source pictures in two splits: {shared}; hash {found[:12]}, frozen {info['dataset_hash'][:12]}"
         way = "Results on it would not be comparable: delete the folder and run notebook 02 again"
         raise DatasetError(f"{folder} was changed after it was frozen ({what}). {way}.")
     return Dataset(folder, tuple(samples), found, tuple(info.get("kinds_held_out", ())), limits)
 
 
-def shared_groups(samples: Iterable[Sample]) -> dict[str, list[str]]:
-    """Source pictures that stand in more than one split, by category: none in a fair dataset."""
-    places, shared = {(s.category, s.group, s.split) for s in samples if s.group}, defaultdict(list)
-    for (category, group), n in sorted(Counter(place[:2] for place in places).items()):
-        if n > 1:
-            shared[category].append(group)
-    return shared
+def shared_groups(samples: Iterable[Sample]) -> Counter[str]:
+    """Number of source pictures that stand in more than one split, by category: none in a fair dataset."""
+    n_splits = Counter(place[:2] for place in {(s.category, s.group, s.split) for s in samples if s.group})
+    return Counter(category for (category, _), n in sorted(n_splits.items()) if n > 1)
 
 
 def dataset_hash(samples: Iterable[Sample]) -> str:

@@ -14,10 +14,10 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from helpers import files
-from helpers.data import images, layouts
+from helpers.data import images, layouts, names
 from helpers.data.layouts import FolderReading, few
 from helpers.data.manifest import MANIFEST_CSV, MANIFEST_JSON, shared_groups, write_manifest
-from helpers.data.names import DatasetError, meaning_of, plain, says_forged
+from helpers.data.names import DatasetError
 from helpers.records import SPLITS, Sample
 
 NEAR_DUPLICATE_LIMIT = 0.02
@@ -36,12 +36,12 @@ def read_folder(folder: Path | str) -> FolderReading:
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist. Give the folder (or CSV file) of your pictures.")
     reading, spelling = layouts.read(source), {}  # kinds that differ in case or separators only become one
-    samples = [replace(s, kind=spelling.setdefault(plain(s.kind), s.kind)) for s in reading.samples]
-    reading.samples = sorted(samples, key=lambda s: (s.category, SPLITS.index(s.split), s.is_anomalous, s.kind))
+    samples = [replace(s, kind=spelling.setdefault(names.plain(s.kind), s.kind)) for s in reading.samples]
+    samples.sort(key=lambda s: (s.category, SPLITS.index(s.split), s.is_anomalous, s.kind))
     # Decoders release the interpreter lock; four at a time keep the memory of four largest pictures below 1 GB.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        work = pool.map(_checked, reading.samples)
-        checks = list(tqdm(work, total=len(reading.samples), desc="reading pictures", unit="file", delay=3))
+        work = pool.map(_checked, samples)
+        checks = list(tqdm(work, total=len(samples), desc="reading pictures", unit="file", delay=3))
     reading.left_out += [problem for *_, problems, _ in checks for problem in problems]
     reading.samples = samples = [sample for sample, *_ in checks if sample]
     if all(sample.is_anomalous for sample in samples):
@@ -51,14 +51,11 @@ def read_folder(folder: Path | str) -> FolderReading:
     noted: dict[str, list[str]] = defaultdict(list)
     for name, note in (one for *_, notes in checks for one in notes):
         noted[note].append(name)
-    normal, anomalous = ([s for s in samples if s.is_anomalous == label] for label in (False, True))
-    forged = [s.image_path.name for s in normal if says_forged(s.image_path.stem)]
+    forged = [s.image_path.name for s in samples if not s.is_anomalous and names.says_forged(s.image_path.stem)]
     noted["taken for genuine, though their names say otherwise"] = forged
-    kinds = dict.fromkeys(s.kind for s in anomalous if meaning_of(s.kind).kind is None)
+    kinds = dict.fromkeys(s.kind for s in samples if names.meaning_of(s.kind).kind is None)
     noted["anomalous by the names of their folders; genuine ones belong into good/"] = list(kinds)
-    untested = {s.category for s in anomalous} - {s.category for s in normal if s.split == "test"}
-    noted["no normal pictures in test/, so false alarms cannot be counted"] = sorted(untested)
-    reading.notes += [f"{few(names)}: {note}." for note, names in noted.items() if names]
+    reading.notes += [f"{few(found)}: {note}." for note, found in noted.items() if found]
     _group([look for sample, look, *_ in checks if sample], reading)
     return reading
 
@@ -76,44 +73,41 @@ def build_manifest(folder: Path | str) -> Path:
     reading = read_folder(source)
     print(f"{reading.describe()}\nManifest: {target}")
     why = "pictures show one scan in two splits (near duplicates): optimistic numbers"
-    limits = {name: f"{len(groups)} {why}." for name, groups in shared_groups(reading.samples).items()}
-    left_out = [{"path": reading.short(path), "reason": reason} for path, reason in reading.left_out]
-    info = {"layout": reading.layout, "notes": reading.notes, "left_out": left_out, "limits": limits}
+    limits = {category: f"{n} {why}." for category, n in shared_groups(reading.samples).items()}
+    info = {"layout": reading.layout, "notes": reading.notes, "left_out": reading.listed(), "limits": limits}
     return write_manifest(target, reading.samples, info=info)
 
 
-def perceptual_hash(image: np.ndarray) -> np.ndarray | None:
+def perceptual_hash(image: np.ndarray) -> np.ndarray:
     """Signs of the lowest 16 x 16 frequencies of a picture (uint8 RGB ``(H, W, 3)``), for :func:`near_duplicates`.
 
-    Returns int8 ``(256,)``: -1, 1, or 0 for a frequency too weak to have a sign (in a smooth picture many are); None
-    for an almost uniform picture, whose signs would be noise. Source: the "pHash" of Zauner, "Implementation and
-    Benchmarking of Perceptual Image Hash Functions", 2010.
+    Returns int8 ``(256,)``: -1, 1, or 0 for a frequency too weak to have a sign (in a smooth picture many are, in an
+    almost uniform one all). Source: the "pHash" of Zauner, "Implementation and Benchmarking of Perceptual Image Hash
+    Functions", 2010.
     """
     grey = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (64, 64), interpolation=cv2.INTER_AREA)
-    if grey.std() < 2:
-        return None
     low = cv2.dct(grey.astype(np.float32))[:16, :16].ravel()
     low[0] = 0  # the mean brightness has no say
-    return np.where(np.abs(low) > 0.003 * np.abs(low).max(), np.sign(low), 0).astype(np.int8)
+    is_strong = (np.abs(low) > 0.003 * np.abs(low).max()) & (grey.std() >= 2)
+    return np.where(is_strong, np.sign(low), 0).astype(np.int8)
 
 
-def near_duplicates(hashes: Sequence[np.ndarray | None]) -> list[tuple[int, int]]:
+def near_duplicates(hashes: Sequence[np.ndarray]) -> list[tuple[int, int]]:
     """Pairs ``(i, j)``, ``i < j``, of pictures that show one scan, by the :func:`perceptual_hash` of each picture."""
-    known = [index for index, value in enumerate(hashes) if value is not None]
-    signs = np.array([hashes[index] for index in known], float)  # (n, 256)
+    signs = np.array(hashes, np.float32).reshape(-1, 256)
     strong, pairs = np.abs(signs), []
-    for row in range(len(known) - 1):
-        n_both = strong[row + 1 :] @ strong[row]
-        n_different = (n_both - signs[row + 1 :] @ signs[row]) / 2
-        comparable = n_both >= 0.7 * np.maximum(strong[row].sum(), strong[row + 1 :].sum(axis=1))
-        alike = comparable & (n_different <= NEAR_DUPLICATE_LIMIT * n_both)
-        pairs += [(known[row], known[row + 1 + k]) for k in np.flatnonzero(alike)]
+    for i in range(len(signs)):
+        n_both = strong[i + 1 :] @ strong[i]
+        n_different = (n_both - signs[i + 1 :] @ signs[i]) / 2
+        is_comparable = n_both >= np.maximum(1, 0.7 * np.maximum(strong[i].sum(), strong[i + 1 :].sum(axis=1)))
+        is_alike = is_comparable & (n_different <= NEAR_DUPLICATE_LIMIT * n_both)
+        pairs += [(i, i + 1 + int(k)) for k in np.flatnonzero(is_alike)]
     return pairs
 
 
 def _checked(sample: Sample) -> tuple[Sample | None, np.ndarray | None, list, list]:
     """The sample (None when it cannot be used), its look, files left out with why, sentences about files."""
-    path, mask_path, notes, mask_notes = sample.image_path, sample.mask_path, [], []
+    path, mask_path, notes, mask_notes, problems = sample.image_path, sample.mask_path, [], [], []
     try:
         image = images.load_image(path, max_side=128, notes=notes)
         shorter, longer = sorted(image.shape[:2])
@@ -121,33 +115,34 @@ def _checked(sample: Sample) -> tuple[Sample | None, np.ndarray | None, list, li
             raise images.ImageError("is too small or too slender: give a larger picture, or cut it into parts")
     except images.ImageError as error:
         return None, None, [(path, str(error).replace(f"{path} ", ""))], []
-    sample, look, problems = replace(sample, sha256=files.sha256_file(path)), perceptual_hash(image), []
     try:
         if mask_path and not images.load_mask(mask_path, image.shape[:2], picture=path, notes=mask_notes).any():
             raise images.ImageError("the mask is empty although the picture is anomalous")
     except images.ImageError as error:
-        problems.append((mask_path, f"{error} (mask not used)".replace(f"{mask_path} ", "")))
-        sample = replace(sample, mask_path=None)
+        problems, mask_path = [(mask_path, f"{error} (mask not used)".replace(f"{mask_path} ", ""))], None
     said = [(path.name, note) for note in notes] + [(f"mask of {path.name}", note) for note in mask_notes]
-    return sample, look, problems, said
+    sample = replace(sample, mask_path=mask_path, sha256=files.sha256_file(path))
+    return sample, perceptual_hash(image), problems, said
 
 
-def _group(looks: Sequence[np.ndarray | None], reading: FolderReading) -> None:
+def _group(looks: Sequence[np.ndarray], reading: FolderReading) -> None:
     """Give samples their groups, as a table states, else by file name, joined over copies; tell of copies."""
-    samples, equal, wrong, near, pairs = reading.samples, [], [], [], []
+    samples, pairs = reading.samples, near_duplicates(looks)
     short = [reading.short(s.image_path) for s in samples]
-    for i, j in near_duplicates(looks):
-        a, b = samples[i], samples[j]
-        is_same, is_file = a.category == b.category, a.sha256 == b.sha256
-        contradict = is_same and (a.split, a.is_anomalous) != (b.split, b.is_anomalous)
-        pairs += [(i, j)] if is_same else []
-        told = wrong if contradict and is_file else equal if is_file else near if contradict else []
-        told.append(f"{short[i]} ({a.split}, {a.kind}) = {short[j]} ({b.split}, {b.kind})")
-    if wrong:
+    equal = [(i, j) for i, j in pairs if samples[i].sha256 == samples[j].sha256]
+    pairs = [(i, j) for i, j in pairs if samples[i].category == samples[j].category]
+    use = [(s.split, s.is_anomalous) for s in samples]
+    apart = [(i, j) for i, j in pairs if use[i] != use[j]]
+
+    def told(pairs: Sequence[tuple[int, int]]) -> str:
+        places = [f"{name} ({s.split}, {s.kind})" for name, s in zip(short, samples)]
+        return few([f"{places[i]} = {places[j]}" for i, j in pairs])
+
+    if wrong := sorted({*equal} & {*apart}):
         why = "Equal files stand in two splits or have two labels, so a test would be on what was learnt"
-        raise DatasetError(f"{why}: {few(wrong)}. Delete one of each pair.")
-    reading.notes += [f"The same file more than once: {few(equal)}."] if equal else []
-    reading.notes += [f"One scan in two splits or with two labels: {few(near)}."] if near else []
+        raise DatasetError(f"{why}: {told(wrong)}. Delete one of each pair.")
+    reading.notes += [f"The same file more than once: {told(equal)}."] if equal else []
+    reading.notes += [f"One scan in two splits or with two labels: {told(apart)}."] if apart else []
     # MVTec calls a picture 000 in every folder: the stem where no other picture has it, else the path.
     n_stems = Counter((s.category, s.image_path.stem) for s in samples)
     keys = []

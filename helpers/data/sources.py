@@ -19,6 +19,7 @@ from urllib3.util import Retry
 from helpers import files, synthesis
 from helpers.data import images, reading
 from helpers.data.layouts import FolderReading
+from helpers.data.manifest import MANIFEST_JSON
 from helpers.data.names import clean, repaired
 from helpers.records import NORMAL_KIND, Sample
 
@@ -76,12 +77,12 @@ def wikimedia(target: Path, difference: Difference) -> FolderReading:
     and which are no copies; every other file is left out with the reason. A line is printed for each file.
 
     The API is asked for renderings (originals can have hundreds of megapixels; addresses made by hand fail since August
-    2026). Licences must be free, and are listed in ``licences_*.csv``, written last: with it, nothing is asked again. A
-    stopped call goes on with what it has. ``SourceError``: no network, a refusal, or no genuine picture.
+    2026). Licences must be free; with the authors they stand in ``manifest.json``, which is written last: with it,
+    nothing is asked again. A stopped call goes on. ``SourceError``: no network, a refusal, or no genuine picture.
     """
     identity = files.sha256_json(titles())  # not what came: what Commons holds may drift
-    folder, table = target / identity[:8], target / f"licences_{identity[:8]}.csv"
-    if not table.exists():
+    folder = target / identity[:8]
+    if not (folder / MANIFEST_JSON).exists():
         try:
             rows = list(_fetched(folder, difference))
         except requests.RequestException as error:
@@ -89,10 +90,10 @@ def wikimedia(target: Path, difference: Difference) -> FolderReading:
             raise SourceError(f"Commons cannot be reached or gives no usable answer: {error}. {way}") from error
         if not any(folder.glob(f"*/train/{NORMAL_KIND}/*")):
             raise SourceError(f"No genuine picture could be had from {COMMONS_API}; see the lines above. {_OFFLINE}")
-        files.write_text(table, pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
-    source, rows = reading.read_folder(folder), pd.read_csv(table, keep_default_na=False)
+        files.write_json(folder / MANIFEST_JSON, {"files": rows})
+    source, rows = reading.read_folder(folder), files.read_json(folder / MANIFEST_JSON)["files"]
     source.layout, source.identity = "public-domain reproductions from Wikimedia Commons", identity
-    source.left_out += [(Path(row.file), row.left_out) for row in rows[rows["left_out"] != ""].itertuples()]
+    source.left_out += [(Path(row["file"]), row["left_out"]) for row in rows if row["left_out"]]
     return source
 
 
