@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 import weakref
 from dataclasses import replace
@@ -11,6 +10,7 @@ import numpy as np
 import open_clip
 import pytest
 import tiny_anomalygpt as tiny
+import tiny_weights
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -35,25 +35,12 @@ def look(chain, model):
     return model.look([tiny.image(chain[2], name) for name in ("query", "normal0", "normal1")])
 
 
-def published_head(hidden: int) -> dict[str, torch.Tensor]:
-    """Names and shapes of the published checkpoints, as the specification lists them."""
-    shapes: dict[str, tuple[int, ...]] = {"prompt_learner.base_prompts": (9, hidden)}
-    for tap in range(4):
-        shapes |= {f"image_decoder.fc.{tap}.weight": (1024, 1280), f"image_decoder.fc.{tap}.bias": (1024,)}
-    for number, (n_in, n_out) in enumerate(itertools.pairwise((1, 4, 16, 64, 256, 1024))):
-        key = f"prompt_learner.meta_net.{3 * number}"
-        shapes |= {f"{key}.weight": (n_out, n_in, 3, 3), f"{key}.bias": (n_out,)}
-    shapes |= {"prompt_learner.meta_net.15.weight": (hidden, 1024, 5, 5), "prompt_learner.meta_net.15.bias": (hidden,)}
-    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-
-
 def test_every_published_key_is_consumed_at_true_size():
-    state = published_head(4096)
-    assert len(state) == 21 and sum(tensor.numel() for tensor in state.values()) == 112_663_480
-    head = anomalygpt.AnomalyHead.from_state(state)
-    assert set(head.state_dict()) == set(state)
-    assert sum(p.numel() for p in head.image_decoder.parameters()) == 5_246_976
-    assert sum(p.numel() for p in head.prompt_learner.parameters()) == 107_416_504
+    shapes = tiny_weights.anomalygpt_shapes()
+    head = anomalygpt.AnomalyHead.from_state({key: torch.empty(s, device="meta") for key, s in shapes.items()})
+    assert {key: tuple(tensor.shape) for key, tensor in head.state_dict().items()} == shapes
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (head.image_decoder, head.prompt_learner)]
+    assert len(shapes) == 21 and sizes == [5_246_976, 107_416_504]
 
 
 def test_imagebind_config_at_true_size():
@@ -95,15 +82,17 @@ def test_a_7b_model_trains_the_head_alone():
     assert all(parameter.grad is None for parameter in llama.parameters())
 
 
-def test_a_wrong_checkpoint_is_refused(chain):
-    whole = dict(chain[0].head.state_dict())
-    for key, tensor, word in (
+@pytest.mark.parametrize(
+    ("key", "tensor", "word"),
+    [
         ("image_decoder.fc.0.weight", None, "no AnomalyGPT head"), ("image_decoder.fc.2.bias", None, "Missing"),
         ("extra", torch.zeros(1), "Unexpected"), ("prompt_learner.meta_net.15.bias", torch.zeros(3), "size mismatch"),
-    ):  # fmt: skip
-        state = {name: value for name, value in (whole | {key: tensor}).items() if value is not None}
-        with pytest.raises(ValueError, match=f"{word}.*notebook 0"):
-            anomalygpt.AnomalyHead.from_state(state)
+    ],
+)  # fmt: skip
+def test_a_wrong_checkpoint_is_refused(chain, key, tensor, word):
+    changed = chain[0].head.state_dict() | {key: tensor}
+    with pytest.raises(ValueError, match=f"{word}.*notebook 0"):
+        anomalygpt.AnomalyHead.from_state({name: value for name, value in changed.items() if value is not None})
 
 
 def test_bank_finds_a_planted_patch():
@@ -117,9 +106,12 @@ def test_bank_finds_a_planted_patch():
     torch.testing.assert_close(similarity[:, 0], naive)
 
 
-def test_a_picture_beside_itself_has_nothing_anomalous(model):
-    picture = np.random.default_rng(0).integers(0, 256, (100, 400, 3), np.uint8)
-    assert float(model.look([picture], references=[picture]).maps.max()) < 1e-5
+def test_a_picture_beside_itself_has_nothing_anomalous_and_a_given_map_makes_the_prompts(model):
+    random = np.random.default_rng(0)
+    picture, given = random.integers(0, 256, (100, 400, 3), np.uint8), random.random((1, 224, 224), dtype=np.float32)
+    beside, told = model.look([picture], references=[picture]), model.look([picture], maps=given)
+    assert float(beside.maps.max()) < 1e-5 and np.array_equal(told.maps.numpy(), given)
+    assert not torch.equal(told.prompts, beside.prompts)
     with pytest.raises(ValueError, match="uint8 RGB"):
         model.look([picture[0]])
 
@@ -133,42 +125,28 @@ def test_cached_half_precision_features_are_compared_in_single_precision(chain, 
     torch.testing.assert_close(maps, model.look(single, references=model.bank(single)).maps, atol=0, rtol=0)
 
 
-def test_a_map_of_one_s_own_makes_the_prompts(chain, model):
-    picture, given = tiny.image(chain[2], "query"), np.random.default_rng(0).random((1, 224, 224), dtype=np.float32)
-    look = model.look([picture], maps=given)
-    np.testing.assert_array_equal(look.maps.numpy(), given)
-    assert not torch.equal(look.prompts, model.look([picture]).prompts)
-
-
 def test_words_are_shown_as_they_come(model, look):
     shown = []
     answer = model.ask(look.take([0]), "Is it whole?", max_new_tokens=5, on_text=shown.append)[0]
     assert len(shown) == 5 and shown[-1] == answer and answer.startswith(shown[0])
     assert answer == model.ask(look.take([0, 1]), "Is it whole?", max_new_tokens=5)[0]
-
-
-def test_the_stop_token_ends_each_row_by_itself(model, look):
-    rows = model.prompt_rows(look, "Is it whole?")
-    free = language.generate(model.language, rows, max_new_tokens=8)
-    stop = free[1][3]
-    tokens = replace(model.language.tokens, stop_ids=frozenset([stop]))
-    assert any(stop not in row[:3] for row in free)
-    stopped = language.generate(language.Language(model.language.model, tokens), rows, max_new_tokens=8)
-    assert stopped == [row[: row.index(stop)] if stop in row else row for row in free]
-
-
-def test_an_answer_may_be_empty(model, look):
-    one = look.take([0])
-    first = language.generate(model.language, model.prompt_rows(one, "Is it whole?"), max_new_tokens=1)[0][0]
-    tokens = replace(model.language.tokens, stop_ids=frozenset([first]))
-    mute = replace(model, language=language.Language(model.language.model, tokens))
-    shown = []
-    assert mute.ask(one, "Is it whole?", on_text=shown.append) == [""] and not shown
-
-
-def test_a_question_longer_than_the_context_is_refused(model, look):
     with pytest.raises(language.PromptTooLong, match="Shorten the question"):
         model.ask(look.take([0]), "word " * 3000)
+
+
+def test_the_stop_token_ends_each_row_by_itself_and_an_answer_may_be_empty(model, look):
+    def stopping(token):
+        tokens = replace(model.language.tokens, stop_ids=frozenset([token]))
+        return replace(model, language=language.Language(model.language.model, tokens))
+
+    rows, shown = model.prompt_rows(look, "Is it whole?"), []
+    free = language.generate(model.language, rows, max_new_tokens=8)
+    stop = free[1][3]
+    assert any(stop not in row[:3] for row in free)
+    stopped = language.generate(stopping(stop).language, rows, max_new_tokens=8)
+    assert stopped == [row[: row.index(stop)] if stop in row else row for row in free]
+    mute = stopping(free[0][0])
+    assert mute.ask(look.take([0]), "Is it whole?", on_text=shown.append) == [""] and not shown
 
 
 @pytest.fixture(scope="module")
@@ -218,22 +196,11 @@ def test_a_lora_beside_the_weights_speaks_as_the_merged_one(chain, tmp_path):
     assert float(row.grad.abs().sum()) > 0
 
 
-def test_precisions_that_cannot_be_are_refused(weights_dir, monkeypatch):
+@pytest.mark.parametrize(("precision", "device"), [("8bit", "cpu"), ("int3", "cpu"), ("4bit", "cuda")])
+def test_precisions_that_cannot_be_are_refused(precision, device, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    folders = {"folder": weights_dir / "vicuna", "lora": weights_dir / "pandagpt"}
-    for precision, device in (("8bit", "cpu"), ("int3", "cpu"), ("4bit", "cuda")):
-        with pytest.raises(ValueError, match="GPU|allowed|pip install bitsandbytes"):
-            language.load_language(**folders, precision=precision, device=device)
-
-
-def test_foreign_bases_are_refused():
-    vicuna = {"model_type": "llama", "vocab_size": 32001, "max_position_embeddings": 2048}
-    language.check_base(vicuna)
-    for change in ({"max_position_embeddings": 4096, "vocab_size": 32000}, {"model_type": "mistral"}):
-        with pytest.raises(ValueError, match="LLaMA-2"):
-            language.check_base(vicuna | change)
-    with pytest.warns(UserWarning, match="32000 token rows"):
-        language.check_base(vicuna | {"vocab_size": 32000})
+    with pytest.raises(ValueError, match="GPU|allowed|pip install bitsandbytes"):
+        language.load_language(tmp_path, lora=tmp_path, precision=precision, device=device)
 
 
 def test_full_gpu_memory_is_one_sentence_and_lets_go_of_the_tensors():
@@ -250,22 +217,22 @@ def test_full_gpu_memory_is_one_sentence_and_lets_go_of_the_tensors():
     assert held[0]() is None, caught  # the error is still there, what the failed step held is not
 
 
-def test_what_fits_a_card(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("gigabytes", "precision", "fits"),
+    [(23.6, "bf16", True), (23.6, "fp16", True), (15.8, "fp16", False), (15.8, "8bit", True), (23.6, "fp32", False)],
+)
+def test_what_fits_a_card(gigabytes, precision, fits, tmp_path, monkeypatch):
     """The true sizes, as files with holes: 13.5 GB of Vicuna, 1.97 GB of ImageBind."""
     for name, size in (("vicuna/model-1.safetensors", 13_476_847_616), ("imagebind/model.safetensors", 1_972_000_000)):
         (tmp_path / name).parent.mkdir()
         with open(tmp_path / name, "wb") as file:
             file.truncate(size)
     monkeypatch.setattr(anomalygpt.weights, "require", lambda folder, name: folder / name)
-    card = type("Properties", (), {})
+    card = type("Properties", (), {"total_memory": gigabytes * 1e9})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    for card.total_memory, precision, fits in (
-        (23.6e9, "bf16", True), (23.6e9, "fp16", True), (15.8e9, "fp16", False), (15.8e9, "8bit", True),
-        (23.6e9, "fp32", False),
-    ):  # fmt: skip
-        ask = {"device": "cuda", "precision": precision, "batch_size": 8, "training": precision == "bf16"}
-        if fits:
-            assert f"in {precision}" in anomalygpt.check_memory(tmp_path, **ask)
-            continue
+    ask = {"device": "cuda", "precision": precision, "batch_size": 8, "training": precision == "bf16"}
+    if fits:
+        assert f"in {precision}" in anomalygpt.check_memory(tmp_path, **ask)
+    else:
         with pytest.raises(ValueError, match="Three knobs: precision '8bit'.* fewer pictures.* a GPU with more memory"):
             anomalygpt.check_memory(tmp_path, **ask)

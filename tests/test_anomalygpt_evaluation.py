@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +18,7 @@ from helpers.judge import metrics
 from helpers.synthesis import rng_for
 
 SMALL = te.EvaluationSettings(
-    shots=(0, 1), n_draws=2, row_shots=1, wording=None, n_sentences=3, n_controls=4,
+    shots=(0, 1), n_draws=2, row_shots=1, wording="short", n_sentences=3, n_controls=4,
     max_new_tokens=4, batch_size=4, alpha=0.25,
 )  # fmt: skip
 
@@ -34,18 +33,22 @@ def model():
     return tiny.talkative(tiny.build(tiny.FIXTURE)[0])
 
 
+def run(model, dataset, folder, settings=SMALL, **more):
+    return te.run(model, dataset, folder=folder, settings=settings, profile="mini", **more)
+
+
 @pytest.fixture(scope="module")
 def tested(model, dataset, tmp_path_factory):
-    return te.run(model, dataset, folder=tmp_path_factory.mktemp("r") / "anomalygpt", settings=SMALL, profile="mini")
+    return run(model, dataset, tmp_path_factory.mktemp("r") / "anomalygpt")
 
 
 def test_every_test_picture_has_a_prediction_with_map_answer_and_threshold(tested, dataset):
     predictions = tested.result.predictions
     assert [p.sample for p in predictions] == dataset.select(split="test")
     for prediction in predictions:
-        assert tested.result.anomaly_map(prediction).shape == (224, 224)
+        found = tested.result.anomaly_map(prediction)
+        assert found.shape == (224, 224) and prediction.anomaly_score == pytest.approx(found.max(), abs=2e-3)
         assert prediction.answer and np.isfinite(prediction.threshold) and 0 < prediction.p_value <= 1
-        assert prediction.anomaly_score == pytest.approx(tested.result.anomaly_map(prediction).max(), abs=2e-3)
     said = tested.result.manifest["answers_say"]
     assert len(said) == len(predictions) and set(said.values()) <= {True, False, None}
 
@@ -60,8 +63,7 @@ def test_numbers_are_those_of_the_predictions(tested):
     assert len(kept) == 6  # the picture without a mask says nothing about pixels
     expected = metrics.pixel_auroc([tested.result.anomaly_map(chosen[i]) for i in kept], [masks[i] for i in kept])
     assert found["pixel AUROC"] == pytest.approx(expected, abs=0.01)
-    says = [conversations.answers_say(p.answer) for p in chosen]
-    right = sum(said == label for said, label in zip(says, labels))
+    right = sum(conversations.answers_say(p.answer) == label for p, label in zip(chosen, labels))
     row = te.answer_table(tested.answers.query("control == '' and shots == 1"), "painting", "control")
     assert row["right answers"]["One"].tolist() == [f"{right} of 7"]
 
@@ -79,42 +81,47 @@ def test_shots_draws_controls_and_sentences_are_all_there(tested):
 
 
 def test_an_empty_answer_is_an_unclear_one(model, dataset, tmp_path):
-    mute = dataclasses.replace(model, language=dataclasses.replace(model.language, tokens=dataclasses.replace(
-        model.language.tokens, decode=lambda ids: "")))  # fmt: skip
-    run = te.run(mute, dataset, folder=tmp_path / "r", settings=SMALL, profile="mini")
-    assert set(run.answers["says"]) == {"unclear"} and set(run.answers["answer"]) == {""}
-    assert (te.answer_table(run.answers.query("control == ''"), "painting", "shots")["unclear"] == 7).all()
-    assert not run.answers["is_right"].any()
-    assert set(run.result.manifest["answers_say"].values()) == {None}
+    silent = dataclasses.replace(model.language.tokens, decode=lambda ids: "")
+    mute = dataclasses.replace(model, language=dataclasses.replace(model.language, tokens=silent))
+    found = run(mute, dataset, tmp_path / "r")
+    assert set(found.answers["says"]) == {"unclear"} and set(found.answers["answer"]) == {""}
+    assert (te.answer_table(found.answers.query("control == ''"), "painting", "shots")["unclear"] == 7).all()
+    assert not found.answers["is_right"].any() and set(found.result.manifest["answers_say"].values()) == {None}
 
 
 def test_a_complete_run_is_read_back_and_an_interrupted_one_goes_on(tested, model, dataset, tmp_path, monkeypatch):
     closed = SimpleNamespace(checkpoint_id="")  # a model that can only be asked for its checkpoint
-    again = te.run(closed, dataset, folder=tested.result.folder, settings=SMALL, profile="mini")
+    again = run(closed, dataset, tested.result.folder)
     pd.testing.assert_frame_equal(again.maps, tested.maps)
     pd.testing.assert_frame_equal(again.answers, tested.answers)
     asked, whole = [], type(model).ask
 
     def ask(*args, **options):
-        asked.append(len(args[1]))
+        asked.append(len(args[1].maps))
         if len(asked) == 3:
             raise KeyboardInterrupt
         return whole(*args, **options)
 
     monkeypatch.setattr(type(model), "ask", ask)
     with pytest.raises(KeyboardInterrupt):
-        te.run(model, dataset, folder=tmp_path / "r", settings=SMALL, profile="mini")
+        run(model, dataset, tmp_path / "r")
     before = sum(asked[:2])
-    resumed = te.run(model, dataset, folder=tmp_path / "r", settings=SMALL, profile="mini")
+    resumed = run(model, dataset, tmp_path / "r")
     assert sum(asked[3:]) == 6 - before  # no sentence is spoken twice
     pd.testing.assert_frame_equal(resumed.answers, tested.answers)
 
 
-def test_references_are_drawn_reproducibly(dataset):
-    normals, draw = dataset.select(split="train", category="one"), functools.partial(te.draw_references, dataset, "one")
-    assert draw(2, 0, 2024) == [normals[i] for i in rng_for(2024, "references one 2 0").permutation(4)[:2]]
-    assert len({tuple(draw(2, number, 2024)) for number in range(6)}) > 1
-    assert len(draw(9, 0, 2024)) == 4  # all there are
+def test_references_are_drawn_reproducibly(model, dataset, monkeypatch):
+    drawn, normals = [], dataset.select(split="train", category="one")
+    monkeypatch.setattr(te.Bench, "embed", lambda _, samples: drawn.append(samples))
+    monkeypatch.setattr(type(model), "bank", lambda *_: None)
+    bench = te.Bench(model, dataset, SMALL)
+    for number in range(6):
+        bench.bank("one", 2, number)
+    assert drawn[0] == tuple(normals[i] for i in rng_for(2024, "references one 2 0").permutation(4)[:2])
+    assert len(set(drawn)) > 1
+    bench.bank("one", 9)
+    assert len(drawn[-1]) == 4  # all there are
 
 
 def test_few_genuine_pictures_are_tested_with(model, dataset, tmp_path):
@@ -122,22 +129,21 @@ def test_few_genuine_pictures_are_tested_with(model, dataset, tmp_path):
     dropped = [s for s in dataset.samples if s.category == "one" and not s.is_anomalous and s.split != "test"]
     dropped = [s for s in dropped if s.group not in ("onetrain0", "onecalibration0")]
     few = data.Dataset(dataset.folder, tuple(s for s in dataset.samples if s not in dropped), "few")
-    settings = dataclasses.replace(SMALL, shots=(0, 4), row_shots=4, n_controls=0)
-    run = te.run(model, few, folder=tmp_path / "r", settings=settings, profile="mini")
-    assert len(run.result.predictions) == 14 and run.result.manifest["calibration"]["one"]["n_sources"] == 1
+    with pytest.warns(UserWarning, match="1 calibration normals"):
+        found = run(model, few, tmp_path / "r", dataclasses.replace(SMALL, shots=(0,), row_shots=4, n_controls=0))
+    assert len(found.result.predictions) == 14 and found.result.manifest["calibration"]["one"]["n_sources"] == 1
 
 
 def test_maps_of_another_method_are_scored_and_spoken_about_and_noticed_when_they_change(model, dataset, tmp_path):
     for factor in (1.0, 0.5):
         maps = tiny.GivenMaps(factor)
-        about = {"settings": SMALL, "profile": "mini", "maps_from": maps, "method": "anomalygpt_aligned"}
-        run = te.run(model, dataset, folder=tmp_path / "anomalygpt_aligned", **about)
-        for prediction in run.result.predictions:
+        found = run(model, dataset, tmp_path / "r", maps_from=maps, method="anomalygpt_aligned")
+        for prediction in found.result.predictions:
             expected = maps.unit_map(images.load_image(prediction.sample.image_path), "")[0, 0]
             assert prediction.anomaly_score == pytest.approx(expected)
-        assert run.result.method == "anomalygpt_aligned" and set(run.maps["shots"]) == {1}
+        assert found.result.method == "anomalygpt_aligned" and set(found.maps["shots"]) == {1}
     del maps.asked[:]
-    te.run(model, dataset, folder=tmp_path / "anomalygpt_aligned", **about)
+    run(model, dataset, tmp_path / "r", maps_from=maps, method="anomalygpt_aligned")
     assert not maps.asked  # the same maps: the complete run is kept
 
 
@@ -145,8 +151,3 @@ def test_answers_before_and_after_are_those_of_the_first_words(model, dataset):
     table = te.answers_before_after(model, dataset, SMALL)
     assert len(table) == 14 and set(table["says"]) <= {"yes", "no", "unclear"}
     pd.testing.assert_frame_equal(table, te.answers_before_after(model, dataset, SMALL))
-
-
-def test_settings_are_checked():
-    with pytest.raises(ValueError, match="row_shots"):
-        dataclasses.replace(SMALL, row_shots=2)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.anomalygpt import conversations as c
 
 CELLS = [cell for row in c.CELLS for cell in row]
-
-
 FLAWLESS = "without any damage, flaw, defect, scratch, hole or broken part"
 
 
@@ -22,26 +20,21 @@ FLAWLESS = "without any damage, flaw, defect, scratch, hole or broken part"
         ("metal_nut", f"a metal nut for anomaly detection, which should be {FLAWLESS}, and shouldn't be fliped"),
         ("fryum", f"a fryum for anomaly detection on green background, which should be {FLAWLESS}"),
         ("tile", f"tile for anomaly detection, which should be {FLAWLESS}"),
+        ("pipe_fryum", f"a pipe fryum for anomaly detection, which should be {FLAWLESS}"),
         ("mona_lisa", f"the painting mona lisa for anomaly detection, which should be {FLAWLESS}"),
     ],
 )
 def test_descriptions_are_the_published_ones_and_a_painting_is_named(category, expected):
     assert c.question(category) == f"This is a photo of {expected}. Is there any anomaly in the image?"
+    with pytest.raises(ValueError, match="allowed are published, short"):
+        c.question(category, wording="long")
 
 
-@pytest.mark.parametrize(
-    ("row", "column", "cell"),
-    [(0, 0, "top left"), (1 / 3, 1 / 3, "top left"), (0.34, 0.5, "center"), (2 / 3, 0.67, "right"), (1, 0.5, "bottom")],
-)
-def test_cells(row, column, cell):
-    assert c.cell_of(row, column) == cell
-
-
-def test_cells_of_mask_largest_first_without_crumbs():
+def test_cells():
+    points = [(0, 0), (1 / 3, 1 / 3), (0.34, 0.5), (2 / 3, 0.67), (1, 0.5)]
+    assert [c.cell_of(*point) for point in points] == ["top left", "top left", "center", "right", "bottom"]
     mask = np.zeros((90, 120), dtype=bool)
-    mask[70:85, 90:115] = True
-    mask[5:12, 5:15] = True
-    mask[45, 60] = True  # a crumb
+    mask[70:85, 90:115] = mask[5:12, 5:15] = mask[45, 60] = True  # the largest, another one, a crumb
     assert c.cells_of_mask(mask) == ("bottom right", "top left")
     assert c.cells_of_mask(np.zeros((5, 5), dtype=bool)) == ()
 
@@ -65,25 +58,19 @@ def test_strict_verdicts(verdict, texts):
     assert [c.answers_say(text) for text in texts] == [verdict] * len(texts)
 
 
+@settings(max_examples=50)
 @given(st.text(max_size=60))
 def test_any_text_is_read_without_error(text):
     assert c.answers_say(text) in (True, False, None)
 
 
 def test_place_must_be_named_and_not_everything():
-    mask = np.zeros((90, 90), dtype=bool)
+    mask, dots = np.zeros((2, 90, 90), dtype=bool)
     mask[5:20, 70:85] = True
-    assert c.place_is_right(c.answer(True, ["top right"]), mask)
-    assert not c.place_is_right(c.answer(True, ["top"]), mask)
-    assert not c.place_is_right(c.answer(True, CELLS), mask)
-    assert not c.place_is_right("Yes.", mask)
+    said = [c.answer(True, cells) for cells in (["top right"], ["top"], CELLS, [])]
+    assert [c.place_is_right(text, mask) for text in said] == [True, False, False, False]
     assert c.place_is_right("Yes.", np.zeros((9, 9), dtype=bool)) is None
-
-
-def test_scattered_dots_lie_where_their_centre_is():
-    mask = np.zeros((90, 90), dtype=bool)
-    for y, x in ((5, 5), (5, 85), (40, 10), (40, 80)):
-        mask[y : y + 4, x : x + 4] = True
-    assert c.cell_of_center(mask) == "top"
-    assert c.place_is_right(c.answer(True, ["top"]), mask)
-    assert not c.place_is_right(c.answer(True, ["bottom"]), mask)
+    for y, x in ((5, 5), (5, 85), (40, 10), (40, 80)):  # scattered dots lie where their centre is
+        dots[y : y + 4, x : x + 4] = True
+    assert c.cell_of_center(dots) == "top"
+    assert [c.place_is_right(c.answer(True, [cell]), dots) for cell in ("top", "bottom")] == [True, False]

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny_anomalygpt
 import tiny_chat
 import tiny_clip
 from sklearn.base import clone
 
+from helpers.anomalygpt import pairs
 from helpers.chat import feedback
 from helpers.clip import features, methods, one_class
 from helpers.data import images
@@ -145,3 +147,21 @@ def test_clip_detectors_learn_and_are_measured_on_the_test_set(tmp_path: Path) -
     nothing = feedback.teach_clip(found, loaded, learn_from, [], models, alpha=0.2, seed=0)
     assert (nothing["balanced accuracy before"] == nothing["after"]).all() and (nothing["p"] == 1).all()
     assert (nothing["balanced accuracy before"] == table["balanced accuracy before"]).all()
+
+
+def test_the_head_of_anomalygpt_learns_and_other_feedback_is_another_run(tmp_path: Path) -> None:
+    model = tiny_anomalygpt.talkative(tiny_anomalygpt.build(tiny_anomalygpt.FIXTURE)[0])
+    (tmp_path / "data").mkdir()
+    dataset, log = tiny_anomalygpt.write_dataset(tmp_path / "data"), tmp_path / "feedback.jsonl"
+    feedback.simulate_user(log, dataset, n_pictures=2, seed=1)
+    confirmed, _, _ = feedback.sort_out(log, dataset)
+    settings = pairs.HeadTraining(n_epochs=1, batch_size=4, max_pairs=4, n_tuning=0, wording="short")
+    about, before = (
+        {"settings": settings, "evaluation": tiny_chat.SETTINGS},
+        model.head.prompt_learner.base_prompts.clone(),
+    )
+    table = feedback.teach_anomalygpt(model, dataset, confirmed, folder=tmp_path / "head", **about)
+    assert table.index.tolist() == ["AnomalyGPT's words"] and 0 < table["p"].item() <= 1
+    assert not before.equal(model.head.prompt_learner.base_prompts)
+    feedback.teach_anomalygpt(model, dataset, confirmed[:2], folder=tmp_path / "head", **about)
+    assert len(list(tmp_path.glob("head/*/model.safetensors"))) == 2

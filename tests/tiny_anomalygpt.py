@@ -1,7 +1,4 @@
-"""AnomalyGPT at the tiny sizes of the reference numbers, for the tests of its modules.
-
-The published layout of ImageBind is renamed here, independently of notebook 01's converter.
-"""
+"""AnomalyGPT at the tiny sizes of the reference numbers, for the tests of its modules."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -22,6 +20,7 @@ from helpers.anomalygpt import imagebind, language
 from helpers.anomalygpt import model as anomalygpt
 from helpers.data import images, manifest
 from helpers.records import Sample
+from helpers.weights import published
 
 FIXTURE = Path(__file__).parent / "golden" / "anomalygpt_seed0.safetensors"
 DESCRIPTION = (
@@ -56,23 +55,7 @@ LLAMA_CONFIG = {
     "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "tie_word_embeddings": False,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
 }  # fmt: skip
-_RENAMED = (
-    ("modality_trunks.vision.pre_transformer_layer.0.", "visual.ln_pre."),
-    ("modality_trunks.vision.blocks.", "visual.transformer.resblocks."),
-    ("modality_heads.vision.0.", "visual.ln_post."),
-    ("modality_preprocessors.vision.cls_token", "visual.class_embedding"),
-    ("modality_preprocessors.vision.pos_embedding_helper.pos_embed", "visual.positional_embedding"),
-    ("modality_preprocessors.vision.rgbt_stem.proj.1.weight", "visual.conv1.weight"),
-    ("modality_heads.vision.2.weight", "visual.proj"),
-    ("modality_preprocessors.text.token_embedding.", "token_embedding."),
-    ("modality_preprocessors.text.pos_embed", "positional_embedding"),
-    ("modality_trunks.text.blocks.", "transformer.resblocks."),
-    ("modality_heads.text.proj.0.", "ln_final."),
-    ("modality_heads.text.proj.1.weight", "text_projection"),
-    ("modality_postprocessors.text.1.log_logit_scale", "logit_scale"),
-    (".norm_1.", ".ln_1."), (".norm_2.", ".ln_2."), (".mlp.fc1.", ".mlp.c_fc."), (".mlp.fc2.", ".mlp.c_proj."),
-)  # fmt: skip
-_CHANGED = {
+_CHANGED = {  # from ImageBind's form
     "visual.conv1.weight": lambda tensor: tensor.sum(dim=2), "visual.class_embedding": torch.flatten,
     "visual.positional_embedding": lambda tensor: tensor[0], "positional_embedding": lambda tensor: tensor[0],
     "visual.proj": lambda tensor: tensor.T.contiguous(), "text_projection": lambda tensor: tensor.T.contiguous(),
@@ -87,12 +70,10 @@ def part(fixture: dict[str, torch.Tensor], *prefixes: str) -> dict[str, torch.Te
 
 def imagebind_to_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """ImageBind's published names and shapes -> ``open_clip.CLIP``'s."""
-    renamed = {}
-    for key, tensor in state.items():
-        for old, new in _RENAMED:
-            key = key.replace(old, new)
-        renamed[key] = _CHANGED.get(key, lambda same: same)(tensor)
-    return renamed
+    with torch.device("meta"):
+        ours = open_clip.CLIP(**CLIP_CONFIG).state_dict()
+    names = dict(zip(published.as_imagebind(ours), ours))  # the keys of the file come from the original code
+    return {names[key]: _CHANGED.get(names[key], lambda same: same)(tensor) for key, tensor in state.items()}
 
 
 def image(fixture: dict[str, torch.Tensor], name: str):
@@ -211,10 +192,10 @@ def write_weights(folder: Path, path: Path) -> Path:
     fast.save_pretrained(folder / "vicuna")
     towers = imagebind_to_open_clip(part(fixture, "sd.imagebind."))
     towers["token_embedding.weight"] = torch.randn(49408, 32, generator=torch.Generator().manual_seed(0))
-    published = part(fixture, "sd.")
+    stored = part(fixture, "sd.")
     states = {
-        "imagebind": towers, "pandagpt": {k: v for k, v in published.items() if k.startswith("llama_proj")},
-        "anomalygpt/train_supervised": part(published, "image_decoder", "prompt_learner"),
+        "imagebind": towers, "pandagpt": {k: v for k, v in stored.items() if k.startswith("llama_proj")},
+        "anomalygpt/train_supervised": part(stored, "image_decoder", "prompt_learner"),
     }  # fmt: skip
     for name, state in states.items():
         (folder / name).mkdir(parents=True)

@@ -9,7 +9,7 @@ import tiny_anomalygpt as tiny
 
 from helpers import data, files, results
 from helpers.anomalygpt import conversations
-from helpers.anomalygpt.evaluation import EvaluationSettings, draw_references
+from helpers.anomalygpt.evaluation import Bench, EvaluationSettings
 from helpers.anomalygpt.model import AnomalyGPT
 from helpers.chat import detectors
 from helpers.chat import session as chat
@@ -63,8 +63,8 @@ def write_results(model: AnomalyGPT, dataset: data.Dataset, home: Path) -> None:
     """Results of AnomalyGPT's map beside its references, and of :func:`redness` under AnomalyCLIP's name."""
 
     def look(category: str, pictures: list[np.ndarray]) -> list[Scored]:
-        drawn = draw_references(dataset, category, SETTINGS.row_shots, 0, SETTINGS.seed)
-        seen = model.look(pictures, references=[images.load_image(sample.image_path) for sample in drawn])
+        bank = Bench(model, dataset, SETTINGS).bank(category, SETTINGS.row_shots)
+        seen = model.look(pictures, references=bank)
         return [Scored(float(score), one) for score, one in zip(seen.scores, seen.maps.numpy())]
 
     for method, scorer in (("anomalygpt", look), ("anomalyclip", redness)):

@@ -26,21 +26,20 @@ _INDUSTRIAL = {
     "cable": ("three cables", ", they are green, blue and grey, which cannot be missed or swapped and should be {}"),
     "capsule": ("a capsule", ", which should be black and orange, with print '500', {}"),
     "leather": ("leather", ", which should be brown and {}"),
+    "wood": ("wood", ", which should be brown with patterns, {}"),
     "metal_nut": ("a metal nut", ", which should be {}, and shouldn't be fliped"),
     "pill": ("a pill", ", which should be white, with print 'FF' and red patterns, {}"),
     "screw": ("a screw", ", which tail should be sharp, and {}"),
-    "wood": ("wood", ", which should be brown with patterns, {}"),
     "candle": ("4 candles", ", every candle should be round, {}"),
     "capsules": ("many small capsules", ", every capsule is green, should be {}"),
     "chewinggum": ("a chewinggom", ", which should be white, {}"),
     "fryum": ("a fryum", " on green background, which should be {}"),
-    **{name: (name, ", which should be {}") for name in ("carpet", "grid", "tile")},
-    **{f"pcb{n}": ("pcb", ", which should be {}") for n in (1, 2, 3, 4)},
-    **{f"macaroni{n}": ("4 macaronis", ", which should be {}") for n in (1, 2)},
-    **{
-        name: (f"a {name.replace('_', ' ')}", ", which should be {}")
-        for name in ("hazelnut", "toothbrush", "transistor", "zipper", "cashew", "pipe_fryum")
-    },
+}
+_PLAIN = {  # and what should only be {}
+    **{name: name for name in ("carpet", "grid", "tile")},
+    **{f"pcb{n}": "pcb" for n in (1, 2, 3, 4)},
+    **{f"macaroni{n}": "4 macaronis" for n in (1, 2)},
+    **{n: f"a {n.replace('_', ' ')}" for n in "hazelnut toothbrush transistor zipper cashew pipe_fryum".split()},
 }
 
 _VERDICT = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
@@ -50,22 +49,20 @@ _CLAIM = re.compile(r"\bthere (?:is|are) (?:an?|\d+|several|some) (?:\w+ )?(anom
 _PLACE = re.compile(rf"\b({'|'.join(sorted(sum(CELLS, ()), key=len, reverse=True))})\b", re.IGNORECASE)
 
 
-def question(category: str | None, *, wording: str | None = "published") -> str:
+def question(category: str, *, wording: str = "published") -> str:
     """The question about a picture, with what it shows before it; a category that MVTec AD and VisA do not have is
-    called a painting. ``wording`` is one of :data:`WORDINGS` (the short one has a third of the tokens); None, as no
-    category, names nothing.
+    called a painting. ``wording`` is one of :data:`WORDINGS` (the short one has a third of the tokens).
 
     >>> question("mona_lisa", wording="short")
     'This is the painting mona lisa. Is there any anomaly in the image?'
     """
-    if wording is not None and wording not in WORDINGS:
-        raise ValueError(f"wording is {wording!r}; allowed are None, {', '.join(WORDINGS)}.")
-    if category is None or wording is None:
-        return QUESTION
+    if wording not in WORDINGS:
+        raise ValueError(f"wording is {wording!r}; allowed are {', '.join(WORDINGS)}.")
     name = category.replace("_", " ")
     if wording == "short":
         return f"This is the painting {name}. {QUESTION}"
-    what, rest = _INDUSTRIAL.get(category, (f"the painting {name}", ", which should be {}"))
+    plain = (_PLAIN.get(category, f"the painting {name}"), ", which should be {}")
+    what, rest = _INDUSTRIAL.get(category, plain)
     return f"This is a photo of {what} for anomaly detection{rest.format(_FLAWLESS)}. {QUESTION}"
 
 
@@ -116,8 +113,7 @@ def answer(is_anomalous: bool, cells: Sequence[str] = ()) -> str:
 def parse_answer(text: str) -> tuple[bool | None, frozenset[str]]:
     """What an answer says, True (anomalous), False, or None without a clear verdict, and the cells that it names.
 
-    It is read strictly: it must begin with Yes or No and must not contradict itself. (The published evaluation looks
-    for "Yes" or "No" anywhere, so that "Note" counts as "No".)
+    It must begin with Yes or No and not contradict itself. (The published evaluation finds a "No" in "Note".)
 
     >>> parse_answer("Yes, there is an anomaly in the image, at the top left of the image.")
     (True, frozenset({'top left'}))

@@ -9,14 +9,15 @@ Source: Gu et al., AnomalyGPT, AAAI 2024, and its test scripts at f21c51b; the s
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain, repeat
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 
 from helpers import files, results
 from helpers.anomalygpt import conversations
@@ -30,6 +31,7 @@ from helpers.synthesis import rng_for
 
 _TABLES = ("map_values.csv", "answers.csv")
 _WORDS = {True: "yes", False: "no", None: "unclear"}
+_PLACES = {True: "right", False: "wrong", None: ""}
 Words = tuple[float, str]
 """What an answer begins with: logit(Yes) - logit(No), and the most likely first token."""
 
@@ -40,18 +42,14 @@ class EvaluationSettings:
 
     shots: tuple[int, ...] = (0, 1, 2, 4)  # numbers of references (all there are, if fewer); 0: the decoder's map
     n_draws: int = 3  # of the references, for each number above 0
-    row_shots: int = 4  # which of shots (first draw) is the row of the comparison; chosen beforehand
-    wording: str | None = "published"  # of the question, see conversations.question
+    row_shots: int = 4  # the number whose first draw is the row of the comparison; chosen beforehand
+    wording: str = "published"  # of the question, see conversations.question
     n_sentences: int = 1000  # pictures per category answered in full; of others the first token, which decides
     n_controls: int = 20  # pictures per category that the controls are run on
     max_new_tokens: int = 64  # length limit of the sentences
     batch_size: int = 16  # pictures per pass
     alpha: float = 0.05  # wanted false-alarm rate of the map's threshold
     seed: int = 2024  # of the draws
-
-    def __post_init__(self) -> None:
-        if self.row_shots not in self.shots:
-            raise ValueError(f"row_shots {self.row_shots} must be one of shots {self.shots}.")
 
 
 class Evaluation(NamedTuple):
@@ -73,8 +71,7 @@ def run(
         checkpoint: as the chain was loaded with it; the folder of notebook 06 says what the head was trained on.
         maps_from: maps of the row, of its calibration and of its prompts, in place of the published few-shot maps.
     """
-    folder, bench = Path(folder), Bench(model, dataset, settings, maps_from)
-    card = Path(checkpoint) / "training.json"
+    folder, bench, card = Path(folder), Bench(model, dataset, settings, maps_from), Path(checkpoint) / "training.json"
     trained = files.read_json(card) if card.exists() else {}
     seen = f"genuine pictures with simulated anomalies, epoch {trained.get('best_epoch')}"
     result = results.predict(
@@ -98,16 +95,9 @@ def answers_before_after(model: AnomalyGPT, dataset: Dataset, settings: Evaluati
     bench, rows = Bench(model, dataset, settings), []
     for category in dataset.categories:
         samples = dataset.select(split="test", category=category)
-        words = bench.words_of_row(samples, bench.look(samples, settings.row_shots))
+        words = bench.words(bench.look(samples, settings.row_shots), bench.question(category))
         rows += [answer_row(sample, *found) for sample, found in zip(samples, words)]
     return pd.DataFrame(rows)
-
-
-def draw_references(dataset: Dataset, category: str, k: int, draw: int, seed: int) -> list[Sample]:
-    """k genuine training pictures drawn at random, reproducibly; all there are when these are fewer."""
-    normals = dataset.select(split="train", category=category, is_anomalous=False)
-    order = rng_for(seed, f"references {category} {k} {draw}").permutation(len(normals))
-    return [normals[i] for i in order[:k]]
 
 
 def answer_table(answers: pd.DataFrame, *by: str) -> pd.DataFrame:
@@ -134,9 +124,13 @@ def answer_table(answers: pd.DataFrame, *by: str) -> pd.DataFrame:
 def panel(sample: Sample, anomaly_map: np.ndarray, said: str) -> dict[str, Any]:
     """Arguments of :class:`helpers.judge.figures.Panel` for a picture about which something was said."""
     picture = images.load_image(sample.image_path)
-    kind = sample.kind.replace("_", " ") if sample.is_anomalous else "genuine"
-    mask = mask_of(sample, picture.shape[:2])
-    return {"image": picture, "mask": mask, "anomaly_map": anomaly_map, "caption": f"{kind}: {said}"}
+    caption = f"{sample.kind.replace('_', ' ') if sample.is_anomalous else 'genuine'}: {said}"
+    return {
+        "image": picture,
+        "mask": mask_of(sample, picture.shape[:2]),
+        "anomaly_map": anomaly_map,
+        "caption": caption,
+    }
 
 
 class Bench:
@@ -153,9 +147,9 @@ class Bench:
 
     def calibration(self) -> dict[str, list[float]]:
         """Scores of genuine pictures that nothing was learnt from."""
-        normals = self.dataset.select(split="calibration", is_anomalous=False)
-        parts = {c: [sample for sample in normals if sample.category == c] for c in self.dataset.categories}
-        return {c: self.look(part, self.settings.row_shots).scores.tolist() for c, part in parts.items() if part}
+        normals = {c: self.dataset.select(split="calibration", category=c, is_anomalous=False)
+                   for c in self.dataset.categories}  # fmt: skip
+        return {c: self.look(part, self.settings.row_shots).scores.tolist() for c, part in normals.items() if part}
 
     def score(self, category: str, samples: Sequence[Sample]) -> list[Scored]:
         """Map and answer of test pictures: a sentence for those of a fixed shuffle, else the first token."""
@@ -166,46 +160,42 @@ class Bench:
             said = self.model.ask(look.take(in_full), self.question(category), max_new_tokens=limit)
             for i, text in zip(in_full, said):
                 texts[i] = text
-        rows = zip(look.scores, look.maps.numpy(), texts, strict=True)
-        return [Scored(float(score), anomaly_map, answer=text) for score, anomaly_map, text in rows]
+        rows = zip(look.scores.tolist(), look.maps.numpy(), texts, strict=True)
+        return [Scored(score, anomaly_map, answer=text) for score, anomaly_map, text in rows]
 
     def measure(self, category: str, said: Mapping[Sample, str]) -> tuple[list[dict], list[dict]]:
         """Rows of both tables: all numbers of references, all draws; answers without and with references (what was
         ``said`` in the row), and the controls."""
-        samples, row_shots = self.dataset.select(split="test", category=category), self.settings.row_shots
-        maps, answers = [], []
-        for shots in (row_shots,) if self.has_maps else self.settings.shots:
-            for draw in range(self.settings.n_draws if shots and not self.has_maps else 1):
+        samples, chosen, maps, answers = self.dataset.select(split="test", category=category), self.settings, [], []
+        sentences = self.among(samples, "sentences", chosen.n_sentences)
+        for shots in [chosen.row_shots] if self.has_maps else sorted({*chosen.shots, chosen.row_shots}):
+            for draw in range(chosen.n_draws if shots and not self.has_maps else 1):
                 look, place = self.look(samples, shots, draw), {"category": category, "shots": shots}
                 maps += [place | {"draw": draw, "metric": m, "value": v} for m, v in _map_values(look, samples).items()]
-                if draw == 0 and shots == row_shots:
-                    sentences = self.among(samples, "sentences", self.settings.n_sentences)
-                    for i, (sample, (score, _)) in enumerate(zip(samples, self.words_of_row(samples, look))):
-                        answers.append(place | answer_row(sample, score, said[sample], is_sentence=i in sentences))
-                    for control, sample, words in self.controls(samples, look):
-                        answers.append(place | answer_row(sample, *words, control=control))
+                if draw == 0 and shots == chosen.row_shots:
+                    for i, (sample, (yes_no, _)) in enumerate(zip(samples, self.words_of_row(samples, look))):
+                        answers.append(place | answer_row(sample, yes_no, said[sample], is_sentence=i in sentences))
+                    answers += [place | row for row in self.controls(samples, look)]
                 elif shots == 0:
-                    words = self.first_words(look, self.question(category))
+                    words = self.words(look, self.question(category))
                     answers += [place | answer_row(sample, *found) for sample, found in zip(samples, words)]
         return maps, answers
 
-    def controls(self, samples: Sequence[Sample], look: Look) -> Iterator[tuple[str, Sample, Words]]:
+    def controls(self, samples: Sequence[Sample], look: Look) -> list[dict[str, Any]]:
         """First words about some pictures: as they are, of a blank one, beside another painting, without the noun."""
-        numbers = self.among(samples, "controls", self.settings.n_controls)
+        numbers, category = self.among(samples, "controls", self.settings.n_controls), samples[0].category
         if not numbers:
-            return
-        category, categories, shots = samples[0].category, self.dataset.categories, self.settings.row_shots
-        chosen, question, words = [samples[i] for i in numbers], self.question(category), {}
-        words["as it is"] = self.words_of_row(chosen, look.take(numbers))
+            return []
+        chosen, question, categories = [samples[i] for i in numbers], self.question(category), self.dataset.categories
         blank = self.model.look([np.full((MAP_SIZE, MAP_SIZE, 3), 127, dtype=np.uint8)])
-        words["blank image"] = self.first_words(blank, question) * len(numbers)
-        if len(categories) > 1 and shots and not self.has_maps:
+        words = {"as it is": self.words_of_row(chosen, look.take(numbers))}
+        words["blank image"] = self.words(blank, question) * len(numbers)
+        if len(categories) > 1 and self.settings.row_shots and not self.has_maps:
             others = [name for name in categories if name != category]
             other = others[categories.index(category) % len(others)]
-            words["other references"] = self.first_words(self.look(chosen, shots, beside=other), question)
-        words["noun removed"] = self.first_words(look.take(numbers), conversations.QUESTION)
-        for control, found in words.items():
-            yield from zip(repeat(control), chosen, found)
+            words["other references"] = self.words(self.look(chosen, self.settings.row_shots, beside=other), question)
+        words["noun removed"] = self.words(look.take(numbers), conversations.QUESTION)
+        return [answer_row(one, *w, control=name) for name, said in words.items() for one, w in zip(chosen, said)]
 
     def question(self, category: str) -> str:
         return conversations.question(category, wording=self.settings.wording)
@@ -217,6 +207,14 @@ class Bench:
         chosen = {everything[i] for i in order[:n]}
         return [i for i, sample in enumerate(samples) if sample in chosen]
 
+    def bank(self, category: str, shots: int, draw: int = 0) -> torch.Tensor | None:
+        """References: genuine training pictures drawn at random, reproducibly; all there are when these are fewer."""
+        if not shots or self.has_maps:
+            return None
+        normals = self.dataset.select(split="train", category=category, is_anomalous=False)
+        order = rng_for(self.settings.seed, f"references {category} {shots} {draw}").permutation(len(normals))
+        return self.model.bank(self.embed(tuple(normals[i] for i in order[:shots])))
+
     def embed(self, samples: tuple[Sample, ...]) -> ImageFeatures:
         """Features on the CPU, taps in half precision: 2.6 MB per picture at full size."""
         pictures = [images.load_image(sample.image_path) for sample in samples]
@@ -225,25 +223,24 @@ class Bench:
 
     def look(self, samples: Sequence[Sample], shots: int, draw: int = 0, *, beside: str | None = None) -> Look:
         """The model's look at pictures, in batches, beside references of their painting or of another one."""
-        features, bank, looks = self.embed(tuple(samples)), None, []
-        if shots and not self.has_maps:
-            place = self.dataset, beside or samples[0].category
-            bank = self.model.bank(self.embed(tuple(draw_references(*place, shots, draw, self.settings.seed))))
+        seen, looks = self.embed(tuple(samples)), []
+        bank = self.bank(beside or samples[0].category, shots, draw)
         for part in self.batches(len(samples)):
             maps = np.stack([self.map(sample) for sample in samples[part]]) if self.has_maps else None
-            looks.append(self.model.look(features.take(part), references=bank, maps=maps))
-        return Look.join(looks)
+            features = ImageFeatures(seen.embedding[part], seen.taps[:, part])
+            looks.append(self.model.look(features, references=bank, maps=maps))
+        return Look(*map(torch.cat, zip(*looks)))
 
     def words_of_row(self, samples: Sequence[Sample], look: Look) -> list[Words]:
         """First words in the comparison's row, asked for once."""
         if left := [i for i, sample in enumerate(samples) if sample not in self.row_words]:
-            found = self.first_words(look.take(left), self.question(samples[0].category))
+            found = self.words(look.take(left), self.question(samples[0].category))
             self.row_words |= {samples[i]: words for i, words in zip(left, found)}
         return [self.row_words[sample] for sample in samples]
 
-    def first_words(self, look: Look, question: str) -> list[Words]:
-        """The model's, in batches."""
-        asked = [self.model.first_token(look.take(part), question) for part in self.batches(len(look))]
+    def words(self, look: Look, question: str) -> list[Words]:
+        """First words about the pictures, in batches."""
+        asked = [self.model.first_token(look.take(part), question) for part in self.batches(len(look.maps))]
         return [(float(score), text) for batch in asked for score, text in zip(*batch)]
 
     def batches(self, n: int) -> list[slice]:
@@ -251,7 +248,7 @@ class Bench:
 
 
 def answer_row(
-    sample: Sample, score: float, text: str, *, control: str = "", is_sentence: bool = False
+    sample: Sample, yes_no: float, text: str, *, control: str = "", is_sentence: bool = False
 ) -> dict[str, Any]:
     """A row of the answers: a sentence may name the right or the wrong place; empty where nothing is known."""
     mask = mask_of(sample) if is_sentence and sample.is_anomalous else None
@@ -260,16 +257,16 @@ def answer_row(
     return {
         "image_path": str(sample.image_path), "control": control, "is_anomalous": sample.is_anomalous, "answer": text,
         "is_sentence": is_sentence, "says": _WORDS[says], "is_right": says == sample.is_anomalous,
-        "yes_no_score": score, "place": {True: "right", False: "wrong", None: ""}[place],
+        "yes_no_score": yes_no, "place": _PLACES[place],
     }  # fmt: skip
 
 
 def _map_values(look: Look, samples: Sequence[Sample]) -> dict[str, float]:
     """What the maps of a category are worth; an anomaly without a known mask says nothing about pixels."""
     masks = [mask_of(sample, None if sample.is_anomalous else (MAP_SIZE, MAP_SIZE)) for sample in samples]
-    known = [(one.numpy(), mask) for one, mask in zip(look.maps, masks) if mask is not None]
-    maps, known_masks = [one for one, _ in known], [mask for _, mask in known]
+    maps = [one for one, mask in zip(look.maps.numpy(), masks) if mask is not None]
+    known = [mask for mask in masks if mask is not None]
     return {
-        "pixel AUROC": metrics.pixel_auroc(maps, known_masks), "AUPRO": metrics.aupro(maps, known_masks),
+        "pixel AUROC": metrics.pixel_auroc(maps, known), "AUPRO": metrics.aupro(maps, known),
         "image AUROC": metrics.image_auroc(look.scores, [sample.is_anomalous for sample in samples]),
     }  # fmt: skip

@@ -21,8 +21,8 @@ from torch import nn
 from helpers import files
 
 N_TAPS = 4
-_WITHOUT = [f"{{}} without {what}" for what in ("flaw", "defect", "damage")]
-NORMAL_STATES = ("{}", "flawless {}", "perfect {}", "unblemished {}", *_WITHOUT)
+NORMAL_STATES = ("{}", "flawless {}", "perfect {}", "unblemished {}", "{} without flaw", "{} without defect",
+                 "{} without damage")  # fmt: skip
 ABNORMAL_STATES = ("damaged {}", "broken {}", "{} with flaw", "{} with defect", "{} with damage")
 TEMPLATES = ("a photo of a {}.", "a photo of the {}.")
 
@@ -33,13 +33,6 @@ class ImageFeatures:
 
     embedding: torch.Tensor  # float (B, J), unit norm
     taps: torch.Tensor  # float (T, B, N, W), raw patch tokens of the tapped blocks, from the top left, no class token
-
-    def __len__(self) -> int:
-        return len(self.embedding)
-
-    def take(self, chosen: slice | Sequence[int]) -> ImageFeatures:
-        """The features of some pictures."""
-        return ImageFeatures(self.embedding[chosen], self.taps[:, chosen])
 
     def to(self, device: torch.device | str) -> ImageFeatures:
         """On a device: taps stay in half precision on a GPU and become float32 on a CPU, which computes in it."""
@@ -112,10 +105,8 @@ def load_imagebind(folder: Path, *, device: str = "cpu") -> tuple[ImageBind, tor
 
 def image_tower(model: nn.Module) -> ImageBind:
     """The image tower of an ``open_clip.CLIP``; AnomalyGPT taps the last block of each quarter."""
-    n_blocks = model.visual.transformer.layers
-    if n_blocks % N_TAPS:
-        raise ValueError(f"The image tower has {n_blocks} blocks; AnomalyGPT taps quarters, so 4 must divide it.")
-    return ImageBind(model.visual, tuple(n_blocks // N_TAPS * (quarter + 1) - 1 for quarter in range(N_TAPS)))
+    quarter = model.visual.transformer.layers // N_TAPS
+    return ImageBind(model.visual, tuple(quarter * (number + 1) - 1 for number in range(N_TAPS)))
 
 
 def build_clip(config: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -133,13 +124,12 @@ def build_clip(config: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> 
     return model.eval().requires_grad_(False)
 
 
-def sentences(name: str) -> tuple[list[str], list[str]]:
+def sentences(name: str) -> list[list[str]]:
     """The 14 normal and 10 abnormal sentences of a name, in the published order."""
-    normal, abnormal = (
+    return [
         [template.format(state.format(name)) for state in states for template in TEMPLATES]
         for states in (NORMAL_STATES, ABNORMAL_STATES)
-    )
-    return normal, abnormal
+    ]
 
 
 @torch.no_grad()

@@ -11,21 +11,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import importlib.util
 import string
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import release_memory
 from torch import nn
-
-from helpers import files
+from torch.nn.utils.rnn import pad_sequence
 
 BEFORE_IMAGE = "### Human: <Img>"
 AFTER_IMAGE = "</Img> "
@@ -34,7 +33,6 @@ ANSWER_CUE = "\n### Assistant:"
 ANSWER_END = "\n###"
 BYTES_PER_WEIGHT = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "8bit": 1.1, "4bit": 0.65}
 """The precisions; of quantised ones with their scales and the layers that stay in 16 bit."""
-VICUNA_ROWS = 32001
 
 
 class PromptTooLong(ValueError):
@@ -57,11 +55,9 @@ class ChatTokens:
 
 
 def load_tokens(folder: Path) -> ChatTokens:
-    """The tokenizer of a model folder; stop, yes and no ids are found by it, padding is the end token.
-
-    LLaMA's ``tokenizer.model`` is read with sentencepiece, as the original did: newer tokenizers differ for texts that
-    begin with a space. Its bos and eos are 1 and 2, whatever the folder says (some Vicuna uploads set all to ``</s>``).
-    """
+    """The tokenizer of a model folder. LLaMA's ``tokenizer.model`` is read with sentencepiece, as the original did:
+    newer tokenizers differ for texts that begin with a space. Its bos and eos are 1 and 2, whatever the folder says
+    (some Vicuna uploads set all to ``</s>``); padding is the end token."""
     if is_llama := (folder / "tokenizer.model").exists():
         import sentencepiece
 
@@ -92,8 +88,13 @@ class Language:
     @property
     def decoder(self) -> nn.Module:
         """The blocks without the output layer, wherever peft put them."""
-        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        return inner.model
+        return (self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model).model
+
+    @property
+    def surroundings(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings ``(n, hidden)`` of what stands before and after the image token."""
+        tokens = self.tokens
+        return self.embed([tokens.bos_id, *tokens.encode(BEFORE_IMAGE)]), self.embed(tokens.encode(AFTER_IMAGE))
 
     def embed(self, ids: Sequence[int]) -> torch.Tensor:
         """Embeddings ``(n, hidden)`` of token ids."""
@@ -106,17 +107,12 @@ def load_language(folder: Path, *, lora: Path, precision: str = "fp32", device: 
 
     The LoRA is merged; quantised weights keep it beside them. Measured on mini's model against fp32: kept in bf16 other
     words win at 2.3 % of the positions, in fp16 at 0.8 %; so fp16 is for answers, and bf16 for training, where fp16
-    gradients would overflow.
-
-    Raises:
-        ValueError: a precision that is not in :data:`BYTES_PER_WEIGHT` or not possible here; a foreign base.
-        RuntimeError: GPU memory ran out; names what to change.
+    gradients would overflow. ValueError: a precision not in :data:`BYTES_PER_WEIGHT`, or not possible here.
     """
     import transformers
 
     if precision not in BYTES_PER_WEIGHT:
         raise ValueError(f"precision is {precision!r}; allowed are {', '.join(BYTES_PER_WEIGHT)}.")
-    check_base(files.read_json(folder / "config.json"), folder)
     # transformers 5 calls the argument dtype, 4.53 torch_dtype
     name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     options: dict[str, Any] = {name: {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision, torch.float16)}
@@ -135,23 +131,6 @@ def load_language(folder: Path, *, lora: Path, precision: str = "fp32", device: 
     return Language(model.eval().requires_grad_(False), load_tokens(folder))
 
 
-def check_base(config: Mapping[str, Any], folder: Path | str = "the model") -> None:
-    """Refuse models that PandaGPT's weights were not made for (Vicuna v0: LLaMA-1, 2048 positions, 32001 rows).
-
-    LLaMA-2, CodeLlama and Vicuna 1.5 share the sizes but not the weights: answers become nonsense.
-    """
-    kind, rows, positions = (config.get(key) for key in ("model_type", "vocab_size", "max_position_embeddings"))
-    told = (
-        f"{folder} is a {kind!r} model with {rows} token rows and {positions} positions; Vicuna v0, for which "
-        f"AnomalyGPT was made, has {VICUNA_ROWS} and 2048. Merge LLaMA-1 and the v0 delta in notebook 01."
-    )
-    has_its_words = 32000 <= rows <= 32016  # mini's model has others
-    if kind != "llama" or (has_its_words and positions > 2048):
-        raise ValueError(f"{told} This one is Mistral, LLaMA-2, CodeLlama or Vicuna 1.5.")
-    if has_its_words and rows != VICUNA_ROWS:
-        warnings.warn(f"{told} This one is bare LLaMA-1 or a later Vicuna.", stacklevel=2)
-
-
 def with_lora(model: nn.Module, folder: Path) -> nn.Module:
     """A ``LlamaForCausalLM`` with PandaGPT's LoRA (peft's files, counted by notebook 01) beside its weights."""
     import peft
@@ -167,27 +146,22 @@ def load_projection(lora: Path) -> nn.Linear:
     """PandaGPT's projection of the image embedding to the language model's width, float32, frozen."""
     from safetensors.torch import load_file
 
-    weight, bias = map(load_file(lora / "model.safetensors").get, ("llama_proj.weight", "llama_proj.bias"))
-    layer = nn.Linear(*reversed(weight.shape), device="meta")
-    layer.load_state_dict({"weight": weight.float(), "bias": bias.float()}, assign=True)
+    state = {key.removeprefix("llama_proj."): t.float() for key, t in load_file(lora / "model.safetensors").items()}
+    layer = nn.Linear(*reversed(state["weight"].shape), device="meta")
+    layer.load_state_dict(state, assign=True)
     return layer.requires_grad_(False)
 
 
 @contextlib.contextmanager
 def memory_errors(knob: str) -> Iterator[None]:
-    """Turn "CUDA out of memory" into one sentence that names the knob to turn, and let go of what filled the memory.
-
-    A notebook keeps its last error with the frames of the failed call, and these every tensor: they are emptied, else
-    the next try would meet the same full GPU.
-    """
+    """Turn "CUDA out of memory" into one sentence that names the knob to turn, and let go of what filled the memory:
+    a notebook keeps its last error with the frames of the failed call, and these every tensor."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         traceback.clear_frames(error.__traceback__)
         error.__traceback__ = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_memory()
         full = RuntimeError(f"The GPU's memory is full. Use {knob}, then run this cell again.")
     else:
         return
@@ -213,31 +187,13 @@ def clean_answer(text: str) -> str:
     return text.strip().rstrip(f"#{string.whitespace}")
 
 
-def input_row(
-    language: Language, image_token: torch.Tensor, prompts: torch.Tensor, text_ids: Sequence[int]
-) -> torch.Tensor:
-    """Input embeddings ``(S, hidden)`` of one picture, see the module's layout: its image token ``(1, hidden)``, its
-    prompts ``(18, hidden)``, and the ids of question and cue."""
-    before, after = surroundings(language)
-    return torch.cat([before, image_token.to(before), after, prompts.to(before), language.embed(text_ids)])
-
-
-def surroundings(language: Language) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings of what stands before and after the image token."""
-    tokens = language.tokens
-    before = language.embed([tokens.bos_id, *tokens.encode(BEFORE_IMAGE)])
-    return before, language.embed(tokens.encode(AFTER_IMAGE))
-
-
 @torch.no_grad()
 def next_logits(language: Language, rows: Sequence[torch.Tensor]) -> torch.Tensor:
     """Logits float32 ``(B, vocabulary)`` of the token after each prompt ``(S_i, hidden)``; one padded pass for all."""
-    embeds, mask = _padded(language, rows, 1)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    inputs = _padded(language, rows, 1)
+    positions = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
     with memory_errors("a smaller batch of pictures"):
-        out = language.model(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1
-        )
+        out = language.model(**inputs, position_ids=positions, use_cache=False, logits_to_keep=1)
     return out.logits[:, -1].float()
 
 
@@ -246,16 +202,12 @@ def generate(
     language: Language, rows: Sequence[torch.Tensor], *, max_new_tokens: int,
     on_tokens: Callable[[list[int]], None] | None = None,
 ) -> list[list[int]]:  # fmt: skip
-    """Continue each prompt with the most likely tokens until its stop token, the end token or the length limit.
-
-    ``rows`` are input embeddings ``(S_i, hidden)``, decoded together. Returns the new ids per row without stop and end
-    tokens; ``on_tokens`` is called with those of a single row each time it grows. (The published chain samples from a
-    nucleus of 0.01, which is the same.)
-    """
+    """Continue each prompt ``(S_i, hidden)`` with the most likely tokens until its stop token, the end token or the
+    length limit: the new ids per row, without stop and end tokens. ``on_tokens`` gets those of a single row each time
+    it grows. (The published chain samples from a nucleus of 0.01, which is the same.)"""
     from transformers import GenerationConfig, StoppingCriteriaList
 
-    embeds, mask = _padded(language, rows, max_new_tokens)
-    tokens = language.tokens
+    inputs, tokens = _padded(language, rows, max_new_tokens), language.tokens
     ends = {*tokens.stop_ids, tokens.eos_id}
 
     def tell(ids: torch.Tensor, _scores: Any) -> torch.Tensor:
@@ -268,22 +220,22 @@ def generate(
         max_new_tokens=max_new_tokens, do_sample=False, bos_token_id=tokens.bos_id, pad_token_id=tokens.pad_id,
         eos_token_id=sorted(ends),
     )  # fmt: skip
+    told = StoppingCriteriaList([tell] if on_tokens else [])
     with memory_errors("a smaller batch of pictures or a smaller max_new_tokens"):
-        made = language.model.generate(
-            inputs_embeds=embeds, attention_mask=mask, generation_config=settings,
-            stopping_criteria=StoppingCriteriaList([tell] if on_tokens else []),
-        )  # fmt: skip
+        made = language.model.generate(**inputs, generation_config=settings, stopping_criteria=told)
     return [list(takewhile(lambda i: i not in ends, row)) for row in made.tolist()]
 
 
-def _padded(language: Language, rows: Sequence[torch.Tensor], n_new: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of different lengths -> ``(B, S, hidden)`` and mask int64 ``(B, S)``, padded on the left; they must fit."""
+def _padded(language: Language, rows: Sequence[torch.Tensor], n_new: int) -> dict[str, torch.Tensor]:
+    """Rows of different lengths as inputs of the model, padded on the left; with ``n_new`` tokens they must fit."""
     longest, context = max(map(len, rows)), language.model.config.max_position_embeddings
     if longest + n_new > context:
         raise PromptTooLong(
             f"The prompt has {longest} positions and the answer may have {n_new}; the language model holds {context}. "
             f"Shorten the question to fit {max(0, context - n_new)} positions or clear the history."
         )
-    embeds = torch.stack([nn.functional.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
-    mask = [nn.functional.pad(row.new_ones(len(row), dtype=torch.long), (longest - len(row), 0)) for row in rows]
-    return embeds, torch.stack(mask)
+    embeds, mask = (
+        pad_sequence(list(parts), batch_first=True, padding_side="left")
+        for parts in (rows, [row.new_ones(len(row), dtype=torch.long) for row in rows])
+    )
+    return {"inputs_embeds": embeds, "attention_mask": mask}

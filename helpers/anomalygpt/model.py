@@ -8,16 +8,17 @@ Source: Gu et al., AnomalyGPT, AAAI 2024; code CASIA-IVA-Lab/AnomalyGPT at f21c5
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import psutil
 import torch
+from accelerate.utils import release_memory
 from torch import nn
 
 from helpers import files, weights
@@ -112,26 +113,17 @@ def bank_similarity(taps: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
     return similarity.amax(dim=-1).float().unflatten(1, queries.shape[1:3])
 
 
-def few_shot_map(taps: torch.Tensor, bank: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """The few-shot anomaly map, float32 ``(B, 224, 224)`` in [0, 2]: 1 - similarity to the bank, mean of the taps."""
-    return 1.0 - enlarge(bank_similarity(taps, bank).mean(dim=0).unflatten(1, grid)[:, None])[:, 0]
-
-
 def rotations(pixels: torch.Tensor) -> torch.Tensor:
     """Pictures ``(B, 3, S, S)`` turned by 0, 90, 180 and 270 degrees: ``(4 * B, 3, S, S)``, for banks in training."""
     return torch.cat([pixels.rot90(quarter, (2, 3)) for quarter in range(4)])
 
 
-@dataclass(frozen=True)
-class Look:
+class Look(NamedTuple):
     """What AnomalyGPT sees in a batch of pictures: computed once, asked about many times."""
 
     maps: torch.Tensor  # float32 (B, 224, 224) on the CPU, higher = more anomalous
     image_tokens: torch.Tensor  # (B, 1, hidden), projected image embeddings
     prompts: torch.Tensor  # (B, 18, hidden), made of the maps
-
-    def __len__(self) -> int:
-        return len(self.maps)
 
     @property
     def scores(self) -> np.ndarray:
@@ -140,12 +132,7 @@ class Look:
 
     def take(self, chosen: slice | Sequence[int]) -> Look:
         """The look at some of the pictures."""
-        return Look(self.maps[chosen], self.image_tokens[chosen], self.prompts[chosen])
-
-    @staticmethod
-    def join(looks: Sequence[Look]) -> Look:
-        """Batches one after the other."""
-        return Look(*(torch.cat([getattr(p, name) for p in looks]) for name in ("maps", "image_tokens", "prompts")))
+        return Look(*(part[chosen] for part in self))
 
 
 @dataclass(frozen=True)
@@ -158,10 +145,7 @@ class AnomalyGPT:
     language: Language  # Vicuna with PandaGPT's LoRA
     text: torch.Tensor  # float32 (2, J): features of "a photo of a flawless object" and "... a damaged object"
     checkpoint_id: str = ""  # hash of the head's weights
-
-    @property
-    def device(self) -> torch.device:
-        return self.projection.weight.device
+    device = property(lambda self: self.projection.weight.device)
 
     def __str__(self) -> str:
         speaks, head = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (self.language.model, self.head))
@@ -178,17 +162,18 @@ class AnomalyGPT:
         references: Sequence[np.ndarray] | torch.Tensor | None = None, maps: np.ndarray | None = None,
     ) -> Look:  # fmt: skip
         """Maps and prompts of pictures, uint8 RGB of any sizes or their features. The map is the decoder's; with
-        references (normal pictures, or a bank from :meth:`bank`) the few-shot map; or one made elsewhere, ``maps``
-        float32 ``(B, 224, 224)``."""
-        features = self._features(images)
+        references (normal pictures, or a bank from :meth:`bank`) the few-shot map, in [0, 2]: 1 - similarity, mean of
+        the taps; or one made elsewhere, ``maps`` float32 ``(B, 224, 224)``."""
+        features, grid = self._features(images), self.image_tower.grid
         if maps is not None:
             found = torch.as_tensor(maps, dtype=torch.float32).to(self.device)
         elif references is None:
             logits = self.head.image_decoder(features.taps, self.text.to(self.device))
-            found = probabilities(logits, self.image_tower.grid)[:, :, 1].mean(dim=0)
+            found = probabilities(logits, grid)[:, :, 1].mean(dim=0)
         else:
             bank = references if isinstance(references, torch.Tensor) else self.bank(references)
-            found = few_shot_map(features.taps, bank.to(self.device), self.image_tower.grid)
+            similarity = bank_similarity(features.taps, bank.to(self.device)).mean(dim=0)
+            found = 1.0 - enlarge(similarity.unflatten(1, grid)[:, None])[:, 0]
         tokens = self.projection(features.embedding.to(self.projection.weight))[:, None]
         return Look(found.float().cpu(), tokens, self.head.prompt_learner(found))
 
@@ -196,16 +181,15 @@ class AnomalyGPT:
         self, look: Look, question: str, *, history: Sequence[tuple[str, str]] = (), max_new_tokens: int = 64,
         on_text: Callable[[str], None] | None = None,
     ) -> list[str]:  # fmt: skip
-        """Cleaned answers to one question, one per picture; they may be empty.
-
-        ``history`` has earlier turns ``(question, answer)``; ``on_text`` gets the answer about a single picture each
-        time it grows. Raises :class:`~helpers.anomalygpt.language.PromptTooLong`.
-        """
-        tokens = self.language.tokens
-        show = None if on_text is None else lambda ids: on_text(language.clean_answer(tokens.decode(ids)))
+        """Cleaned answers to one question, one per picture; they may be empty. ``history`` has earlier turns
+        ``(question, answer)``; ``on_text`` gets the answer about a single picture each time it grows. Raises
+        :class:`~helpers.anomalygpt.language.PromptTooLong`."""
+        read = lambda ids: language.clean_answer(self.language.tokens.decode(ids))  # noqa: E731
+        show = on_text and (lambda ids: on_text(read(ids)))
         rows = self.prompt_rows(look, question, history=history)
-        answers = language.generate(self.language, rows, max_new_tokens=max_new_tokens, on_tokens=show)
-        return [language.clean_answer(tokens.decode(ids)) for ids in answers]
+        return [
+            read(ids) for ids in language.generate(self.language, rows, max_new_tokens=max_new_tokens, on_tokens=show)
+        ]
 
     def first_token(self, look: Look, question: str) -> tuple[np.ndarray, list[str]]:
         """What the answers begin with: logit(Yes) - logit(No), float64 ``(B,)``, higher = more anomalous, and the text
@@ -216,16 +200,17 @@ class AnomalyGPT:
         return scores.cpu().numpy(), [tokens.decode([best]).strip() for best in logits.argmax(dim=1).tolist()]
 
     def prompt_rows(self, look: Look, question: str, *, history: Sequence[tuple[str, str]] = ()) -> list[torch.Tensor]:
-        """Input embeddings ``(S, hidden)`` per picture."""
-        ids = self.language.tokens.encode(language.prompt_text(question, history))
-        pairs = zip(look.image_tokens, look.prompts, strict=True)
-        return [language.input_row(self.language, token, prompts, ids) for token, prompts in pairs]
+        """Input embeddings ``(S, hidden)`` per picture, see :mod:`helpers.anomalygpt.language` for the layout."""
+        before, after = self.language.surroundings
+        text = self.language.embed(self.language.tokens.encode(language.prompt_text(question, history)))
+        pairs = zip(look.image_tokens.to(text), look.prompts.to(text), strict=True)
+        return [torch.cat([before, token, after, prompts, text]) for token, prompts in pairs]
 
     def _features(self, images: Sequence[np.ndarray] | ImageFeatures) -> ImageFeatures:
         return images.to(self.device) if isinstance(images, ImageFeatures) else self.image_tower.embed_images(images)
 
 
-_loaded: weakref.ref[AnomalyGPT] | None = None
+_loaded: weakref.WeakSet[AnomalyGPT] = weakref.WeakSet()
 
 
 def load(
@@ -234,9 +219,11 @@ def load(
 ) -> AnomalyGPT:  # fmt: skip
     """Load the chain that notebook 01 prepared, with the head of :func:`load_head` or, for None, a new one (none is
     published for 13B). A chain that was loaded before is emptied first: two would fit no GPU."""
-    global _loaded
-    if (previous := _loaded and _loaded()) is not None:
-        _empty(previous)
+    for previous in _loaded:  # a notebook may still hold it (``Out[3]``, the last error)
+        for part in (previous.language.model, previous.image_tower.visual, previous.head, previous.projection):
+            for parameter in part.parameters():
+                parameter.data = parameter.data.new_empty(0)
+    release_memory()
     vicuna, eyes, lora = (weights.require(weights_dir, name) for name in ("vicuna", "imagebind", "pandagpt"))
     tower, text = imagebind.load_imagebind(eyes, device=device)
     speaker = language.load_language(vicuna, lora=lora, precision=precision, device=device)
@@ -247,7 +234,7 @@ def load(
         head, checkpoint_id = load_head(weights_dir, checkpoint)
     projection = language.load_projection(lora).to(device)
     model = AnomalyGPT(tower, head.eval().to(device), projection, speaker, text, checkpoint_id)
-    _loaded = weakref.ref(model)
+    _loaded.add(model)
     return model
 
 
@@ -271,39 +258,29 @@ def load_head(weights_dir: Path, checkpoint: str | Path) -> tuple[AnomalyHead, s
     return AnomalyHead.from_state(load_file(path)), files.sha256_file(path)
 
 
-def _empty(model: AnomalyGPT) -> None:
-    """Give back the memory of a chain, even where a notebook still holds it (``Out[3]``, the last error)."""
-    for part in (model.language.model, model.image_tower.visual, model.head, model.projection):
-        for parameter in part.parameters():
-            parameter.data = parameter.data.new_empty(0)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def check_memory(weights_dir: Path, *, device: str, precision: str, batch_size: int, training: bool = False) -> str:
     """What the chain needs, in words, before anything is loaded; a ``ValueError`` with three knobs where the device has
-    less memory in all.
-
-    The weights are counted by their files. A picture of ``batch_size`` (a training pair is two) takes about 0.15 GB of
-    keys, values and taps beside a 7B model; in training, where activations are recomputed, 0.1 GB. Estimates.
-    """
+    less memory in all. Estimates: the weights by their files; a picture of ``batch_size`` (a training pair is two)
+    takes 0.15 GB of keys, values and taps beside a 7B model, in training, where activations are recomputed, 0.1 GB."""
     is_gpu = device.startswith("cuda")
     total = torch.cuda.get_device_properties(0).total_memory if is_gpu else psutil.virtual_memory().total
-    vicuna, eyes = (weights.require(weights_dir, name).glob("*.safetensors") for name in ("vicuna", "imagebind"))
-    speaks = sum(file.stat().st_size for file in vicuna) / 1e9 * language.BYTES_PER_WEIGHT[precision] / 2  # of float16
+    vicuna, eyes = (
+        sum(file.stat().st_size for file in weights.require(weights_dir, name).glob("*.safetensors")) / 1e9
+        for name in ("vicuna", "imagebind")
+    )
+    speaks = vicuna * language.BYTES_PER_WEIGHT[precision] / 2  # the files are float16
     parts = {
-        f"language model in {precision}": speaks,
-        "image tower": sum(file.stat().st_size for file in eyes) / 1e9 * 0.64,  # without the text tower
+        f"language model in {precision}": speaks, "image tower": eyes * 0.64,  # without the text tower
         "head": 0.45 * (4 if training else 1),
         "pictures": batch_size * (0.1 if training else 0.15) * min(1.0, speaks / 13.5),
         "reserve": 1.5,  # CUDA's own, and what fragments
-    }
-    told = ", ".join(f"{name} {gigabytes:.1f}" for name, gigabytes in parts.items())
+    }  # fmt: skip
     needed, total = sum(parts.values()), total / 1e9
+    told = ", ".join(f"{name} {gigabytes:.1f}" for name, gigabytes in parts.items())
+    told = f"about {needed:.1f} GB of {total:.1f} GB ({told})"
     if needed > total:
         raise ValueError(
-            f"AnomalyGPT needs about {needed:.1f} GB of {total:.1f} GB ({told}). Three knobs: precision '8bit' (half) "
-            f"or '4bit' (a third); fewer pictures at a time (now {batch_size}); a GPU with more memory (A100: 40 GB)."
+            f"AnomalyGPT needs {told}. Three knobs: precision '8bit' (half) or '4bit' (a third); fewer pictures at a "
+            f"time (now {batch_size}); a GPU with more memory (A100: 40 GB)."
         )
-    return f"Memory: about {needed:.1f} GB of {total:.1f} GB ({told})"
+    return f"Memory: {told}"

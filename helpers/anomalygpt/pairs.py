@@ -6,6 +6,7 @@ the suite, on the same photograph as the genuine picture. Every epoch draws new 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,7 @@ from helpers.data import Dataset, images, mask_of
 from helpers.records import Sample
 from helpers.synthesis import LOCAL_KINDS, damaged_view, nsa, seed_for
 
-PRESETS = {
-    f"{n_epochs}x{batch_size}": {"n_epochs": n_epochs, "batch_size": batch_size}
-    for n_epochs, batch_size in ((15, 8), (15, 16), (20, 16), (25, 16))
-}
+PRESETS = {f"{n}x{size}": {"n_epochs": n, "batch_size": size} for n, size in ((15, 8), (15, 16), (20, 16), (25, 16))}
 """The report's runs: epochs and batch size of :class:`HeadTraining`."""
 OWN_SHARE = FEW_SHOT_SHARE = REAL_SHARE = 0.5
 TUNING_SHARE = 0.2
@@ -43,16 +41,13 @@ class HeadTraining:
     max_pairs: int | None = None  # pairs per epoch at most (drawn anew each epoch), None for one per training picture
     n_tuning: int = 16  # tuning pairs at most
     patience: int | None = 4  # tuning scores without improvement until training stops, None for never
-    wording: str | None = "published"  # of the questions, see conversations.question
+    wording: str = "published"  # of the questions, see conversations.question
     checkpoint_every: int = 50  # optimiser steps between checkpoints beside the one at each epoch's end
     seed: int = 42  # of order and simulation
 
     def __post_init__(self) -> None:
         if self.micro_batch < 1 or self.batch_size % self.micro_batch or self.learning_rate <= 0 or self.n_epochs < 1:
-            raise ValueError(
-                f"micro_batch is {self.micro_batch}, batch_size {self.batch_size}, learning_rate {self.learning_rate}, "
-                f"n_epochs {self.n_epochs}: micro_batch must divide batch_size, and all must be positive."
-            )
+            raise ValueError(f"{self}: micro_batch must divide batch_size, and all must be positive.")
 
 
 @dataclass(frozen=True)
@@ -86,28 +81,23 @@ class PairDataset:
     """Pairs of normal and anomalous pictures, drawn anew for each epoch from (seed, epoch, index) alone.
 
     Half of the simulated anomalies give way to real ones of their painting, where there are some: anomalous training
-    pictures with masks (the supervised setting), and confirmed ones, whose mask is their cell of the 3 x 3 grid.
-
-    ``kinds`` are those of the suite's own marks; each other pair starts from a genuine ``confirmed`` picture, if there
-    is one; ``fixed`` gives the same pairs in each epoch (for tuning). Test pictures are a ``ValueError``.
+    pictures with masks (the supervised setting), and confirmed ones, whose mask is their cell of the 3 x 3 grid; each
+    other pair starts from a genuine ``confirmed`` picture, if there is one. ``kinds`` are those of the suite's own
+    marks; ``fixed`` gives the same pairs in each epoch (for tuning). Test pictures are a ``ValueError``.
     """
 
     def __init__(
         self, samples: Sequence[Sample], settings: HeadTraining, *, kinds: Sequence[str] = LOCAL_KINDS,
         confirmed: Sequence[Confirmed] = (), fixed: bool = False,
     ) -> None:  # fmt: skip
+        if leaked := [sample.image_path for sample in samples if sample.split == "test"]:
+            raise ValueError(f"{len(leaked)} test pictures are to be learnt from, first {leaked[0]}.")
         self.normals = [(s.image_path, s.category) for s in samples if not s.is_anomalous]
-        leaked = [sample.image_path for sample in samples if sample.split == "test"]
-        if leaked or not self.normals:
-            raise ValueError(
-                f"{len(leaked)} test pictures among the training pictures ({', '.join(map(str, leaked[:1]))}), "
-                f"{len(self.normals)} normal ones. Make the dataset with notebook 02."
-            )
         self.kinds = list(kinds)
         self._real = [s for s in samples if s.is_anomalous and s.mask_path] + [c for c in confirmed if c.cell]
         self._genuine = [(c.image_path, c.category) for c in confirmed if not c.cell]
         self._settings, self._fixed, self._epoch = settings, fixed, 0
-        self._squares: dict[Path, np.ndarray] = {}
+        self._square = functools.cache(lambda path: squash(images.load_image(path)))  # 0.15 MB each
 
     def __len__(self) -> int:
         limit = self._settings.n_tuning if self._fixed else self._settings.max_pairs
@@ -141,12 +131,6 @@ class PairDataset:
         place = f"{self._settings.seed} {'tuning' if self._fixed else self._epoch} {number}"
         return seed_for(self._settings.seed, place) % 2**32
 
-    def _square(self, path: Path) -> np.ndarray:
-        """The picture squashed to 224 x 224, uint8 RGB; kept in memory (0.15 MB each)."""
-        if path not in self._squares:
-            self._squares[path] = squash(images.load_image(path))
-        return self._squares[path]
-
     def _own(self, path: Path, random: np.random.RandomState) -> tuple:
         """One photograph without and with a mark of the suite, its mask, and its cell (dots are one mark)."""
         kind, seed = self.kinds[random.randint(len(self.kinds))], random.randint(2**31)
@@ -179,13 +163,12 @@ def pairs_of(
     for category in dataset.categories:
         samples = dataset.select(split="train", category=category)
         groups = {sample.group for sample in samples if not sample.is_anomalous}
-        n_back = min(len(groups) - 1, max(1, round(TUNING_SHARE * len(groups))))
-        back = sorted(groups, key=lambda name, category=category: files.sha256_json([category, name]))[: max(0, n_back)]
-        for sample in samples:
-            (tuning if sample.group in back else learnt).append(sample)
+        n_back = max(0, min(len(groups) - 1, max(1, round(TUNING_SHARE * len(groups)))))
+        back = sorted(groups, key=lambda name, category=category: files.sha256_json([category, name]))[:n_back]
+        tuning += [sample for sample in samples if sample.group in back]
+        learnt += [sample for sample in samples if sample.group not in back]
     kinds = [kind for kind in LOCAL_KINDS if kind not in dataset.kinds_held_out]
-    has_tuning = tuning and settings.n_tuning
-    fixed = PairDataset(tuning, settings, kinds=kinds, fixed=True) if has_tuning else None
+    fixed = PairDataset(tuning, settings, kinds=kinds, fixed=True) if tuning and settings.n_tuning else None
     return PairDataset(learnt, settings, kinds=kinds, confirmed=confirmed), fixed
 
 

@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
+from torch.utils.data import DataLoader
 
 from helpers import files, training
 from helpers.anomalygpt import conversations, language
 from helpers.anomalygpt import model as anomalygpt
-from helpers.anomalygpt.model import MAP_SIZE, AnomalyGPT, AnomalyHead
+from helpers.anomalygpt.model import AnomalyGPT, AnomalyHead
 from helpers.anomalygpt.pairs import MASK_LIMIT, Confirmed, HeadTraining, Pair, PairDataset, pairs_of
 from helpers.data import Dataset
 
@@ -60,11 +61,9 @@ def answer_loss(
     speaker: language.Language, image_tokens: torch.Tensor, prompts: torch.Tensor, ids: torch.Tensor,
     targets: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Mean cross-entropy over the answers' tokens, and the share of these that were the most likely ones.
-
-    Only positions that predict an answer token, some twenty of a hundred, go through the output layer.
-    """
-    before, after = (part.expand(len(ids), -1, -1) for part in language.surroundings(speaker))
+    """Mean cross-entropy over the answers' tokens, and the share of these that were the most likely ones. Only
+    positions that predict an answer token, some twenty of a hundred, go through the output layer."""
+    before, after = (part.expand(len(ids), -1, -1) for part in speaker.surroundings)
     text = speaker.model.get_input_embeddings()(ids)
     embeds = torch.cat([before, image_tokens.to(text), after, prompts.to(text), text], dim=1)
     n_prefix = embeds.shape[1] - ids.shape[1]
@@ -125,22 +124,19 @@ def pad_texts(texts: Sequence[tuple[list[int], list[int]]], pad_id: int) -> tupl
 
 
 def batch_of(
-    pairs: Sequence[Pair], model: AnomalyGPT, wording: str | None, maps_from: MapSource | None = None
+    pairs: Sequence[Pair], model: AnomalyGPT, wording: str, maps_from: MapSource | None = None
 ) -> dict[str, torch.Tensor]:
-    """What :func:`head_loss` reads of pairs, normal and anomalous pictures in turn.
-
-    ``embedding (B, J)`` and ``taps (T, B, N, W)`` on the model's device, ``masks (B, 224, 224)``, ``ids`` and ``targets
-    (B, L)``, and ``few_shot``, which prompts are made of: those of ``maps_from``, or ``(B, rows, columns)`` against
-    the pairs' references in four rotations, nan where there is none (the decoder's map).
-    """
+    """What :func:`head_loss` reads of pairs, normal and anomalous pictures in turn: ``embedding (B, J)``, ``taps (T, B,
+    N, W)``, ``masks (B, 224, 224)``, ``ids`` and ``targets (B, L)``, and ``few_shot``, the maps that prompts are made
+    of: those of ``maps_from``, or ``(B, rows, columns)`` against the pairs' references in four rotations, nan where
+    there is none (the decoder's map)."""
     tokens, tower = model.language.tokens, model.image_tower
     features = tower.embed_images([picture for pair in pairs for picture in (pair.normal, pair.anomalous)])
-    texts, masks, maps = [], [], []
+    texts, maps = [], []
     for number, pair in enumerate(pairs):
         question = conversations.question(pair.category, wording=wording)
         texts += [question_and_answer(tokens, question, answer) for answer in pair.answers]
-        masks += [np.zeros((MAP_SIZE, MAP_SIZE), np.float32), pair.mask]
-        if maps_from is not None:
+        if maps_from:
             shown = (pair.normal, pair.anomalous)
             maps += [torch.from_numpy(maps_from.unit_map(picture, pair.category)) for picture in shown]
         elif pair.reference is None:
@@ -151,17 +147,9 @@ def batch_of(
             similarity = anomalygpt.bank_similarity(taps, anomalygpt.build_bank(turned.taps))
             maps += 1.0 - similarity.mean(dim=0).unflatten(1, tower.grid)
     ids, targets = pad_texts(texts, tokens.pad_id)
-    texts_and_masks = {"ids": ids, "targets": targets, "masks": torch.from_numpy(np.stack(masks))}
-    return {"embedding": features.embedding, "taps": features.taps, "few_shot": torch.stack(maps)} | texts_and_masks
-
-
-def maps_or_say(load: Callable[[Path], MapSource], folder: Path) -> MapSource | None:
-    """The detector that ``load(folder)`` gives; None and a printed sentence where it was not fitted."""
-    try:
-        return load(folder)
-    except FileNotFoundError as error:
-        print(f"Left out, it is optional: {error}")
-        return None
+    masks = torch.from_numpy(np.stack([mask for pair in pairs for mask in (np.zeros_like(pair.mask), pair.mask)]))
+    batch = {"embedding": features.embedding, "taps": features.taps, "masks": masks, "ids": ids, "targets": targets}
+    return {**batch, "few_shot": torch.stack(maps)}
 
 
 def train_head(
@@ -171,19 +159,16 @@ def train_head(
     """Train the head of ``model`` on genuine pictures; resume if ``folder`` holds a checkpoint of the same run.
 
     ``model.head``, the start, then holds the best parameters of the tuning pairs (early stopping), ``folder`` the 21
-    published tensors in ``model.safetensors`` (float16), and ``training.json``.
-
-    Args:
-        dataset, settings, confirmed: see :func:`helpers.anomalygpt.pairs.pairs_of`.
-        maps_from: what prompts are made of, in place of the published few-shot map; training with others starts anew.
-        on_checkpoint: see :func:`helpers.training.train`, as what is raised for a bad loss or another run's checkpoint.
+    published tensors in ``model.safetensors`` (float16), and ``training.json``. ``maps_from`` gives what prompts are
+    made of, in place of the published few-shot map; with other maps training starts anew. For the rest see
+    :func:`helpers.anomalygpt.pairs.pairs_of` and, with what is raised, :func:`helpers.training.train`.
     """
     from safetensors.torch import save_file
 
     folder, (pairs, tuning) = Path(folder), pairs_of(dataset, settings, confirmed=confirmed)
     collate = partial(batch_of, model=model, wording=settings.wording, maps_from=maps_from)
     evaluate = _tuning_score(model, tuning, collate, settings.micro_batch) if tuning else None
-    before = [{"epoch": 0, "step": 0, "score": evaluate(model.head)}] if tuning else []
+    before = [{"epoch": 0, "step": 0, "score": evaluate(model.head)}] if evaluate else []
     n_steps = settings.n_epochs * math.ceil(len(pairs) / settings.batch_size)
     optimizer = torch.optim.AdamW(
         model.head.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=1e-3
@@ -203,10 +188,9 @@ def train_head(
         language.memory_errors("a smaller micro_batch or precision '8bit' or '4bit'"),
     ):
         result = training.train(
-            model.head, partial(head_loss, model), pairs, optimizer, folder=steps,
-            n_epochs=settings.n_epochs, batch_size=settings.micro_batch,
-            n_accumulation=settings.batch_size // settings.micro_batch, scheduler=schedule, collate=collate,
-            evaluate=evaluate, patience=settings.patience, max_grad_norm=1.0,
+            model.head, partial(head_loss, model), pairs, optimizer, folder=steps, n_epochs=settings.n_epochs,
+            batch_size=settings.micro_batch, n_accumulation=settings.batch_size // settings.micro_batch,
+            scheduler=schedule, collate=collate, evaluate=evaluate, patience=settings.patience, max_grad_norm=1.0,
             checkpoint_every=settings.checkpoint_every, seed=settings.seed, device=model.device.type,
             identity=identity, on_checkpoint=on_checkpoint, title="AnomalyGPT head",
         )  # fmt: skip
@@ -224,14 +208,13 @@ def _tuning_score(
     model: AnomalyGPT, pairs: PairDataset, collate: Callable[[list[Pair]], Any], size: int
 ) -> Callable[[AnomalyHead], float]:
     """Minus the mean loss on fixed pairs, seen once: higher is better, and smoother than an AUROC of few pairs."""
-    chosen = [pairs[i] for i in range(len(pairs))]
-    starts = range(0, len(chosen), size)
-    batches = [send_to_device(collate(chosen[start : start + size]), model.device) for start in starts]
+    loader = DataLoader(pairs, batch_size=size, collate_fn=collate)
+    batches = [send_to_device(batch, model.device) for batch in loader]
 
     @torch.no_grad()
     def score(head: AnomalyHead) -> float:
         total = sum(float(head_loss(model, head, batch)["loss"]) * (len(batch["ids"]) // 2) for batch in batches)
-        return -total / len(chosen)
+        return -total / len(pairs)
 
     return score
 
@@ -249,20 +232,6 @@ def recomputing(speaker: nn.Module) -> Iterator[None]:
     finally:
         getattr(speaker, f"{kind}_checkpointing_disable")()
         speaker.eval()
-
-
-def learn_from_feedback(
-    model: AnomalyGPT, dataset: Dataset, confirmed: Sequence[Confirmed], *, folder: Path, settings: HeadTraining
-) -> training.TrainingResult:
-    """Train the head on, for some steps, with confirmed pictures among the others, lest it forget them.
-
-    Half of the anomalies of a painting are its confirmed ones, with their cell of the 3 x 3 grid as the mask: it says
-    where, not what shape, so ``settings`` have few epochs and pairs. Each set of confirmed pictures gets its own folder
-    in ``folder``. The dataset's tuning pictures choose the epoch.
-    """
-    taught = sorted([files.sha256_file(one.image_path), one.category, one.cell or ""] for one in confirmed)
-    place = Path(folder) / files.sha256_json(taught)[:12]
-    return train_head(model, dataset, folder=place, settings=settings, confirmed=confirmed)
 
 
 def told(result: training.TrainingResult) -> str:

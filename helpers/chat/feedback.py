@@ -21,7 +21,7 @@ from sklearn.base import clone
 from helpers import files
 from helpers.anomalygpt import conversations, pairs
 from helpers.anomalygpt.evaluation import answers_before_after
-from helpers.anomalygpt.training import learn_from_feedback
+from helpers.anomalygpt.training import train_head
 from helpers.chat.detectors import Detectors
 from helpers.clip import features, tuning
 from helpers.clip.methods import Loaded
@@ -257,14 +257,16 @@ def teach_anomalygpt(
 ) -> pd.DataFrame:
     """AnomalyGPT's head learns from confirmed pictures; its words before and after, a row as in :func:`teach_clip`.
 
-    The head is changed in place and written to ``folder``; confirmed anomalies without a place are left out, and an
-    unclear answer calls nothing anomalous. ``settings`` are :class:`helpers.anomalygpt.pairs.HeadTraining` with few
-    epochs and pairs, ``evaluation`` those of notebook 07."""
+    The head is changed in place and written to a folder in ``folder`` for this very feedback; confirmed anomalies
+    without a place are left out, and an unclear answer calls nothing anomalous. ``settings`` are
+    :class:`helpers.anomalygpt.pairs.HeadTraining` with few epochs and pairs, because the place says where, not what
+    shape; ``evaluation`` those of notebook 07."""
     placed = [one for one in confirmed if one.entry.region or not one.is_anomalous]
     regions = [one.entry.region if one.is_anomalous else None for one in placed]
     taught = [pairs.Confirmed(one.image_path, one.category, r) for one, r in zip(placed, regions, strict=True)]
+    facts = sorted([files.sha256_file(one.image_path), one.category, one.cell or ""] for one in taught)
     before = answers_before_after(model, dataset, evaluation)
-    learn_from_feedback(model, dataset, taught, folder=folder, settings=settings)
+    train_head(model, dataset, folder=folder / files.sha256_json(facts)[:12], settings=settings, confirmed=taught)
     after = answers_before_after(model, dataset, evaluation)
     row = _paired(before["says"] == "yes", after["says"] == "yes", before["is_anomalous"])
     return pd.DataFrame.from_dict({"AnomalyGPT's words": row}, orient="index")

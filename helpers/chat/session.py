@@ -16,11 +16,10 @@ from typing import Any
 
 import cv2
 import numpy as np
-import torch
 
 from helpers import files
 from helpers.anomalygpt import conversations
-from helpers.anomalygpt.evaluation import EvaluationSettings, draw_references
+from helpers.anomalygpt.evaluation import Bench, EvaluationSettings
 from helpers.anomalygpt.language import PromptTooLong
 from helpers.anomalygpt.model import AnomalyGPT
 from helpers.chat.detectors import CHAT, Detectors, Verdict
@@ -139,7 +138,7 @@ class ChatSession:
         self.category, self.threshold = self.categories[0], float("nan")
         self.picture: Picture | None = None
         self.verdicts, self.history, self.errors = [], [], []
-        self._look, self._banks = None, {}
+        self._look, self._bench = None, Bench(model, detectors.dataset, settings)
 
     def choose(self, picture: Picture, *, category: str | None = None) -> None:
         """Talk about this picture from now on; every detector judges it, and the conversation starts anew. It is
@@ -147,18 +146,12 @@ class ChatSession:
         category = category or (picture.category if picture.category in self.categories else self.category)
         if category not in self.categories:
             raise BadInput(f"{category!r} is no painting of the dataset; there are {', '.join(self.categories)}.")
-        look = self.model.look([picture.image], references=self._bank(category))
+        bank = self._bench.bank(category, self._settings.row_shots)  # the references of the comparison's row
+        look = self.model.look([picture.image], references=bank)
         own = Scored(float(look.scores[0]), look.maps[0].numpy())
         verdicts = self.detectors.judge(picture.image, category, sha256=picture.sha256, own=own)
         self.picture, self.category, self.verdicts, self._look, self.history = picture, category, verdicts, look, []
         self.threshold = self.own.threshold
-
-    def _bank(self, category: str) -> torch.Tensor:
-        """References as in the comparison's row: the same pictures, so the same scores."""
-        if category not in self._banks:
-            drawn = draw_references(self.detectors.dataset, category, self._settings.row_shots, 0, self._settings.seed)
-            self._banks[category] = self.model.bank([images.load_image(sample.image_path) for sample in drawn])
-        return self._banks[category]
 
     @property
     def own(self) -> Verdict:
