@@ -36,8 +36,8 @@ def compare_lof(dataset: data.Dataset, folder: Path, *methods: str, **facts: obj
     return comparison.compare(dataset, folder, profile="mini")
 
 
-def row(found: Comparison, *key: str) -> dict:
-    return comparison.numbers(found.table)[key]
+def row(found: Comparison, key: str) -> dict:
+    return comparison.numbers(found.table)[tuple(key.split())]
 
 
 @pytest.mark.parametrize(
@@ -73,23 +73,23 @@ def row(found: Comparison, *key: str) -> dict:
     ],
 )
 def test_numbers_counted_by_hand(compared: Comparison, key: str, expected: float, n: int, n_anomalous: int) -> None:
-    found = row(compared, *key.split())
+    found = row(compared, key)
     assert found["value"] == pytest.approx(expected)
     assert (found["n_images"], found["n_anomalous"]) == (n, n_anomalous)
 
 
 def test_intervals_are_the_stated_ones(compared: Comparison) -> None:
-    accuracy, auroc = (
-        row(compared, *"clip_lof all all accuracy".split()),
-        row(compared, *"clip_lof harbour all image_auroc".split()),
-    )
-    np.testing.assert_allclose([accuracy["ci_low"], accuracy["ci_high"]], statistics.wilson(12, 16))
-    expected = statistics.auroc_interval(tiny.SCORES["clip_lof"]["harbour"], [kind != "good" for kind in tiny.KINDS])
-    np.testing.assert_allclose([auroc["ci_low"], auroc["ci_high"]], expected)
+    is_anomalous = [kind != "good" for kind in tiny.KINDS]
+    for key, expected in {
+        "clip_lof all all accuracy": statistics.wilson(12, 16),
+        "clip_lof harbour all image_auroc": statistics.auroc_interval(tiny.SCORES["clip_lof"]["harbour"], is_anomalous),
+    }.items():
+        found = row(compared, key)
+        np.testing.assert_allclose([found["ci_low"], found["ci_high"]], expected)
 
 
 def test_pixel_metrics_leave_out_pictures_without_a_mask_and_have_their_own_interval(compared: Comparison) -> None:
-    found = row(compared, *"anomalyclip harbour all aupro".split())
+    found = row(compared, "anomalyclip harbour all aupro")
     assert (found["n_images"], found["n_anomalous"]) == (7, 3)
     run = compared.runs["anomalyclip"]
     used = [p for p in run.predictions if p.sample.category == "harbour" and p.sample.kind != "replica"]
@@ -105,19 +105,17 @@ def test_pixel_metrics_leave_out_pictures_without_a_mask_and_have_their_own_inte
 def test_the_csv_is_tidy_and_every_table_shows_its_numbers(compared: Comparison, tmp_path: Path) -> None:
     csv = comparison.write(compared, tmp_path)
     table = comparison.read(csv)
-    assert tuple(table.columns) == comparison.COLUMNS
-    assert not table.duplicated(["method", "category", "kind", "metric"]).any()
-    assert set(table.metric) <= set(comparison.METRICS) and table.value.notna().all()
+    assert tuple(table.columns) == comparison.COLUMNS and set(table.metric) <= set(comparison.METRICS)
+    assert not table.duplicated(["method", "category", "kind", "metric"]).any() and table.value.notna().all()
     pd.testing.assert_frame_equal(table, compared.table, check_dtype=False)
     text = findings.as_text(csv)
     line = next(line for line in text.splitlines() if line.startswith("CLIP LOF"))
     assert "0.81 [" in line and "12/16" in line and "5/8" in line and "7/8" in line
     lines = [line for line in record_results.as_markdown(csv).splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 1 and len(lines) == 2 + len(results.METHODS)
-    assert compared.missing["anomalygpt"] == "AnomalyGPT has no results yet: run 07_anomalygpt_test."
     assert set(compared.missing) == set(results.METHODS) - {"clip_lof", "anomalyclip", "always_anomaly"}
-    assert "missing: AnomalyGPT (run 07_anomalygpt_test)" in text
-    assert "| AnomalyGPT (run `07_anomalygpt_test`) | – |" in lines[-2]
+    for words in (compared.missing["anomalygpt"], text, lines[-2].replace("`", "")):
+        assert "AnomalyGPT" in words and "run 07_anomalygpt_test" in words
 
 
 def test_results_on_another_dataset_are_refused_by_name(dataset: data.Dataset, tmp_path: Path) -> None:
@@ -125,7 +123,6 @@ def test_results_on_another_dataset_are_refused_by_name(dataset: data.Dataset, t
     other = tiny.make_dataset(tmp_path / "other", categories=("portrait",))
     mixed = comparison.compare(other, tmp_path / "results", profile="mini")
     assert set(mixed.refused) == {"clip_lof", "anomalyclip"} and not mixed.runs
-    assert "run the method's notebook again" in mixed.refused["clip_lof"]
     assert dataset.hash[:12] in mixed.refused["clip_lof"]
     assert findings.verdict(mixed).startswith("No detector has verdicts")
 
@@ -137,7 +134,7 @@ def test_results_of_another_tool_join_and_without_threshold_have_no_rates(
     path = tmp_path / "my_detector" / "predictions.csv"
     pd.read_csv(path).assign(threshold=math.nan, is_predicted_anomalous=False).to_csv(path, index=False)
     found = comparison.compare(dataset, tmp_path, profile="mini")
-    assert row(found, *"my_detector harbour all image_auroc".split())["value"] == pytest.approx(0.625)
+    assert row(found, "my_detector harbour all image_auroc")["value"] == pytest.approx(0.625)
     measured = set(found.table[found.table.method == "my_detector"].metric)
     assert not measured & {"accuracy", "sensitivity", "specificity", "balanced_accuracy"}
     assert any("my_detector gave no threshold" in note for note in found.notes)
@@ -150,7 +147,7 @@ def test_kinds_named_like_the_tables_own_words_are_kept_apart(tmp_path: Path) ->
     tiny.write_result(tmp_path / "r" / "clip_lof", dataset, "clip_lof", {"harbour": (1, 2, 3, 0)}, {"harbour": 2.5})
     found = comparison.compare(dataset, tmp_path / "r", profile="mini")
     for kind, value in {"kind:found": 1.0, "kind:all": 0.0, "all": 0.5}.items():
-        assert row(found, "clip_lof", "harbour", kind, "sensitivity")["value"] == value
+        assert row(found, f"clip_lof harbour {kind} sensitivity")["value"] == value
     assert ("clip_lof", "harbour", "found", "sensitivity") not in comparison.numbers(found.table)
 
 
@@ -185,8 +182,8 @@ def test_few_sources_count_as_sources_and_one_gives_no_interval(dataset: data.Da
     one, two = limited(1), limited(2)
     rows = one.table[(one.table.category == "harbour") & (one.table.method == "clip_lof")]
     assert rows.ci_low.isna().all() and words in one.notes
-    assert math.isnan(row(one, *"clip_lof all all accuracy".split())["ci_low"])
-    rate = row(two, *"clip_lof harbour all accuracy".split())
+    assert math.isnan(row(one, "clip_lof all all accuracy")["ci_low"])
+    rate = row(two, "clip_lof harbour all accuracy")
     np.testing.assert_allclose((rate["ci_low"], rate["ci_high"]), statistics.wilson(5 / 8 * 2, 2))
     assert len(one.tests) == 2 and (one.tests.n_images == 8).all()  # the paired tests are of the other painting only
 
@@ -195,10 +192,10 @@ def test_seen_kinds_and_what_a_chat_model_says_come_from_the_manifest(dataset: d
     paths = [results.relative_path(sample, dataset.folder) for sample in dataset.select(split="test")]
     says = dict.fromkeys(paths, True) | {paths[0]: None}  # the first is genuine; unclear words are wrong
     found = compare_lof(dataset, tmp_path, trained_on_kinds=["box"], answers_say=says)
-    assert row(found, *"clip_lof all seen sensitivity".split())["value"] == 3 / 4
-    assert row(found, *"clip_lof all unseen sensitivity".split())["value"] == 1.0
+    assert row(found, "clip_lof all seen sensitivity")["value"] == 3 / 4
+    assert row(found, "clip_lof all unseen sensitivity")["value"] == 1.0
     assert any("counted apart" in text for text in findings.findings(found))
-    assert row(found, *"clip_lof all all answer_accuracy".split())["value"] == 8 / 16
+    assert row(found, "clip_lof all all answer_accuracy")["value"] == 8 / 16
     assert not ((found.table.method == "always_anomaly") & (found.table.metric == "answer_accuracy")).any()
 
 
