@@ -62,7 +62,7 @@ def cached_arrays(
     rows: Any = [row_of[name] for name in ids]
     if rows == list(range(rows[0], rows[0] + len(rows))):
         rows = slice(rows[0], rows[0] + len(rows))  # a view of the file; anything else is a copy
-    records = np.memmap(place / "records.bin", _dtype(form), mode="r")[rows]
+    records = np.memmap(place / "records.bin", _dtype(form), mode="r", shape=len(names))[rows]
     return {name: records[name] for name, *_ in form}
 
 

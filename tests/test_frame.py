@@ -56,13 +56,19 @@ def test_profile_follows_the_user_then_the_gpu_and_says_why(monkeypatch, tmp_pat
         profiles.active()
 
 
-@pytest.mark.parametrize(
-    "form",
-    [
-        "{path}", "'{path}'", '"{path}"', "“{path}”", "file://{quoted}", "$PLACE/my pictures", "{escaped}", "{back}",
-        "my pictures",
-    ],
-)  # fmt: skip
+FORMS = (
+    "{path}",
+    "'{path}'",
+    "“{path}”",
+    "file://{quoted}",
+    "$PLACE/my pictures",
+    "{escaped}",
+    "{back}",
+    "my pictures",
+)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_own_pictures_are_found_however_the_path_was_copied(monkeypatch, tmp_path: Path, form: str) -> None:
     path = tmp_path / "my pictures"
     path.mkdir()
@@ -72,15 +78,10 @@ def test_own_pictures_are_found_however_the_path_was_copied(monkeypatch, tmp_pat
     monkeypatch.setenv("ART_DATA", form.format(**spellings, back=str(path).replace("/", "\\")))
     assert profiles.active().data_source == path.resolve()
     assert re.fullmatch(r"my_pictures_\w{6}", profiles.active().dataset_name), "two folders of one name are two sets"
-
-
-@pytest.mark.parametrize(
-    "asked", ["https://drive.google.com/drive/1x", r"C:\Users\me\pictures", "$NO_SUCH_VARIABLE/pictures", "no/such"]
-)
-def test_pictures_that_are_not_there_are_refused_with_the_way_out(monkeypatch, asked: str) -> None:
-    monkeypatch.setenv("ART_DATA", asked)
-    with pytest.raises(FileNotFoundError, match=r"/content/drive/MyDrive/<folder>, or unset ART_DATA"):
-        profiles.active()
+    for asked in ("https://drive.google.com/drive/1x", r"C:\Users\me\pictures", "$NO_SUCH_VARIABLE/x", "no/such"):
+        monkeypatch.setenv("ART_DATA", asked)
+        with pytest.raises(FileNotFoundError, match=r"/content/drive/MyDrive/<folder>, or unset ART_DATA"):
+            profiles.active()
 
 
 def test_importing_helpers_loads_no_torch() -> None:
@@ -271,59 +272,70 @@ def test_rows_are_computed_once_and_mapped_in_any_order(tmp_path: Path) -> None:
     for rows in (np.zeros((2, 3)), np.zeros((1, 4))):
         with pytest.raises(ValueError, match="1 rows of .* were to be computed"):
             cached_arrays(tmp_path, {"model": "a"}, ["new"], lambda indices, rows=rows: {"x": rows})
-
-
-@pytest.mark.parametrize(("damage", "again"), [("cut", 8), ("gone", 0)])
-def test_what_is_damaged_is_computed_again(tmp_path: Path, damage: str, again: int) -> None:
-    cached(tmp_path, list(range(9)))
-    path = next(tmp_path.glob("*/records.bin"))
-    path.unlink() if damage == "gone" else os.truncate(path, path.stat().st_size - 5)
-    assert cached(tmp_path, list(range(9)))[1] == list(range(again, 9))
-    assert cached(tmp_path, list(range(9)))[1] == []
+    path = next(path for path in tmp_path.glob("*/records.bin") if path.stat().st_size > 100)
+    os.truncate(path, path.stat().st_size - 5)
+    assert cached(tmp_path, list(range(10)))[1] == [] and cached(tmp_path, [11, 12])[1] == [12]
+    path.unlink()
+    assert cached(tmp_path, list(range(9)))[1] == list(range(9)), "what is damaged or gone is computed again"
 
 
 # --- runner ----------------------------------------------------------------------------------------------------------
 
 
-def test_notebooks_run_in_order_and_stop_at_the_failing_cell(tmp_path: Path, capsys, monkeypatch) -> None:
-    def notebook(name: str, *cells: str) -> None:
-        made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Title\n## 2 · Five detectors\nWords.")])
-        made.cells += [nbformat.v4.new_code_cell(cell) for cell in cells]
-        nbformat.write(made, tmp_path / "notebooks" / f"{name}.ipynb")
-
-    def run(*names: str, expected: int = 0) -> str:
-        assert runner.main(names) == expected
-        return capsys.readouterr().out
-
+@pytest.fixture
+def notebooks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Writes a notebook of these cells into the runner's folder; own pictures, and all paths relative."""
     for name in ("notebooks", "some", "pictures"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path / "notebooks")
     for name, value in {"HOME": "some", "DATA": "pictures", "DRIVE": "kept", "PROFILE": "mini"}.items():
         monkeypatch.setenv(f"ART_{name}", value)
-    home, said = tmp_path / "some" / "mini", tmp_path / "said.txt"
-    notebook("01_first", "1 + 1")
+
+    def write(name: str, *cells: str) -> None:
+        made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Title\n## 2 · Five detectors\nWords.")])
+        made.cells += [nbformat.v4.new_code_cell(cell) for cell in cells]
+        nbformat.write(made, tmp_path / "notebooks" / f"{name}.ipynb")
+
+    return write
+
+
+def test_notebooks_run_in_order_and_stop_at_the_failing_cell(notebooks, tmp_path: Path, capsys, monkeypatch) -> None:
     there = "[os.environ[name] for name in ('ART_HOME', 'ART_DATA', 'ART_DRIVE')]"
-    notebook("02_second", f"import os; print({there}, file=open({str(said)!r}, 'a'))")
-    notebook("03_third", "2 + 2")
-    assert re.search(r"\[2/3\] 02_second: \d+ s", run())
-    there = [str(tmp_path / name) for name in ("some", "pictures", "kept")]
-    assert said.read_text().splitlines() == [str(there)], "kernels see absolute paths: they start in another folder"
-    out = run()
-    assert out.count("up to date") == 2 and len(said.read_text().splitlines()) == 2, (
-        "02 looks at own pictures each time"
-    )
-    files.write_json(profiles.active().data_dir / "manifest.json", {"dataset_hash": "new"})
-    assert "03_third: up to date" not in run("03") and "01_first: up to date" in run("01")
-    notebook("01_first", "2 + 2")
-    assert "02_second" not in run("01") and "03_third: up to date" not in run("03"), "a changed notebook makes all new"
-    notebook("02_second", "1 + 1", "raise ValueError('no pictures here')")
-    out = run(expected=1)
-    assert "02_second: failed" in out and "ValueError: no pictures here" in out and "03_third" not in out
-    assert "\x1b[" not in out, "colour codes make logs unreadable"
-    assert "no pictures here" in (home / "executed" / "02_second.ipynb").read_text()
+    notebooks("01_first", f"import os; open({str(tmp_path / 'said.txt')!r}, 'w').write(str({there}))")
+    notebooks("02_second", "1 + 1", "raise ValueError('no pictures here')")
+    notebooks("03_third", "2 + 2")
     monkeypatch.setattr(runner.sys.stdout, "isatty", lambda: True, raising=False)
-    out = run("01", "03")
-    assert "[3/3] 03_third: cell 1 of 1, Five detectors" in out
-    assert len([line for line in out.split("\n") if "03_third" in line]) == 1, "one line a notebook on a terminal"
-    assert "There are: 01_first, 02_second, 03_third" in run("7", expected=2)
+    assert runner.main([]) == 1
+    out = capsys.readouterr().out
+    there = [str(tmp_path / name) for name in ("some", "pictures", "kept")]
+    assert (tmp_path / "said.txt").read_text() == str(there), "kernels see absolute paths: they start in another folder"
+    assert "[1/3] 01_first: cell 1 of 1, Five detectors" in out and re.search(r"01_first: \d+ s", out)
+    assert len([line for line in out.split("\n") if "01_first" in line]) == 1, "one line a notebook on a terminal"
+    assert "02_second: failed" in out and "ValueError: no pictures here" in out and "03_third" not in out
+    assert "\x1b[3" not in out, "colour codes make logs unreadable"
+    executed = tmp_path / "some" / "mini" / "executed" / "02_second.ipynb"
+    assert "no pictures here" in executed.read_text()
+    assert runner.main(["7"]) == 2 and "There are: 01_first, 02_second, 03_third" in capsys.readouterr().out
+
+
+def test_a_notebook_runs_again_when_anything_before_it_changed(notebooks, monkeypatch) -> None:
+    ran: list[str] = []
+
+    def execute(path: Path, show) -> tuple[nbformat.NotebookNode, str]:
+        ran.append(path.stem[:2])
+        return nbformat.read(path, as_version=4), ""
+
+    def run(*names: str) -> list[str]:
+        ran.clear()
+        assert runner.main(names) == 0
+        return ran
+
+    monkeypatch.setattr(runner, "execute", execute)
+    for name in ("01_first", "02_second", "03_third"):
+        notebooks(name, "1 + 1")
+    assert run() == ["01", "02", "03"] and run() == ["02"], "02 looks at own pictures each time"
+    files.write_json(profiles.active().data_dir / "manifest.json", {"dataset_hash": "new"})
+    assert run("03") == ["03"] and run("01", "03") == []
+    notebooks("01_first", "2 + 2")
+    assert run("03") == ["03"], "a changed notebook makes all new"

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from pathlib import Path
+
 import pandas as pd
 import pytest
 import record_results as readme
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from helpers import files, profiles, results
 from helpers.judge import comparison
+from helpers.weights import WeightFileError, llama, talk
 
 # Methods, of which the best counts -> metric -> goal for each painting with the weights that mini ships.
 GOALS = {
@@ -57,6 +65,25 @@ def test_recorded_run_misses_only_the_goals_that_are_said_to_be_missed() -> None
                 if best < goal:
                     missed[methods[0], category, metric] = best
     assert missed == pytest.approx(MISSED, abs=0.001)
+
+
+def test_a_language_model_with_queries_and_keys_in_meta_s_order_does_not_talk(tmp_path: Path) -> None:
+    """That of notebook 01 does: its own cell has seen to it."""
+    vicuna, wrong = profiles.active().weights_dir / "vicuna", tmp_path / "wrong"
+    tokenizer = AutoTokenizer.from_pretrained(vicuna)
+    text = "### Human: Is there any anomaly?\n### Assistant: In 1503, café ✓"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert len(tokenizer("1503").input_ids) == 4, "SmolLM cuts numbers into digits"
+    order = torch.argsort(llama.halves_first(torch.arange(64.0)[:, None], 64)[:, 0])
+    shutil.copytree(vicuna, wrong, copy_function=os.link)
+    for path in wrong.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in [name for name in tensors if "q_proj" in name or "k_proj" in name]:
+            tensors[name] = tensors[name].reshape(-1, 64, 576)[:, order].reshape(tensors[name].shape).contiguous()
+        path.unlink()
+        save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(WeightFileError, match=r"does not talk sensibly.*nats per token.*wrong order"):
+        talk.self_test(wrong, device="cpu")
 
 
 def test_answers_are_no_habit() -> None:

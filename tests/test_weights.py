@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import math
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,21 +21,18 @@ from safetensors.torch import save_file
 from tiny_weights import DIMS, GROUPED
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from helpers import files, profiles, weights
+from helpers import files, weights
 from helpers.weights import WeightFileError, folders, llama, talk, tensors
 
 Pair = tuple[Path, Path]
-
-
-@pytest.fixture(scope="module")
-def base() -> dict[str, torch.Tensor]:
-    return tiny.hugging_face(tiny.meta_model())
+BASE = tiny.hugging_face(tiny.meta_model())
+MERGED = tiny.fastchat(BASE, tiny.make_delta(BASE))
 
 
 @pytest.fixture
-def pair(tmp_path: Path, base: dict) -> Pair:
+def pair(tmp_path: Path) -> Pair:
     """A base and a v0 delta on disk."""
-    return tiny.write_hf(tmp_path / "base", base), tiny.write_hf(tmp_path / "delta", tiny.make_delta(base), n_files=3)
+    return tiny.write_hf(tmp_path / "base", BASE), tiny.write_hf(tmp_path / "delta", tiny.make_delta(BASE), n_files=3)
 
 
 def flip_byte(path: Path, position: int) -> None:
@@ -58,26 +55,25 @@ def test_conversion_moves_every_bit(tmp_path, dims, n_shards):
 
 
 @pytest.mark.parametrize("extra_rows", [1, 0], ids=["v0", "v1.1"])
-@pytest.mark.parametrize(("suffix", "n_files"), [("bin", 1), ("bin", 3), ("safetensors", 1), ("safetensors", 3)])
-def test_merge_equals_fastchat_bit_for_bit(tmp_path, base, extra_rows, suffix, n_files):
-    delta = tiny.make_delta(base, extra_rows)
-    left = tiny.write_hf(tmp_path / "base", base, suffix=suffix, n_files=n_files)
-    right = tiny.write_hf(tmp_path / "delta", delta, suffix=suffix, n_files=4 - n_files)
+@pytest.mark.parametrize(
+    ("suffix", "n_files", "chunk"),
+    [("bin", 1, 4 << 20), ("safetensors", 3, 4 << 20), ("meta", 1, 4 << 20), ("meta", 2, 5000)],
+)
+def test_merge_equals_fastchat_bit_for_bit(tmp_path, monkeypatch, extra_rows, suffix, n_files, chunk):
+    """From both formats of a converted base, and straight from Meta's files, there in many chunks a tensor."""
+    monkeypatch.setattr(tensors, "CHUNK_BYTES", chunk)
+    model = tiny.meta_model(GROUPED)
+    base = tiny.hugging_face(model, GROUPED)
+    delta, format_ = tiny.make_delta(base, extra_rows), {"suffix": "bin" if suffix == "meta" else suffix}
+    if suffix == "meta":
+        left = tiny.write_meta(tmp_path / "base", model, GROUPED, n_files)
+    else:
+        left = tiny.write_hf(tmp_path / "base", base, GROUPED, n_files=n_files, **format_)
+    right = tiny.write_hf(tmp_path / "delta", delta, GROUPED, n_files=4 - n_files, **format_)
     target = weights.merge_delta(left, right, tmp_path / "out", shard_bytes=60_000)
     tiny.assert_same_bits(tiny.read_all(target), tiny.fastchat(base, delta))
     assert weights.read_ready(target)["source"]["version"] == ("v0" if extra_rows else "v1.1")
     assert files.read_json(target / "config.json")["vocab_size"] == DIMS["vocab"] + extra_rows
-
-
-@pytest.mark.parametrize(("n_shards", "extra_rows", "chunk"), [(1, 1, 4 << 20), (2, 0, 4 << 20), (2, 1, 5000)])
-def test_fused_merge_never_writes_the_base_and_gives_the_same_bits(tmp_path, monkeypatch, n_shards, extra_rows, chunk):
-    monkeypatch.setattr(tensors, "CHUNK_BYTES", chunk)  # at 5000 several chunks a tensor, whole heads each
-    model = tiny.meta_model(GROUPED)
-    converted = tiny.hugging_face(model, GROUPED)
-    delta = tiny.make_delta(converted, extra_rows)
-    meta = tiny.write_meta(tmp_path / "meta", model, GROUPED, n_shards)
-    target = weights.merge_delta(meta, tiny.write_hf(tmp_path / "delta", delta, GROUPED), tmp_path / "out")
-    tiny.assert_same_bits(tiny.read_all(target), tiny.fastchat(converted, delta))
 
 
 def test_converted_model_speaks_like_meta_s_own_forward_pass(tmp_path):
@@ -111,12 +107,10 @@ def meta_forward(model: dict[str, torch.Tensor], dims: dict, ids: torch.Tensor) 
         here = {k: v for k, v in model.items() if k.startswith(f"layers.{layer}.")}
         w = {k.split(".", 2)[2].removesuffix(".weight"): v for k, v in here.items()}
         h = norm(x, w["attention_norm"])
-        q = rotate((h @ w["attention.wq"].T).view(n, -1, head))
-        k = rotate((h @ w["attention.wk"].T).view(n, -1, head)).repeat_interleave(q.shape[1] // dims["n_kv_heads"], 1)
-        v = (h @ w["attention.wv"].T).view(n, -1, head).repeat_interleave(q.shape[1] // dims["n_kv_heads"], 1)
-        scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(head) + causal
-        out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).reshape(n, -1)
-        x = x + out @ w["attention.wo"].T
+        q, k, v = ((h @ w[f"attention.w{name}"].T).view(n, -1, head) for name in "qkv")
+        k, v = (item.repeat_interleave(q.shape[1] // dims["n_kv_heads"], 1) for item in (rotate(k), v))
+        scores = torch.einsum("qhd,khd->hqk", rotate(q), k) / math.sqrt(head) + causal
+        x = x + torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).reshape(n, -1) @ w["attention.wo"].T
         h = norm(x, w["ffn_norm"])
         gate = torch.nn.functional.silu(h @ w["feed_forward.w1"].T) * (h @ w["feed_forward.w3"].T)
         x = x + gate @ w["feed_forward.w2"].T
@@ -146,9 +140,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path, monkeypatch):
 # --- interrupted, full, shared ----------------------------------------------------------------------------------
 
 
-def test_kill_mid_shard_then_resume_writes_only_what_is_missing(tmp_path, base, pair, capsys):
-    target = tmp_path / "out"
-    child = os.fork()
+def test_kill_mid_shard_then_resume_writes_only_what_is_missing(tmp_path, pair, capsys):
+    target, child = tmp_path / "out", os.fork()
     if not child:
         torch.set_num_threads(1)  # the parent's threads are not in the copy
         fsync = os.fsync
@@ -162,7 +155,7 @@ def test_kill_mid_shard_then_resume_writes_only_what_is_missing(tmp_path, base, 
     os.waitpid(child, 0)
     assert list(target.glob("*.part")) and not (target / folders.READY).exists()
     journal = files.read_json(target / folders.JOURNAL)["shards"]
-    for left, shard_bytes in ((pair[0], 80_000), (tiny.write_hf(tmp_path / "b", base), 40_000)):
+    for left, shard_bytes in ((pair[0], 80_000), (tiny.write_hf(tmp_path / "b", BASE), 40_000)):
         with pytest.raises(WeightFileError, match="from other inputs or settings"):
             weights.merge_delta(left, pair[1], target, shard_bytes=shard_bytes)
     flip_byte(target / max(journal), -3)  # a finished shard that changed is written again
@@ -171,11 +164,11 @@ def test_kill_mid_shard_then_resume_writes_only_what_is_missing(tmp_path, base, 
     weights.merge_delta(*pair, target, shard_bytes=40_000)
     assert f"resuming at {len(kept)}/" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    tiny.assert_same_bits(tiny.read_all(target), tiny.fastchat(base, tiny.make_delta(base)))
+    tiny.assert_same_bits(tiny.read_all(target), MERGED)
     assert not list(target.glob("*.part")) and not (target / folders.JOURNAL).exists()
 
 
-def test_a_disk_that_fills_up_during_the_run_keeps_what_is_done(tmp_path, base, pair, monkeypatch, capsys):
+def test_a_disk_that_fills_up_during_the_run_keeps_what_is_done(tmp_path, pair, monkeypatch, capsys):
     target, fsync = tmp_path / "out", os.fsync
 
     def filling(handle: int) -> None:  # another program fills the disk once two shards are written
@@ -194,17 +187,11 @@ def test_a_disk_that_fills_up_during_the_run_keeps_what_is_done(tmp_path, base, 
         weights.merge_delta(*pair, target, shard_bytes=60_000)
     assert caught.value.errno == errno.ENOSPC and not list(target.glob("*.part"))
     monkeypatch.undo()
+    with FileLock(target / folders.LOCK), pytest.raises(BlockingIOError, match="being written by another process"):
+        weights.merge_delta(*pair, target, shard_bytes=60_000)
     weights.merge_delta(*pair, target, shard_bytes=60_000)
     assert "resuming at 1/" in capsys.readouterr().out  # the journal could not name the second
-    tiny.assert_same_bits(tiny.read_all(target), tiny.fastchat(base, tiny.make_delta(base)))
-
-
-def test_two_runs_at_once(pair, tmp_path):
-    target = tmp_path / "out"
-    target.mkdir()
-    with FileLock(target / folders.LOCK), pytest.raises(BlockingIOError, match="being written by another process"):
-        weights.merge_delta(*pair, target)
-    weights.merge_delta(*pair, target)
+    tiny.assert_same_bits(tiny.read_all(target), MERGED)
 
 
 # --- what people have on disk -----------------------------------------------------------------------------------
@@ -216,8 +203,8 @@ def refused(pair: Pair, target: Path, match: str, **options: object) -> None:
     with pytest.raises((WeightFileError, FileNotFoundError), match=match) as caught:
         weights.merge_delta(*pair, target, **options)
     assert time.process_time() - begin < 1
-    assert not list(target.glob("*.safetensors*")) and not (target / folders.READY).exists()
-    assert "weights_only=False" not in str(caught.value)
+    assert not list(target.glob("*.safetensors*")) and not list(target.glob("*.part"))
+    assert not (target / folders.READY).exists() and "weights_only=False" not in str(caught.value)
 
 
 class Evil:
@@ -227,59 +214,48 @@ class Evil:
         return os.mkdir, ("witness",)
 
 
-def rewrite(path: Path, change: Callable[[dict], object]) -> None:
-    """Change the content of a torch or JSON file."""
-    is_json = path.suffix == ".json"
-    content = files.read_json(path) if is_json else torch.load(path, weights_only=True)
-    change(content)
-    files.write_json(path, content) if is_json else torch.save(content, path)
+def packed(content: dict, **options: bool) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **options)
+    return buffer.getvalue()
 
 
-QUERY, NORM = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9976634558\n"
-SPOILT: dict[str, tuple[Callable[[Path, Path, Path], object], str]] = {
-    # what happens to a folder of (base, delta), or to the delta's first file: words of the refusal
-    "cut": (lambda base, delta, file: os.truncate(file, int(file.stat().st_size * 0.97)), "is cut short"),
-    "pointer": (lambda base, delta, file: file.write_bytes(LFS), "Git-LFS pointer"),
-    "page": (lambda base, delta, file: file.write_bytes(b"<!DOCTYPE html><title>Quota</title>"), "is a web page"),
-    "empty": (lambda base, delta, file: file.write_bytes(b""), "cannot be read as weights"),
-    "code": (lambda base, delta, file: torch.save({"x": Evil()}, file), "was refused.*could run code"),
+def changed(whole: bytes, name: str, tensor: torch.Tensor | None) -> bytes:
+    """A torch file with another tensor of this name, or without it."""
+    content = torch.load(io.BytesIO(whole), weights_only=True) | {name: tensor}
+    return packed({name: tensor for name, tensor in content.items() if tensor is not None})
+
+
+NORM = "model.norm.weight"
+FIRST = "delta/pytorch_model-00001-of-00003.bin"
+SPOILT = {
+    # kind: file, what becomes of its bytes (None: it is gone), words of the refusal
+    "cut": (FIRST, lambda whole: whole[: len(whole) * 97 // 100], "is cut short"),
+    "pointer": (FIRST, lambda whole: b"version https://git-lfs.github.com/spec/v1\nsize 9976634558\n", "LFS pointer"),
+    "page": (FIRST, lambda whole: b"<!DOCTYPE html><title>Quota</title>", "is a web page"),
+    "empty": (FIRST, lambda whole: b"", "cannot be read as weights"),
+    "code": (FIRST, lambda whole: packed({"x": Evil()}), "was refused.*could run code"),
     "old code": (
-        lambda base, delta, file: torch.save({"x": Evil()}, file, _use_new_zipfile_serialization=False),
-        "was refused.*could run code",
+        FIRST, lambda whole: packed({"x": Evil()}, _use_new_zipfile_serialization=False), "was refused.*could run code"
     ),
-    "no tensor": (lambda base, delta, file: torch.save({"x": 3}, file), "x is no plain tensor"),
-    "shape": (
-        lambda base, delta, file: rewrite(file, lambda content: content.update({NORM: torch.zeros(63).half()})),
-        r"model\.norm\.weight is \(63,\), expected \(64,\)",
-    ),
-    "unknown": (
-        lambda base, delta, file: rewrite(file, lambda content: content.update(extra=torch.zeros(2))),
-        "unknown extra.*ALLOW_UNKNOWN = True",
-    ),
-    "tensor": (lambda base, delta, file: rewrite(file, lambda content: content.pop(QUERY)), r"missing.*q_proj\.weight"),
-    "file": (lambda base, delta, file: file.rename(file.with_stem(f"{file.stem} (1)")), r"lacks .*holds .*\(1\)\.bin"),
-    "empty index": (
-        lambda base, delta, file: rewrite(base / "pytorch_model.bin.index.json", lambda index: index.pop("weight_map")),
-        "lists no tensors",
-    ),
-    "no config": (lambda base, delta, file: (base / "config.json").unlink(), r"config\.json is missing"),
-    "epsilon": (
-        lambda base, delta, file: rewrite(base / "config.json", lambda config: config.pop("rms_norm_eps")),
-        "config.json lacks rms_norm_eps",
-    ),
-    "no tokenizer": (
-        lambda base, delta, file: [(folder / "tokenizer.json").unlink() for folder in (base, delta)],
-        r"no tokenizer\.model in",
-    ),
+    "no tensor": (FIRST, lambda whole: packed({"x": 3}), "x is no plain tensor"),
+    "shape": (FIRST, lambda whole: changed(whole, NORM, torch.zeros(63).half()), r"norm\.weight is \(63,\), .*\(64,\)"),
+    "unknown": (FIRST, lambda whole: changed(whole, "extra", torch.zeros(2)), "unknown extra.*ALLOW_UNKNOWN = True"),
+    "tensor": (FIRST, lambda whole: changed(whole, NORM, None), r"missing.*norm\.weight"),
+    "file": (FIRST, None, r"lacks .*00001.* holds .*00002-of-00003\.bin"),
+    "index": ("base/pytorch_model.bin.index.json", lambda whole: b"{}", "lists no tensors"),
+    "no config": ("base/config.json", None, r"config\.json is missing"),
+    "epsilon": ("base/config.json", lambda whole: whole.replace(b"rms_norm", b"x"), "config.json lacks rms_norm_eps"),
+    "no tokenizer": ("*/tokenizer.json", None, r"no tokenizer\.model in"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SPOILT)
-def test_what_is_spoilt_is_refused_in_words(pair, tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("kind", SPOILT)
+def test_what_is_spoilt_is_refused_in_words(pair, tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
-    spoil, words = SPOILT[name]
-    spoil(*pair, min(pair[1].glob("*.bin")))
+    pattern, spoil, words = SPOILT[kind]
+    for path in tmp_path.glob(pattern):
+        path.unlink() if spoil is None else path.write_bytes(spoil(path.read_bytes()))
     refused(pair, tmp_path / "out", words)
     assert not (tmp_path / "witness").exists()
 
@@ -287,24 +263,24 @@ def test_what_is_spoilt_is_refused_in_words(pair, tmp_path, monkeypatch, name):
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_any_damage_is_refused_in_words_or_leaves_a_whole_table(tmp_path):
     random, path, content = np.random.default_rng(0), tmp_path / "x", {"a": {"b": torch.ones(4, 4)}}
-    torch.save(content, tmp_path / "old", _use_new_zipfile_serialization=False)
-    torch.save(content, tmp_path / "new")
-    save_file(content["a"], tmp_path / "safetensors")
+    save_file(content["a"], path)
+    whole = (path.read_bytes(), packed(content), packed(content, _use_new_zipfile_serialization=False))
     for number in range(300):
-        damaged = bytearray((tmp_path / ("old", "new", "safetensors")[number % 3]).read_bytes())
+        damaged = bytearray(whole[number % 3])
         for position in random.integers(0, len(damaged), random.integers(1, 20)):
             damaged[position] = random.integers(256)
         path.write_bytes(damaged[: random.integers(1, 2 * len(damaged))])
         with contextlib.suppress(WeightFileError):
             assert all(isinstance(item, tensors.Tensor) for item in tensors.read_index(path).values())
+    path.write_bytes(whole[1])
     with pytest.raises(IsADirectoryError), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "load", lambda *args, **options: open(tmp_path))  # the disk's trouble stays the disk's
-        tensors.read_index(tmp_path / "new")
+        tensors.read_index(path)
 
 
-def test_base_and_delta_that_do_not_fit(tmp_path, base, pair):
+def test_base_and_delta_that_do_not_fit(tmp_path, pair, monkeypatch):
     left, big, out = pair[0], DIMS | {"dim": 128}, tmp_path / "out"
-    delta = {n: tiny.write_hf(tmp_path / f"d{n}", tiny.make_delta(base, n)) for n in (0, 3)}
+    delta = {n: tiny.write_hf(tmp_path / f"d{n}", tiny.make_delta(BASE, n)) for n in (0, 3)}
     other = tiny.write_hf(tmp_path / "other", tiny.hugging_face(tiny.meta_model(big), big), big)
     merged = weights.merge_delta(*pair, tmp_path / "merged")
     refused(pair, out, r"128 token rows.*129 \(wanted: v1\.1\)", version="v1.1")
@@ -313,6 +289,11 @@ def test_base_and_delta_that_do_not_fit(tmp_path, base, pair):
     refused((merged, pair[1]), out, "merged already")
     refused((other, pair[1]), out, "is 128 wide, 3 layers, .*is for 64 wide.*Use the same size")
     refused((left, left), out, "is not a delta")
+    monkeypatch.setattr(llama, "_SIZES", {(DIMS["dim"], DIMS["n_layers"]): "7B"})
+    files.write_json(left / "config.json", files.read_json(left / "config.json") | {"rms_norm_eps": 1e-5})
+    refused(pair, out, "is LLaMA 2")  # although its shapes are right
+    with pytest.raises(WeightFileError, match="is LLaMA 2"):
+        llama.adopt_merged(left, out)
 
 
 def test_meta_shards_that_are_missing_misnamed_or_mixed(tmp_path):
@@ -331,34 +312,31 @@ def test_meta_shards_that_are_missing_misnamed_or_mixed(tmp_path):
 
 
 @pytest.mark.parametrize(("left", "right"), [(60000.0, 60000.0), (math.nan, 0.0), (-math.inf, 0.0)])
-def test_not_a_finite_number(tmp_path, base, left, right):
-    name, content, delta = "model.layers.2.mlp.up_proj.weight", dict(base), tiny.make_delta(base)
-    content[name] = base[name].index_fill(0, torch.tensor([7]), left)
+def test_not_a_finite_number(tmp_path, left, right):
+    name, content, delta = "model.layers.2.mlp.up_proj.weight", dict(BASE), tiny.make_delta(BASE)
+    content[name] = BASE[name].index_fill(0, torch.tensor([7]), left)
     delta[name][7] = right
     pair = tiny.write_hf(tmp_path / "base", content), tiny.write_hf(tmp_path / "delta", delta)
-    with pytest.raises(WeightFileError, match=r"layers\.2\.mlp\.up_proj\.weight is not a finite number"):
-        weights.merge_delta(*pair, tmp_path / "out", shard_bytes=40_000)
-    assert not (tmp_path / "out" / folders.READY).exists() and not list((tmp_path / "out").glob("*.part"))
+    refused(pair, tmp_path / "out", r"layers\.2\.mlp\.up_proj\.weight is not a finite number")
 
 
-def test_what_is_odd_but_right_is_taken_and_noted(tmp_path, base, pair):
+def test_what_is_odd_but_right_is_taken_and_noted(tmp_path, pair):
     """Bases rounded to bfloat16 or widened to float32, old rotary tables, unknown keys, an index with a gap."""
 
     def merged(name: str, left: Path, right: Path = pair[1], **options: object) -> str:
         target = weights.merge_delta(left, right, tmp_path / name, **options)
         if name != "b16":
-            tiny.assert_same_bits(tiny.read_all(target), tiny.fastchat(base, delta))
+            tiny.assert_same_bits(tiny.read_all(target), MERGED)
         return " ".join(weights.read_ready(target)["notes"])
 
-    delta = tiny.make_delta(base)
-    rounded = {k: v.bfloat16().half() for k, v in base.items()}
+    rounded = {k: v.bfloat16().half() for k, v in BASE.items()}
     assert merged("plain", pair[0]) == ""
     assert "rounded to bfloat16" in merged("b16", tiny.write_hf(tmp_path / "r", rounded))
-    wide = {k: v.float() + 1e-9 for k, v in base.items()}  # cast first, then add
+    wide = {k: v.float() + 1e-9 for k, v in BASE.items()}  # cast first, then add
     assert "stored as float32" in merged("f32", tiny.write_hf(tmp_path / "w", wide))
     extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.zeros(8) for i in range(3)}
     extra["model.layers.0.extra"] = torch.zeros(2, 2)
-    merged("extra", pair[0], tiny.write_hf(tmp_path / "e", delta | extra), allow_unknown=True)
+    merged("extra", pair[0], tiny.write_hf(tmp_path / "e", tiny.make_delta(BASE) | extra), allow_unknown=True)
     index = pair[1] / "pytorch_model.bin.index.json"
     index.write_text(index.read_text().replace('"model.norm.weight"', '"model.norm.rotary_emb.inv_freq"'))
     assert "does not list model.norm.weight" in merged("gap", pair[0])
@@ -367,15 +345,9 @@ def test_what_is_odd_but_right_is_taken_and_noted(tmp_path, base, pair):
 def test_an_input_is_never_the_target(pair, tmp_path):
     before = {path: path.stat().st_mtime_ns for folder in pair for path in folder.iterdir()}
     (tmp_path / "link").symlink_to(pair[0])
-    meta = tiny.write_meta(tmp_path / "meta", tiny.meta_model())
-    for call in (
-        lambda: weights.merge_delta(*pair, pair[0]),
-        lambda: weights.merge_delta(*pair, tmp_path / "link"),
-        lambda: weights.merge_delta(*pair, pair[1]),
-        lambda: weights.convert_llama(meta, meta),
-    ):
+    for target in (*pair, tmp_path / "link"):
         with pytest.raises(ValueError, match="is an input and cannot be written to"):
-            call()
+            weights.merge_delta(*pair, target)
     assert {path: path.stat().st_mtime_ns for folder in pair for path in folder.iterdir()} == before
 
 
@@ -399,30 +371,21 @@ def test_output_is_what_transformers_reads_and_require_sees_damage(tmp_path, pai
         weights.require(tmp_path, "vicuna")
 
 
-@pytest.fixture(scope="module")
-def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small SentencePiece model with LLaMA's settings: BPE, byte fallback, single digits, unk 0, bos 1, eos 2."""
-    stem = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
-    lines = [line for path in sorted(Path(profiles.__file__).parent.glob("*.py")) for line in path.open()]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(stem), model_type="bpe", vocab_size=500, byte_fallback=True,
-        split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False, pad_id=-1, minloglevel=2,
-    )  # fmt: skip
-    return stem.with_suffix(".model")
-
-
-@pytest.mark.parametrize("special", [None, "", "</s>"], ids=["as published", "decapoda", "early v0"])
-def test_tokenizer_gives_the_ids_of_sentencepiece_whatever_lay_beside_it(tmp_path, sentencepiece_file, special):
+def test_tokenizer_gives_the_ids_of_sentencepiece_whatever_lay_beside_it(tmp_path):
+    """With LLaMA's settings (byte fallback, single digits, unk 0, bos 1, eos 2) and an early delta's wrong tokens."""
     dims = DIMS | {"vocab": 500}
     meta = tiny.write_meta(tmp_path / "meta", tiny.meta_model(dims), dims)
     (meta / "tokenizer.json").unlink()
-    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_file.read_bytes())
-    if special is not None:  # as these folders were published
-        tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token"), special)
-        files.write_json(tmp_path / "tokenizer_config.json", tokens | {"tokenizer_class": "LLaMATokenizer"})
-        files.write_json(tmp_path / "special_tokens_map.json", tokens)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(Path(llama.__file__)), model_prefix=str(tmp_path / "tokenizer"), model_type="bpe", vocab_size=500,
+        byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        pad_id=-1, minloglevel=2,
+    )  # fmt: skip
+    tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "")
+    files.write_json(tmp_path / "tokenizer_config.json", tokens | {"tokenizer_class": "LLaMATokenizer"})
+    files.write_json(tmp_path / "special_tokens_map.json", tokens)
     target = weights.convert_llama(meta, tmp_path / "out")
-    assert (target / "tokenizer.model").read_bytes() == sentencepiece_file.read_bytes()
+    assert (target / "tokenizer.model").read_bytes() == (tmp_path / "tokenizer.model").read_bytes()
     tokenizer = AutoTokenizer.from_pretrained(target)
     talk.check_tokenizer(target, tokenizer)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(target / "tokenizer.model"))
@@ -442,11 +405,3 @@ def test_every_key_is_transformers_llama():
         state = LlamaForCausalLM(LlamaConfig(**config)).state_dict()
     assert llama.shapes_of(config) == {name: tuple(tensor.shape) for name, tensor in state.items()}
     assert sum(tensor.numel() for tensor in state.values()) == 6_738_415_616
-
-
-def test_llama_2_is_refused_although_its_shapes_are_right(tmp_path, pair, monkeypatch):
-    monkeypatch.setattr(llama, "_SIZES", {(DIMS["dim"], DIMS["n_layers"]): "7B"})
-    rewrite(pair[0] / "config.json", lambda config: config.update(rms_norm_eps=1e-5))
-    refused(pair, tmp_path / "out", "is LLaMA 2")
-    with pytest.raises(WeightFileError, match="is LLaMA 2"):
-        llama.adopt_merged(pair[0], tmp_path / "out")

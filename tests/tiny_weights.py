@@ -14,9 +14,6 @@ GROUPED = DIMS | {"n_heads": 8, "n_kv_heads": 4}
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
-# --- LLaMA ------------------------------------------------------------------------------------------------------------
-
-
 def meta_model(dims: dict = DIMS, *, seed: int = 0) -> dict[str, torch.Tensor]:
     """A whole random model under Meta's names, float16, not yet split."""
     generator = torch.Generator().manual_seed(seed)
@@ -143,7 +140,7 @@ def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.T
         assert torch.equal(found[name].view(torch.int16), tensor.view(torch.int16)), name
 
 
-# --- the smaller checkpoints: keys and shapes as published, from the tables of their repositories ---------------------
+# The smaller checkpoints: keys and shapes as published, from the tables of their repositories.
 
 
 def tower(stem: str, n_layers: int, width: int) -> Shapes:
@@ -217,6 +214,16 @@ def anomalyclip_shapes(width: int = 768, *, n_deep: int = 8) -> Shapes:
     return {f"prompt_learner.{name}": shape for name, shape in shapes.items()}
 
 
+SMALL_LLAMA = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL = {
+    "imagebind": imagebind_shapes(width=128, layers=2, patch=4, grid=3, text=64, text_layers=2, joint=20, n_tokens=50),
+    "pandagpt": pandagpt_shapes(SMALL_LLAMA, rank=4, n_image=20),
+    "anomalygpt": anomalygpt_shapes(64, joint=20, width=128, channels=(2, 4, 4, 8, 8)),
+    "anomalyclip": anomalyclip_shapes(24, n_deep=3),
+}  # fmt: skip
+"""Shapes that fit each other and a language model that is 64 wide."""
+
+
 def write_random(path: Path, shapes: Shapes, *, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """A torch file with seeded numbers; dots in AnomalyCLIP's prefix become its nested dict."""
     generator = torch.Generator().manual_seed(0)
@@ -224,6 +231,7 @@ def write_random(path: Path, shapes: Shapes, *, dtype: torch.dtype = torch.float
     for name in state:
         if "tokenized" in name:
             state[name] = torch.randint(0, 49408, shapes[name], generator=generator, dtype=torch.int32)
+    path.parent.mkdir(parents=True, exist_ok=True)
     prefix = "prompt_learner."
     nested = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     torch.save({"prompt_learner": nested} if f"{prefix}ctx_pos" in state else state, path)
