@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import cv2
 import numpy as np
 import pytest
@@ -12,8 +9,6 @@ from numpy.random import RandomState
 from safetensors.numpy import load_file
 
 from helpers.synthesis import nsa
-
-FOLDER = Path(os.environ.get("PARITY_FIXTURES") or Path(__file__).parent / "golden")
 
 
 def off_background(picture):
@@ -29,21 +24,18 @@ CASES = {  # the published settings of MVTec AD's carpet and bottle; the module'
 
 
 @pytest.fixture(scope="module")
-def reference():
-    return load_file(FOLDER / "anomalygpt_nsa.safetensors")
-
-
-def picture(reference, name):
-    return reference[f"in.{name}_u8"].repeat(2, axis=0).repeat(2, axis=1)
+def reference(parity_fixtures):
+    """The published samples, and pictures: each stored pixel repeated 2 x 2."""
+    stored = load_file(parity_fixtures / "anomalygpt_nsa.safetensors")
+    pictures = {key[3:-3]: stored[key].repeat(2, axis=0).repeat(2, axis=1) for key in stored if key.startswith("in.")}
+    return stored | pictures
 
 
 def union_centers(patches):
     """(row, column) of the centre of the box around all patches so far: the published code's "positions"."""
-    centers = []
-    for n in range(1, len(patches) + 1):
-        top, bottom, left, right = np.array(patches[:n]).T
-        centers.append([(top.min() + bottom.max()) / 2, (left.min() + right.max()) / 2])
-    return np.array(centers).reshape(-1, 2)
+    top, bottom, left, right = np.array(patches).T
+    first, last = (np.minimum.accumulate([top, left], axis=1), np.maximum.accumulate([bottom, right], axis=1))
+    return (first + last).T / 2
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -52,7 +44,7 @@ def test_same_seed_gives_the_published_sample(reference, case, monkeypatch):
     for name, value in settings.items():
         monkeypatch.setattr(nsa, name, value)
     random = RandomState(int(reference[f"{case}.np_seed"][0]))
-    found = nsa.simulate(picture(reference, destination), picture(reference, source), random)
+    found = nsa.simulate(reference[destination], reference[source], random)
     np.testing.assert_allclose(union_centers(found.patches), reference[f"{case}.centers"], atol=1e-9)
     difference = np.abs(found.image.astype(int) - reference[f"{case}.image"])
     assert difference.max() <= 2
@@ -62,24 +54,21 @@ def test_same_seed_gives_the_published_sample(reference, case, monkeypatch):
 
 
 def test_pixels_outside_the_patches_are_untouched(reference):
-    destination, source = picture(reference, "tex1"), picture(reference, "tex2")
+    destination, source = reference["tex1"], reference["tex2"]
     found = nsa.simulate(destination, source, RandomState(5))
     outside = np.ones(destination.shape[:2], dtype=bool)
     for top, bottom, left, right in found.patches:
         outside[top:bottom, left:right] = False
     assert outside.any() and not outside.all() and not found.mask[outside].any()
     np.testing.assert_array_equal(found.image[outside], destination[outside])
+    with pytest.raises(ValueError, match="one size"):
+        nsa.simulate(destination, source[:10], RandomState(0))
 
 
 def test_no_sample_for_training_has_an_empty_mask(reference):
-    destination, source = picture(reference, "tex1"), picture(reference, "obj4")
+    destination, source = reference["tex1"], reference["obj4"]
     empty = [seed for seed in range(8) if not nsa.simulate(destination, source, RandomState(seed)).mask.any()]
     assert empty, "choose seeds among which the published procedure makes an invisible sample"
     assert all(nsa.simulate_visible(destination, source, RandomState(seed)).mask.any() for seed in empty)
     flat = np.full_like(destination, 128)
     assert nsa.simulate_visible(flat, flat, RandomState(0), n_tries=3) is None
-
-
-def test_other_size_is_refused(reference):
-    with pytest.raises(ValueError, match="one size"):
-        nsa.simulate(picture(reference, "tex1"), np.zeros((10, 10, 3), np.uint8), RandomState(0))

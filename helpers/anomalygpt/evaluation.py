@@ -66,10 +66,9 @@ def run(
 ) -> Evaluation:  # fmt: skip
     """Test on every category of a dataset. Answers are written as they come; a complete run is read back.
 
-    Args:
-        folder, profile, method: results folder (gets ``map_values.csv`` and ``answers.csv``, too), names of the row.
-        checkpoint: as the chain was loaded with it; the folder of notebook 06 says what the head was trained on.
-        maps_from: maps of the row, of its calibration and of its prompts, in place of the published few-shot maps.
+    The results ``folder`` gets ``map_values.csv`` and ``answers.csv``, too; ``checkpoint``, as the chain was loaded
+    with it, says what the head was trained on (the folder of notebook 06); ``maps_from`` gives the maps of the row, of
+    its calibration and of its prompts, in place of the published few-shot maps.
     """
     folder, bench, card = Path(folder), Bench(model, dataset, settings, maps_from), Path(checkpoint) / "training.json"
     trained = files.read_json(card) if card.exists() else {}
@@ -247,9 +246,7 @@ class Bench:
         return [slice(start, start + self.settings.batch_size) for start in range(0, n, self.settings.batch_size)]
 
 
-def answer_row(
-    sample: Sample, yes_no: float, text: str, *, control: str = "", is_sentence: bool = False
-) -> dict[str, Any]:
+def answer_row(sample: Sample, yes_no: float, text: str, *, control: str = "", is_sentence: bool = False) -> dict:
     """A row of the answers: a sentence may name the right or the wrong place; empty where nothing is known."""
     mask = mask_of(sample) if is_sentence and sample.is_anomalous else None
     place = None if mask is None else conversations.place_is_right(text, mask)

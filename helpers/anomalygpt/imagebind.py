@@ -21,9 +21,10 @@ from torch import nn
 from helpers import files
 
 N_TAPS = 4
-NORMAL_STATES = ("{}", "flawless {}", "perfect {}", "unblemished {}", "{} without flaw", "{} without defect",
-                 "{} without damage")  # fmt: skip
-ABNORMAL_STATES = ("damaged {}", "broken {}", "{} with flaw", "{} with defect", "{} with damage")
+STATES = (  # normal and abnormal
+    ("{}", "flawless {}", "perfect {}", "unblemished {}", "{} without flaw", "{} without defect", "{} without damage"),
+    ("damaged {}", "broken {}", "{} with flaw", "{} with defect", "{} with damage"),
+)
 TEMPLATES = ("a photo of a {}.", "a photo of the {}.")
 
 
@@ -126,10 +127,7 @@ def build_clip(config: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> 
 
 def sentences(name: str) -> list[list[str]]:
     """The 14 normal and 10 abnormal sentences of a name, in the published order."""
-    return [
-        [template.format(state.format(name)) for state in states for template in TEMPLATES]
-        for states in (NORMAL_STATES, ABNORMAL_STATES)
-    ]
+    return [[template.format(state.format(name)) for state in states for template in TEMPLATES] for states in STATES]
 
 
 @torch.no_grad()

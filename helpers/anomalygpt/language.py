@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from accelerate.utils import release_memory
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 
 BEFORE_IMAGE = "### Human: <Img>"
 AFTER_IMAGE = "</Img> "
@@ -234,8 +233,6 @@ def _padded(language: Language, rows: Sequence[torch.Tensor], n_new: int) -> dic
             f"The prompt has {longest} positions and the answer may have {n_new}; the language model holds {context}. "
             f"Shorten the question to fit {max(0, context - n_new)} positions or clear the history."
         )
-    embeds, mask = (
-        pad_sequence(list(parts), batch_first=True, padding_side="left")
-        for parts in (rows, [row.new_ones(len(row), dtype=torch.long) for row in rows])
-    )
-    return {"inputs_embeds": embeds, "attention_mask": mask}
+    embeds = torch.stack([nn.functional.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
+    mask = [nn.functional.pad(row.new_ones(len(row), dtype=torch.long), (longest - len(row), 0)) for row in rows]
+    return {"inputs_embeds": embeds, "attention_mask": torch.stack(mask)}

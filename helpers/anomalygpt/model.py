@@ -262,8 +262,7 @@ def check_memory(weights_dir: Path, *, device: str, precision: str, batch_size: 
     """What the chain needs, in words, before anything is loaded; a ``ValueError`` with three knobs where the device has
     less memory in all. Estimates: the weights by their files; a picture of ``batch_size`` (a training pair is two)
     takes 0.15 GB of keys, values and taps beside a 7B model, in training, where activations are recomputed, 0.1 GB."""
-    is_gpu = device.startswith("cuda")
-    total = torch.cuda.get_device_properties(0).total_memory if is_gpu else psutil.virtual_memory().total
+    total = psutil.virtual_memory().total if device == "cpu" else torch.cuda.get_device_properties(0).total_memory
     vicuna, eyes = (
         sum(file.stat().st_size for file in weights.require(weights_dir, name).glob("*.safetensors")) / 1e9
         for name in ("vicuna", "imagebind")

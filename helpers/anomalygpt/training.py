@@ -182,9 +182,8 @@ def train_head(
         "language": [model.language.hidden, str(model.language.embed([0]).dtype)],
     }  # fmt: skip
     steps = folder / (f"steps_{maps_from.identity[:12]}" if maps_from else "steps")
-    is_gpu = model.device.type == "cuda"
     with (
-        recomputing(model.language.model) if is_gpu else contextlib.nullcontext(),
+        contextlib.nullcontext() if model.device.type == "cpu" else recomputing(model.language.model),
         language.memory_errors("a smaller micro_batch or precision '8bit' or '4bit'"),
     ):
         result = training.train(
@@ -224,8 +223,7 @@ def recomputing(speaker: nn.Module) -> Iterator[None]:
     """Inside, a language model's activations are computed again in the backward pass instead of being kept."""
     # transformers calls it so from 5.20 on
     kind = "activation" if hasattr(speaker, "activation_checkpointing_enable") else "gradient"
-    options = {f"{kind}_checkpointing_kwargs": {"use_reentrant": False}}
-    getattr(speaker, f"{kind}_checkpointing_enable")(**options)
+    getattr(speaker, f"{kind}_checkpointing_enable")(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
     speaker.train()  # it is done in train mode only
     try:
         yield

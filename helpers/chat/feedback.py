@@ -121,15 +121,13 @@ def read(path: Path) -> tuple[list[Entry], list[str]]:
     return entries, skipped
 
 
-@dataclass(frozen=True)
-class Confirmed:
+@dataclass(frozen=True, kw_only=True)
+class Confirmed(pairs.Confirmed):
     """A picture whose label a person confirmed, free to learn from; ``group`` is its source picture."""
 
     entry: Entry
-    image_path: Path
     picture: np.ndarray
     is_anomalous: bool
-    category: str
     group: str
 
 
@@ -161,7 +159,8 @@ def sort_out(path: Path, dataset: Dataset) -> tuple[list[Confirmed], list[str], 
             unused.append(f"{entry.name}: the picture was not kept and its file is gone or has changed")
         else:
             group = group or f"feedback/{entry.pixels_sha256[:16]}"
-            confirmed.append(Confirmed(entry, *found, entry.is_anomalous, category, group))
+            facts = {"entry": entry, "picture": found[1], "is_anomalous": entry.is_anomalous, "group": group}
+            confirmed.append(Confirmed(found[0], category, entry.region if entry.is_anomalous else None, **facts))
     return confirmed, refused, unused
 
 
@@ -261,9 +260,7 @@ def teach_anomalygpt(
     without a place are left out, and an unclear answer calls nothing anomalous. ``settings`` are
     :class:`helpers.anomalygpt.pairs.HeadTraining` with few epochs and pairs, because the place says where, not what
     shape; ``evaluation`` those of notebook 07."""
-    placed = [one for one in confirmed if one.entry.region or not one.is_anomalous]
-    regions = [one.entry.region if one.is_anomalous else None for one in placed]
-    taught = [pairs.Confirmed(one.image_path, one.category, r) for one, r in zip(placed, regions, strict=True)]
+    taught = [one for one in confirmed if one.cell or not one.is_anomalous]
     facts = sorted([files.sha256_file(one.image_path), one.category, one.cell or ""] for one in taught)
     before = answers_before_after(model, dataset, evaluation)
     train_head(model, dataset, folder=folder / files.sha256_json(facts)[:12], settings=settings, confirmed=taught)
