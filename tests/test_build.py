@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_pictures import picture, put
 
 from helpers import data, files, synthesis
 from helpers.data import DatasetError, build, images
@@ -20,25 +20,17 @@ from helpers.records import NORMAL_KIND, SPLITS, Sample
 SIZES = DataSettings(max_image_side=96, n_train=6, n_calibration=4, n_test_normal=4, n_test_anomalous=5)
 
 
-def picture(path: Path, number: int, size: tuple[int, int] = (120, 100)) -> Path:
-    """A smooth picture of (H, W), different for every number."""
-    rough = np.random.default_rng(number).integers(0, 256, (5, 4, 3), np.uint8)
-    images.save_png(path, cv2.resize(rough, size[::-1], interpolation=cv2.INTER_CUBIC))
-    return path
+def draw(path: Path, number: int, size: tuple[int, int] = (120, 100)) -> Path:
+    return put(path, picture(number, size))
 
 
 def source_tree(folder: Path, *, train: int, good: int = 0, real: int = 0) -> list[Sample]:
     """One artwork with genuine pictures and ``real`` anomalies, every second with a mask."""
-    for i in range(train):
-        picture(folder / "saint/train/good" / f"photo {i}.png", i)
-    for i in range(good):
-        picture(folder / "saint/test/good" / f"later_{i}.png", 100 + i)
-    for i in range(real):
-        picture(folder / "saint/test/overpainted" / f"fake_{i}.png", 200 + i)
-        if i % 2 == 0:
-            mask = np.zeros((120, 100), bool)
-            mask[20:60, 10:50] = True
-            images.save_png(folder / "saint/ground_truth/overpainted" / f"fake_{i}_mask.png", mask)
+    for place, n in (("train/good/photo {}", train), ("test/good/later_{}", good), ("test/overpainted/fake_{}", real)):
+        for i in range(n):
+            draw(folder / "saint" / f"{place.format(i)}.png", 100 * len(place) + i)
+    for i in range(0, real, 2):
+        put(folder / f"saint/ground_truth/overpainted/fake_{i}_mask.png", np.eye(120, 100, dtype=np.uint8))
     return list(data.read_folder(folder).samples)
 
 
@@ -116,8 +108,8 @@ def test_the_report_s_changes_of_the_whole_picture_are_tested_without_masks(tmp_
 
 def test_a_scroll_keeps_its_proportions_down_to_a_limit(tmp_path: Path) -> None:
     samples = source_tree(tmp_path / "source", train=5)
-    picture(samples[0].image_path, 1, (80, 700))
-    picture(samples[1].image_path, 2, (10, 700))
+    draw(samples[0].image_path, 1, (80, 700))
+    draw(samples[1].image_path, 2, (10, 700))
     samples[2].image_path.write_bytes(samples[2].image_path.read_bytes()[:200])
     source = data.read_folder(tmp_path / "source")
     dataset = data.open_dataset(build.build_dataset(source, tmp_path / "dataset", SIZES, seed=7).parent)
@@ -129,8 +121,7 @@ def test_a_scroll_keeps_its_proportions_down_to_a_limit(tmp_path: Path) -> None:
 
 
 def planned(samples: list[Sample], n: tuple[int, int, int, int], seed: int = 0):
-    names = ("n_train", "n_calibration", "n_test_normal", "n_test_anomalous")
-    options = dict(zip(names, n, strict=True)) | {"seed": seed, "kinds": build.TEST_KINDS, "count_real": seed % 2 == 1}
+    options = asdict(DataSettings(96, *n)) | {"seed": seed, "kinds": build.TEST_KINDS, "count_real": seed % 2 == 1}
     return build.plan(samples, options)
 
 
@@ -186,9 +177,7 @@ def test_no_group_crosses_splits_unless_a_limit_says_so(parts, seed, n) -> None:
         (1, 0, (1, 1, 1), "Saint has few genuine pictures (1 to learn from, 0 for thresholds, 0 to test)"),
         (2, 0, (1, 1, 1), "(1 to learn from, 1 for thresholds, 0 to test)"),
         (1, 1, (1, 1, 1), "(1 to learn from, 0 for thresholds, 1 to test)"),
-        (3, 0, (1, 1, 1), "(1 to learn from, 1 for thresholds, 1 to test)"),
-        (5, 0, (2, 1, 2), "(2 to learn from, 1 for thresholds, 2 to test)"),
-        (9, 0, (4, 2, 3), "rough"),
+        (5, 0, (2, 1, 2), "rough"),
         (1, 4, (1, 1, 3), "rough"),
         (10, 4, (7, 3, 4), ""),
         (30, 0, (15, 6, 9), ""),
@@ -205,17 +194,14 @@ def test_few_pictures_make_a_plan_with_its_limits_said(train: int, good: int, ex
     assert "rich" not in limits
 
 
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    found = [file for file in folder.rglob("*") if file.suffix in (".png", ".csv")]
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in found}
-
-
 def test_same_seed_same_bytes_wherever_the_source_lies(built, tmp_path: Path) -> None:
     _, dataset = built
     samples = source_tree(tmp_path / "elsewhere", train=5, good=3, real=4)
-    picture(tmp_path / "dataset.partial/saint/train/good/half.png", 1)  # what a killed run left
+    draw(tmp_path / "dataset.partial/saint/train/good/half.png", 1)  # what a killed run left
     again = make(samples, tmp_path / "dataset")
-    assert again.hash == dataset.hash and bytes_of(again.folder) == bytes_of(dataset.folder)
+    assert again.hash == dataset.hash
+    for file in (file for file in dataset.folder.rglob("*") if file.suffix in (".png", ".csv")):
+        assert (again.folder / file.relative_to(dataset.folder)).read_bytes() == file.read_bytes()
     assert make(samples, tmp_path / "other", seed=8).hash != dataset.hash
     assert not list(tmp_path.glob("*.partial"))
 
@@ -255,7 +241,7 @@ def test_what_changed_is_said_when_it_is_made_again(tmp_path: Path, capsys: pyte
     assert again("") == hashes[-1]  # a lost file: the reader's words
     grouped = [replace(s, group="saint/one") if s.image_path.stem != "photo 3" else s for s in samples]
     hashes.append(again("hash of the source pictures", grouped))  # another table
-    picture(samples[0].image_path, 999)  # another picture under the same name
+    draw(samples[0].image_path, 999)  # another picture under the same name
     hashes.append(again("hash of the source pictures", list(data.read_folder(tmp_path / "source").samples)))
     assert len(set(hashes)) == 4
 
@@ -271,12 +257,9 @@ def test_nothing_of_the_users_is_replaced(tmp_path: Path) -> None:
     assert len(list((tmp_path / "source").rglob("*.png"))) == 3 and (tmp_path / "thesis/thesis.txt").exists()
 
 
-@pytest.mark.parametrize(
-    ("kinds", "words"),
-    [(("box", "burn"), "burn"), ((), "are none"), (synthesis.NORMAL_VARIATIONS[:1], synthesis.NORMAL_VARIATIONS[0])],
-)
-def test_impossible_kinds_are_refused(tmp_path: Path, kinds: tuple, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+@pytest.mark.parametrize("kinds", [("box", "burn"), (), synthesis.NORMAL_VARIATIONS[:1]])
+def test_impossible_kinds_are_refused(tmp_path: Path, kinds: tuple) -> None:
+    with pytest.raises(ValueError, match="burn" if "burn" in kinds else kinds[0] if kinds else "are none"):
         build.build_dataset(data.FolderReading(tmp_path, ""), tmp_path / "dataset", SIZES, seed=1, kinds=kinds)
 
 

@@ -48,9 +48,8 @@ def test_a_folder_becomes_a_dataset(mvtec: Path, capsys: pytest.CaptureFixture[s
     assert not data.mask_of(dataset.select(split="train")[0], (5, 6)).any()
     assert dataset.categories == ("mona_lisa", "pearl_earring") and len(dataset.select()) == 20
     assert len(dataset.select(split="test", is_anomalous=False, category="mona_lisa")) == 2
-    for wrong in ({"category": "monalisa"}, {"split": "val"}, {"kind": "boxes"}):
-        with pytest.raises(ValueError, match="there are"):
-            dataset.select(**wrong)
+    with pytest.raises(ValueError, match="there are mona_lisa"):
+        dataset.select(category="monalisa")
     moved = data.open_dataset(shutil.move(mvtec, mvtec.with_name("moved")))
     assert moved.hash == dataset.hash and all(s.image_path.is_relative_to(moved.folder) for s in moved.samples)
     words = capsys.readouterr().out
@@ -70,15 +69,9 @@ def test_bad_files_are_listed_and_stop_nothing(mvtec: Path, capsys: pytest.Captu
     samples = data.load_manifest(written)
     assert by_kind(samples)["mona_lisa/train/good"] == 4
     assert all(s.mask_path is None for s in samples if s.category == "mona_lisa")  # pictures stay, masks go
-    reasons = {
-        "zero.png": "0 bytes",
-        "cut.png": "cannot be read",
-        "latin_?.png": "not valid UTF-8",
-        "broken_link.png": "link to nothing",
-        "000.png": "cannot be read",
-        "001.png": "mask is empty",
-        "002.png": "proportions",
-    }
+    reasons = {"zero.png": "0 bytes", "cut.png": "cannot be read", "latin_?.png": "not valid UTF-8"}
+    reasons |= {"broken_link.png": "link to nothing", "000.png": "cannot be read"}
+    reasons |= {"001.png": "mask is empty", "002.png": "proportions"}
     listed = {Path(entry["path"]).name: entry["reason"] for entry in info(written)["left_out"]}
     assert set(listed) == set(reasons) and all(words in listed[name] for name, words in reasons.items())
     assert "Files left out: 7" in capsys.readouterr().out
@@ -128,9 +121,7 @@ def test_copies_in_one_split_or_of_another_artwork_are_reported(mvtec: Path) -> 
     assert groups["001.png"] == groups["again.png"] != groups["002.png"]
 
 
-@pytest.mark.parametrize(
-    "size, gain, suffix", [((400, 280), 1, ".jpg"), ((100, 70), 1, ".png"), ((200, 140), 0.8, ".jpg")]
-)
+@pytest.mark.parametrize("size, gain, suffix", [((400, 280), 1, ".jpg"), ((100, 70), 0.8, ".png")])
 def test_near_duplicates_across_splits_share_a_group(mvtec: Path, size: tuple, gain: float, suffix: str) -> None:
     base, scan = mvtec / "mona_lisa", picture(77, (140, 200))
     put(base / "train" / "good" / "002.png", scan)
@@ -177,18 +168,11 @@ def test_the_hash_sees_every_meaningful_change(mvtec: Path) -> None:
     reference = data.dataset_hash(samples)
     assert data.dataset_hash(random.Random(0).sample(samples, len(samples))) == reference
     box = next(i for i, s in enumerate(samples) if s.kind == "box")
-    changes = {
-        "picture": {"sha256": "0" * 64},
-        "category": {"category": "other"},
-        "split": {"split": "calibration"},
-        "kind": {"kind": "line"},
-        "label": {"is_anomalous": False, "kind": "good"},
-        "mask": {"mask_path": None},
-        "group": {"group": "other"},
-    }
-    for name, change in changes.items():
-        changed = [replace(s, **change) if i == box else s for i, s in enumerate(samples)]
-        assert data.dataset_hash(changed) != reference, name
+    changes = {"sha256": "0" * 64, "category": "other", "split": "calibration", "kind": "line", "mask_path": None}
+    for change in (*changes.items(), ("group", "other"), ("is_anomalous", False)):
+        good = {"kind": "good"} if change == ("is_anomalous", False) else {}
+        changed = [replace(s, **{**dict([change]), **good}) if i == box else s for i, s in enumerate(samples)]
+        assert data.dataset_hash(changed) != reference, change
     assert data.dataset_hash(samples[1:]) != reference
     put(samples[box].mask_path, mask(129))
     assert data.dataset_hash(samples) != reference  # the mask file itself

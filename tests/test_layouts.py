@@ -28,54 +28,44 @@ def expected(words: str) -> dict[str, int]:
 
 
 # Folders with the number of pictures (m: masks) in the folder "s" -> what is understood, and how many masks are used.
-UNDERSTOOD = {
-    "MVTec": ("mona/train/good 4, mona/test/good 2, mona/test/crack 3, mona/ground_truth/crack m3, b/train/good 2",
+UNDERSTOOD = [
+    ("mona/train/good 4, mona/test/good 2, mona/test/crack 3, mona/ground_truth/crack m3, b/train/good 2",
         "mona/train/good 4, mona/test/good 2, mona/test/crack 3, b/train/good 2", 3),
-    "one folder too high": ("x/mona/train/good 4, x/mona/test/tear 1", "mona/train/good 4, mona/test/tear 1", 0),
-    "calibration": ("train/good 4, Val/good 2", "s/train/good 4, s/calibration/good 2", 0),
-    "images/ below": ("train/normal/images 4, test/normal/images 2, test/anomalous/images 2, test/anomalous/masks m2",
+    ("x/mona/train/good 4, x/mona/test/tear 1", "mona/train/good 4, mona/test/tear 1", 0),  # one folder too high
+    ("train/good 4, Val/good 2", "s/train/good 4, s/calibration/good 2", 0),
+    ("train/normal/images 4, test/normal/images 2, test/anomalous/images 2, test/anomalous/masks m2",
         "s/train/good 4, s/test/good 2, s/test/anomaly 2", 2),
-    "deeper pictures and masks": ("train/good 3, test/crack/cam1 2, test/crack/cam2 2, ground_truth/crack/cam1 m2",
-        "s/train/good 3, s/test/crack 4", 2),
-    "train_maps": ("train/good 3, test/crack 2, test_maps/crack m2", "s/train/good 3, s/test/crack 2", 2),
-    "anomalib hazelnut": ("good 4, crack 3, mask/crack m3", "s/train/good 4, s/test/crack 3", 3),
-    "masks beside their kind": ("good 4, crack 3, crack_mask m3", "s/train/good 4, s/test/crack 3", 3),
-    "a title of its own": ("broken column/train/good 3", "broken_column/train/good 3", 0),
-    "in words": ("M/genuine scans 3, M/known forgeries 2, M/the not damaged 1",
-        "M/train/good 4, M/test/forgeries 2", 0),
-    "anomalib folder": ("normal 4, normal_test 2, abnormal 1, mask m1",
-        "s/train/good 4, s/test/good 2, s/test/anomaly 1", 1),
-    "VisA unpacked": ("candle/Data/Images/Normal 4, candle/Data/Images/Anomaly 2, candle/Data/Masks/Anomaly m2",
+    ("train/good 3, test/crack/c1 2, test/crack/c2 2, ground_truth/crack/c1 m2", "s/train/good 3, s/test/crack 4", 2),
+    ("train/good 3, test/crack 2, test_maps/crack m2", "s/train/good 3, s/test/crack 2", 2),
+    ("good 4, crack 3, mask/crack m3", "s/train/good 4, s/test/crack 3", 3),  # anomalib's hazelnut
+    ("good 4, crack 3, crack_mask m3", "s/train/good 4, s/test/crack 3", 3),
+    ("broken column/train/good 3", "broken_column/train/good 3", 0),
+    ("M/genuine scans 3, M/known forgeries 2, M/the not damaged 1", "M/train/good 4, M/test/forgeries 2", 0),
+    ("normal 4, normal_test 2, abnormal 1, mask m1", "s/train/good 4, s/test/good 2, s/test/anomaly 1", 1),
+    ("candle/Data/Images/Normal 4, candle/Data/Images/Anomaly 2, candle/Data/Masks/Anomaly m2",  # VisA unpacked
         "candle/train/good 4, candle/test/anomaly 2", 2),
-    "report": ("train/mona 3, train/pearl 3, test/anomaly/fake/mona_1.png, test/non_anomaly/pearl 1",
+    ("train/mona 3, train/pearl 3, test/anomaly/fake/mona_1.png, test/non_anomaly/pearl 1",  # the report's two trees
         "mona/train/good 3, pearl/train/good 3, mona/test/fake 1, pearl/test/good 1", 0),
-    "report with masks": ("train/mona 3, test/non_anomaly/mona 2, test/anomaly/mona 2, ground_truth/anomaly/mona m2",
+    ("train/mona 3, test/non_anomaly/mona 2, test/anomaly/mona 2, ground_truth/anomaly/mona m2",
         "mona/train/good 3, mona/test/good 2, mona/test/anomaly 2", 2),
-    "real and fake": ("real 3, fake 2", "s/train/good 3, s/test/fake 2", 0),
-    "labels of paintings": ("mona/authentic 3, mona/forged 2, pearl/not_damaged 2, pearl/damaged 1",
+    ("mona/authentic 3, mona/forged 2, pearl/not_damaged 2, pearl/damaged 1",
         "mona/train/good 3, mona/test/forged 2, pearl/train/good 2, pearl/test/damaged 1", 0),
-    "paintings below labels": ("good/mona 3, good/pearl 3, fake/mona 1",
-        "mona/train/good 3, pearl/train/good 3, mona/test/fake 1", 0),
-    "damaged below genuine": ("mona 3, mona/damaged 2", "mona/train/good 3, mona/test/damaged 2", 0),
-    "kinds beside good": ("mona/good 3, mona/tear 2, mona/TEAR/x.png", "mona/train/good 3, mona/test/TEAR 3", 0),
-    "clean is no kind": ("train/good 3, test/clean 2, test/crack 1",
-        "s/train/good 3, s/test/good 2, s/test/crack 1", 0),
-    "0 and 1 below splits": ("train/0 3, test/0 2, test/1 2", "s/train/good 3, s/test/good 2, s/test/anomaly 2", 0),
-    "numbered paintings": ("0 2, 1 2, 2 2, 3 2", "0/train/good 2, 1/train/good 2, 2/train/good 2, 3/train/good 2", 0),
-    "two of one cleaned name": ("Mona Lisa/train/good 3, Mona_Lisa/train/good 2",
-        "Mona_Lisa/train/good 3, Mona_Lisa_2/train/good 2", 0),
-    "one painting, garbled once": ("Du╠êrer 2, Dürer/x.png", "Dürer/train/good 3", 0),
-    "thumbnails": ("mona 3, mona/@eaDir/000.png/SYNOFILE_THUMB_M.jpg, thumbnails 3, mona/.thumb 2",
-        "mona/train/good 3", 0),
-    "years": ("mona/2019 2, mona/2020 2", "mona/train/good 4", 0),
-    "mask beside its picture": ("train/good 3, test/crack/000.png, test/crack/000_mask.png",
-        "s/train/good 3, s/test/crack 1", 1),
-}  # fmt: skip
+    ("good/mona 3, good/pearl 3, fake/mona 1", "mona/train/good 3, pearl/train/good 3, mona/test/fake 1", 0),
+    ("mona 3, mona/damaged 2", "mona/train/good 3, mona/test/damaged 2", 0),
+    ("mona/good 3, mona/tear 2, mona/TEAR/x.png", "mona/train/good 3, mona/test/TEAR 3", 0),
+    ("train/good 3, test/clean 2, test/crack 1", "s/train/good 3, s/test/good 2, s/test/crack 1", 0),
+    ("train/0 3, test/0 2, test/1 2", "s/train/good 3, s/test/good 2, s/test/anomaly 2", 0),
+    ("0 2, 1 2, 2 2, 3 2", "0/train/good 2, 1/train/good 2, 2/train/good 2, 3/train/good 2", 0),
+    ("Mona Lisa/train/good 3, Mona_Lisa/train/good 2", "Mona_Lisa/train/good 3, Mona_Lisa_2/train/good 2", 0),
+    ("Du╠êrer 2, Dürer/x.png", "Dürer/train/good 3", 0),
+    ("mona 3, mona/@eaDir/000.png/SYNOFILE_THUMB_M.jpg, thumbnails 3, mona/.thumb 2", "mona/train/good 3", 0),
+    ("mona/2019 2, mona/2020 2", "mona/train/good 4", 0),
+    ("train/good 3, test/crack/000.png, test/crack/000_mask.png", "s/train/good 3, s/test/crack 1", 1),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", UNDERSTOOD)
-def test_trees_are_understood(tmp_path: Path, name: str) -> None:
-    places, words, n_masks = UNDERSTOOD[name]
+@pytest.mark.parametrize(("places", "words", "n_masks"), UNDERSTOOD)
+def test_trees_are_understood(tmp_path: Path, places: str, words: str, n_masks: int) -> None:
     table, masks, reading = found(tree(tmp_path / "s", *places.split(", ")))
     assert table == expected(words)
     assert masks == n_masks
@@ -164,11 +154,11 @@ def test_names_that_decide_are_said(tmp_path: Path) -> None:
 
 
 def test_linked_folders_are_read_and_loops_end(tmp_path: Path) -> None:
-    tree(tmp_path / "elsewhere", "train/good 3")
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "mona").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    (tmp_path / "elsewhere" / "train" / "good" / "loop").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    assert found(tmp_path / "set")[0] == {"mona/train/good": 3}
+    elsewhere, root = tree(tmp_path / "elsewhere", "train/good 3"), tmp_path / "set"
+    root.mkdir()
+    (root / "mona").symlink_to(elsewhere, target_is_directory=True)
+    (elsewhere / "train/good/loop").symlink_to(elsewhere, target_is_directory=True)
+    assert found(root)[0] == {"mona/train/good": 3}
 
 
 def test_part_of_a_name_decides_nothing() -> None:
