@@ -145,7 +145,6 @@ def _refused_in_words(path: Path) -> Iterator[None]:
 
 
 def _opened(path: Path) -> Image.Image:
-    """The file's header, read; pixels are not decoded yet."""
     Image.init()
     return Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN])
 
@@ -200,7 +199,6 @@ def _eight_bits(values: np.ndarray, notes: list[str]) -> np.ndarray:
 
 
 def _in_srgb(image: Image.Image, profile: bytes | None, notes: list[str]) -> Image.Image:
-    """The picture's colours as its profile means them."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile)) if profile else _SRGB
         if profile and "srgb" not in ImageCms.getProfileDescription(source).lower():

@@ -300,13 +300,11 @@ def read_table(table: Path) -> FolderReading:
 
 
 def _stated(value: str) -> str | None:
-    """The label or kind that a cell states."""
     cells = {label: names.vocabulary()[f"cell {label}"] for label in (NORMAL_KIND, ANOMALY_KIND)}
     return next((label for label in cells if value.casefold() in cells[label]), names.meaning_of(value).kind)
 
 
 def _said(row: dict[str, str]) -> list[Meaning]:
-    """Split, kind and label of a row, like the names of folders."""
     split = names.meaning_of(row["split"]).split
     kinds = [_stated(row["kind"]) or names.kind_of(row["kind"])] if row["kind"] else []
     kinds += [_stated(row["label"])] if row["label"] or not kinds else []

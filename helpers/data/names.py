@@ -1,7 +1,5 @@
 """What a name says about split, label, kind and masks, by the vocabulary in ``words.txt``: for folders, tables, inbox.
-
-A name is understood when all its words are: a part of it decides nothing. What may mean two things is refused.
-"""
+A name is understood when all its words are: a part of it decides nothing. What may mean two things is refused."""
 
 from __future__ import annotations
 
@@ -14,8 +12,7 @@ from typing import NamedTuple
 
 from helpers.records import NORMAL_KIND, SPLITS
 
-ANOMALY_KIND = "anomaly"
-"""Kind of anomalous pictures whose folder says no more than that."""
+ANOMALY_KIND = "anomaly"  # of anomalous pictures whose folder says no more than that
 _MEANINGS = (*SPLITS, "mask", "good", "anomaly", "forgery", "not", "filler")
 _HIDDEN = re.compile(r"\.|__macosx$|@eadir$|[#$]recycle|_?thumb(nail)?s?$|thumbs\.db$|desktop\.ini$|synofile", re.I)
 
@@ -67,9 +64,8 @@ def meaning_of(name: str) -> Meaning:
 
 
 def kind_of(name: str) -> str:
-    """The kind that a name states: ``"good"``, ``"anomaly"``, or the name itself, safe in paths.
-
-    ``DatasetError``: part of the name says normal; it would be guessed wrong either way.
+    """The kind that a name states: ``"good"``, ``"anomaly"``, or the name itself, safe in paths. ``DatasetError``: part
+    of the name says normal; it would be guessed wrong either way.
 
     >>> kind_of("genuine"), kind_of("face swap")
     ('good', 'face_swap')

@@ -162,7 +162,6 @@ def _asked(title: str, is_category: bool) -> Iterator[tuple[str, dict[str, Any]]
 
 
 def _download(folder: Path, file: str, entry: Mapping[str, Any], check: Callable[[Path], object]) -> Path:
-    """The picture on disk, if it may be used."""
     licence, address = _plain(entry, "LicenseShortName"), entry.get("thumburl")
     if not entry:
         raise _Skip("no file of this name on Commons any more")
@@ -202,7 +201,6 @@ def _get(url: str, query: Mapping[str, str] | None = None) -> requests.Response:
     return reply
 
 
-def _plain(entry: Mapping[str, Any], name: str) -> str:
-    """A field of ``extmetadata``, without its HTML."""
+def _plain(entry: Mapping[str, Any], name: str) -> str:  # a field of ``extmetadata``, without its HTML
     value = str(entry.get("extmetadata", {}).get(name, {}).get("value", ""))
     return " ".join(re.sub(r"<[^>]*>", "", value).split())
