@@ -99,10 +99,11 @@ def chat_tokens(fixture: dict[str, torch.Tensor]) -> language.ChatTokens:
 
 
 def write_adapter(folder: Path, fixture: dict[str, torch.Tensor]) -> Path:
-    """PandaGPT's LoRA under peft's names, as notebook 01 writes it."""
+    """PandaGPT's LoRA under peft's names, and its projection, as notebook 01 writes them."""
     folder.mkdir(parents=True, exist_ok=True)
     lora = {k.replace(".default.", "."): t for k, t in part(fixture, "sd.llama_model.").items() if "lora_" in k}
     save_file(lora, folder / "adapter_model.safetensors")
+    save_file(part(part(fixture, "sd."), "llama_proj.weight", "llama_proj.bias"), folder / "model.safetensors")
     files.write_json(folder / "adapter_config.json", LORA_CONFIG)
     return folder
 
@@ -119,15 +120,13 @@ def build(path: Path) -> tuple[anomalygpt.AnomalyGPT, torch.nn.Module, dict[str,
     """The whole chain of a fixture file (it speaks of an "object"), CLIP with both towers, and the fixture."""
     fixture = load_file(path)
     clip = imagebind.build_clip(CLIP_CONFIG, imagebind_to_open_clip(part(fixture, "sd.imagebind.")))
-    weight, bias = fixture["sd.llama_proj.weight"], fixture["sd.llama_proj.bias"]
-    projection = torch.nn.Linear(weight.shape[1], weight.shape[0])
-    projection.load_state_dict({"weight": weight, "bias": bias})
     with tempfile.TemporaryDirectory() as folder:
         llama = language.with_lora(bare_llama(fixture), write_adapter(Path(folder), fixture)).merge_and_unload()
+        projection = language.load_projection(Path(folder))
     model = anomalygpt.AnomalyGPT(
         imagebind.image_tower(clip),
         anomalygpt.AnomalyHead.from_state(part(part(fixture, "sd."), "image_decoder", "prompt_learner")),
-        projection.requires_grad_(False),
+        projection,
         language.Language(llama.eval().requires_grad_(False), chat_tokens(fixture)),
         fixture["text.feats_object"][0],
     )
@@ -192,22 +191,16 @@ def write_weights(folder: Path, path: Path) -> Path:
     fast.save_pretrained(folder / "vicuna")
     towers = imagebind_to_open_clip(part(fixture, "sd.imagebind."))
     towers["token_embedding.weight"] = torch.randn(49408, 32, generator=torch.Generator().manual_seed(0))
-    stored = part(fixture, "sd.")
-    states = {
-        "imagebind": towers, "pandagpt": {k: v for k, v in stored.items() if k.startswith("llama_proj")},
-        "anomalygpt/train_supervised": part(stored, "image_decoder", "prompt_learner"),
-    }  # fmt: skip
-    for name, state in states.items():
+    head = part(part(fixture, "sd."), "image_decoder", "prompt_learner")
+    for name, state in {"imagebind": towers, "anomalygpt/train_supervised": head}.items():
         (folder / name).mkdir(parents=True)
         save_file({k: v.contiguous().clone() for k, v in state.items()}, folder / name / "model.safetensors")
     text = CLIP_CONFIG["text_cfg"] | {"vocab_size": 49408}
     files.write_json(folder / "imagebind" / "config.json", CLIP_CONFIG | {"text_cfg": text})
     write_adapter(folder / "pandagpt", fixture)
-    for name in ("vicuna", *states):
-        there = [path for path in (folder / name).iterdir() if path.is_file()]
-        entries = {p.name: {"bytes": p.stat().st_size, "sha256": files.sha256_file(p)} for p in there}
-        ready = {"component": name, "files": entries, "source": {}, "notes": [], "details": {}, "format": 1}
-        files.write_json(folder / name / "READY.json", ready)
+    for name in ("vicuna", "pandagpt", "imagebind", "anomalygpt/train_supervised"):
+        written = {path.name: {"bytes": path.stat().st_size} for path in (folder / name).iterdir() if path.is_file()}
+        files.write_json(folder / name / "READY.json", {"files": written})
     return folder
 
 
