@@ -15,6 +15,7 @@ import tiny_comparison as tiny
 from helpers import data, files, results
 from helpers.judge import comparison, findings, metrics, statistics
 from helpers.judge.comparison import Comparison
+from helpers.records import Sample
 
 
 @pytest.fixture(scope="module")
@@ -152,21 +153,21 @@ def test_kinds_named_like_the_tables_own_words_are_kept_apart(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("change", "rendered", "group"),
+    ("group", "rendered", "change"),
     [
-        ({}, True, "plain"),
-        ({"visibility": 4.9}, True, "faint"),
-        ({"visibility": 5.0}, True, "moderate"),
-        ({"visibility": None}, True, "mark"),
-        ({"mask_path": None}, True, "whole"),
-        ({"mask_path": None, "synthesis_seed": None}, True, "whole"),  # rendered by the suite: never called real
-        ({"mask_path": None, "synthesis_seed": None}, False, "real"),
-        ({"is_anomalous": False, "kind": "good"}, True, "genuine"),
+        ("plain", True, {}),
+        ("faint", True, {"visibility": 4.9}),
+        ("moderate", True, {"visibility": 5.0}),
+        ("mark", True, {"visibility": None}),
+        ("whole", True, {"mask_path": None}),
+        ("whole", True, {"mask_path": None, "synthesis_seed": None}),  # rendered by the suite: never called real
+        ("real", False, {"mask_path": None, "synthesis_seed": None}),
+        ("genuine", True, {"is_anomalous": False, "kind": "good"}),
     ],
 )
-def test_groups_of_pictures(dataset: data.Dataset, change: dict, rendered: bool, group: str) -> None:
-    marked = next(sample for sample in dataset.samples if sample.mask_path is not None)
-    sample = dataclasses.replace(marked, **({"visibility": 30.0, "synthesis_seed": 1} | change))
+def test_groups_of_pictures(group: str, rendered: bool, change: dict) -> None:
+    facts = {"mask_path": Path("m.png"), "kind": "box", "visibility": 30.0, "synthesis_seed": 1} | change
+    sample = Sample(Path("p.png"), "harbour", **{"is_anomalous": True} | facts)
     assert comparison.picture_group(sample, rendered=rendered) == group
 
 
@@ -206,17 +207,9 @@ def test_pairs_are_of_detectors_only_with_one_family_a_question(compared: Compar
     each = tests[(tests.category != "all") & (tests.measure == "AUROC")]
     np.testing.assert_allclose(each.p_holm, statistics.holm(each.p_value))
     # clip_lof errs on 3 of 8 pictures where anomalyclip is right, never the other way round: p = 2 / 2^3
-    found = tests[(tests.category == "harbour") & (tests.measure == "accuracy")].iloc[0]
-    assert found.p_value == pytest.approx(0.25)
-    shown = "(accuracy 1.000 and 0.625, p = 0.50)"  # corrected for two paintings
-    assert found.sentence == f"These 8 images cannot tell AnomalyCLIP from CLIP LOF on Harbour {shown}."
-    assert tests[(tests.category == "all") & (tests.measure == "accuracy")].iloc[0].n_images == 16
-
-
-def test_ties_are_said_as_ties(dataset: data.Dataset, tmp_path: Path) -> None:
-    found = compare_lof(dataset, tmp_path, "clip_lof", "clip_patch_knn")
-    assert all("are tied" in words for words in findings.pairs(found.tests)) and (found.tests.p_holm == 1).all()
-    assert findings.verdict(found).startswith("CLIP LOF and CLIP patch k-NN each find 5 of 8")
+    found, whole = (tests[(tests.category == c) & (tests.measure == "accuracy")].iloc[0] for c in ("harbour", "all"))
+    assert found.p_value == pytest.approx(0.25) and whole.n_images == 16
+    assert "cannot tell AnomalyCLIP from CLIP LOF" in found.sentence and "p = 0.50" in found.sentence  # two paintings
 
 
 def test_the_sentences_say_what_the_numbers_allow(compared: Comparison, dataset: data.Dataset, tmp_path: Path) -> None:
@@ -224,7 +217,10 @@ def test_the_sentences_say_what_the_numbers_allow(compared: Comparison, dataset:
     assert findings.verdict(compared) == f"{words} Level with that in balanced accuracy: AnomalyCLIP."
     text = " ".join(findings.findings(compared))
     assert "None of 1 pairs" in text and "At most 1 false alarm" in text and "no better than chance" in text
+    tied = compare_lof(dataset, tmp_path / "tied", "clip_lof", "clip_patch_knn")
+    assert all("are tied" in words for words in findings.pairs(tied.tests)) and (tied.tests.p_holm == 1).all()
+    assert findings.verdict(tied).startswith("CLIP LOF and CLIP patch k-NN each find 5 of 8")
     level = dict.fromkeys(tiny.CATEGORIES, (1, 2, 3, 4, 1, 2, 3, 4))
-    tiny.write_result(tmp_path / "clip_lof", dataset, "clip_lof", level, dict.fromkeys(level, 9.0))
-    guessing = comparison.compare(dataset, tmp_path, profile="mini")
+    tiny.write_result(tmp_path / "level" / "clip_lof", dataset, "clip_lof", level, dict.fromkeys(level, 9.0))
+    guessing = comparison.compare(dataset, tmp_path / "level", profile="mini")
     assert findings.verdict(guessing).startswith("No detector is shown to be better than guessing")

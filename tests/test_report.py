@@ -146,14 +146,6 @@ def test_many_paintings_with_long_and_foreign_names_stay_readable(tmp_path: Path
     assert max(map(len, figures.painting_name(names[1], names).split("\n"))) <= 26
 
 
-def test_checks_pass_and_fail_on_a_request(compared: Comparison, page: Path, tmp_path: Path) -> None:
-    csv = comparison.write(compared, tmp_path)
-    report.check(compared, csv, page)
-    (tmp_path / "bad.html").write_text('<img src="http://evil.example">')
-    with pytest.raises(AssertionError, match="asks nothing of the network"):
-        report.check(compared, csv, tmp_path / "bad.html")
-
-
 def test_a_verdict_tints_only_what_exceeds_the_limit_and_keeps_the_rest() -> None:
     image, anomaly_map, mask = np.full((80, 60, 3), 120, np.uint8), np.zeros((8, 6)), np.zeros((80, 60), bool)
     anomaly_map[1:3, 1:3] = 1

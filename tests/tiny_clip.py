@@ -51,9 +51,11 @@ def models(cache_dir: Path) -> Models:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         net = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 5, stride=4), torch.nn.ReLU(), torch.nn.Flatten())
-        clip = open_clip.CLIP(16, vision, text)
-    clip = backbones.Network(clip.eval().requires_grad_(False), backbones.square_preprocess(32), "tiny")
-    cnn = backbones.Network(net.eval().requires_grad_(False), backbones.square_preprocess(20), "small")
+        nets = open_clip.CLIP(16, vision, text), net
+    clip, cnn = (
+        backbones.Network(one.eval().requires_grad_(False), backbones.square_preprocess(side), name)
+        for one, side, name in zip(nets, (32, 20), ("tiny", "small"))
+    )
     return Models(clip, cnn, cache_dir, 64)
 
 
@@ -85,7 +87,7 @@ def draw(n: int, shift: float, tag: str, seed: int) -> Features:
     return features_of(rows, tag, seed)
 
 
-def sample_of(i: int, *, split: str = "train", group: str | None = None, category: str = "art") -> Sample:
+def sample_of(i: int, *, split: str = "train", group: str = "", category: str = "art") -> Sample:
     return Sample(Path(f"{i}.png"), category, False, split=split, sha256=f"n{i}", group=group or f"g{i}")
 
 

@@ -149,25 +149,20 @@ def map_rows(panels: Sequence[Panel], *, scale: Scale, title: str) -> Figure:
     heights = [min(1.5, panel.image.shape[0] / panel.image.shape[1]) for panel in panels]
     size = (9.6, 0.8 + sum(2.25 * height + 0.1 for height in heights))
     fig, axes = plt.subplots(len(panels), 3, figsize=size, squeeze=False, gridspec_kw={"height_ratios": heights})
-    drawn = None
     for panel, (left, middle, right) in zip(panels, axes):
         height, width = panel.image.shape[:2]
         _bare(left).imshow(panel.image)
         left.set_ylabel(_wrap(panel.caption, 24), rotation=0, ha="right", va="center", labelpad=8, fontsize=10)
         _bare(right).imshow(marked(panel.image, panel.anomaly_map, scale.limit, panel.mask))
-        if panel.anomaly_map is None:
-            _bare(middle).text(0.5, 0.5, "no map", transform=middle.transAxes, ha="center", color=_MUTED)
-        else:
-            limits = {"vmin": scale.low, "vmax": scale.high, "extent": (0, width, height, 0)}
-            drawn = _bare(middle).imshow(panel.anomaly_map, cmap="inferno", **limits)
+        limits = {"vmin": scale.low, "vmax": scale.high, "extent": (0, width, height, 0)}
+        drawn = _bare(middle).imshow(panel.anomaly_map, cmap="inferno", **limits)
     for ax, name in zip(axes[0], ("picture", "anomaly map", "marked (dashed: truth)")):
         ax.set_title(name, fontsize=10.5, loc="center")
-    if drawn is not None:
-        bar = fig.colorbar(drawn, ax=axes, shrink=min(1.0, 2.5 / len(panels)), aspect=26, pad=0.015, extend="both")
-        bar.outline.set_visible(False)
-        bar.ax.axhline(scale.limit, color="white", linewidth=3.2)
-        bar.ax.axhline(scale.limit, color=_INK, linewidth=1.4)
-        bar.set_label("black line: genuine pictures end here")
+    bar = fig.colorbar(drawn, ax=axes, shrink=min(1.0, 2.5 / len(panels)), aspect=26, pad=0.015, extend="both")
+    bar.outline.set_visible(False)
+    bar.ax.axhline(scale.limit, color="white", linewidth=3.2)
+    bar.ax.axhline(scale.limit, color=_INK, linewidth=1.4)
+    bar.set_label("black line: genuine pictures end here")
     return _finish(fig, title, f"{len(panels)} rows of picture, anomaly map and marked picture.")
 
 

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from helpers import data, files, results
 from helpers.data import images
 from helpers.judge import figures, findings, metrics, statistics
-from helpers.judge.comparison import ALWAYS, GROUPS, NOTEBOOKS, RESERVED, Comparison, numbers, read
+from helpers.judge.comparison import ALWAYS, GROUPS, NOTEBOOKS, RESERVED, Comparison, numbers
 
 
 def write_report(comparison: Comparison, path: Path, drawn: Mapping[str, Path]) -> Path:
@@ -221,15 +221,3 @@ def show(page: Path) -> None:
 
         display(HTML(f'<iframe srcdoc="{html.escape(page.read_text("utf-8"))}" width="100%" height="900"></iframe>'))
         colab_files.download(shutil.make_archive(str(page.parent.parent / "results"), "zip", page.parent))
-
-
-def check(comparison: Comparison, csv: Path, page: Path) -> None:
-    """Print a ✓ line for each thing that must hold of what notebook 09 wrote; ``AssertionError`` when one does not."""
-    table, text = read(csv), page.read_text(encoding="utf-8")
-    requests = ("<script", 'src="http', 'href="http', "@import", "url(")
-    results.confirm({
-        "the trivial rule is a row": ALWAYS in set(table.method),
-        "all rows share one dataset": set(table.dataset_hash) == {comparison.dataset.hash},
-        "every number has its count": bool((table.n_images > 0).all() and table.value.notna().all()),
-        "the page runs no script and asks nothing of the network": not any(word in text for word in requests),
-    })  # fmt: skip
