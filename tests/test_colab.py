@@ -88,7 +88,7 @@ def test_without_gpu_and_drive_the_set_up_only_prints(capsys: pytest.CaptureFixt
     assert session.start().name == "mini"
     out = capsys.readouterr().out
     assert all(f" {name} " in out for name in ("GPU", "memory", "disk", "kept files", "weights"))
-    assert "next: 01_prepare_weights" in out and session.checkpoint_keeper() is None
+    assert "to do: 01, 02" in out and session.checkpoint_keeper() is None
     assert not (tmp_path / "home").exists()
     session.disconnect()
     assert session.mount_drive() is None and capsys.readouterr().out.count("not on Colab") == 2
@@ -165,10 +165,10 @@ def test_a_fresh_machine_with_pandagpt_but_no_vicuna_is_not_done_with_01(monkeyp
     assert "nothing yet" in preflight.where_am_i(profile.home)
     files.write_json(profile.home / "weights" / "pandagpt" / "READY.json", {})
     files.write_json(profile.home / "data" / "embedded" / "manifest.json", {})
-    assert preflight.where_am_i(profile.home) == "done here: 02; next: 01_prepare_weights"
+    assert preflight.where_am_i(profile.home) == "done here: 02; to do: 01, 03, 04, 05, 06, 07, 09"
     assert "accept the licences" in preflight.run(profile)[-1].found
     files.write_json(profile.home / "weights" / "vicuna" / "READY.json", {})
-    assert preflight.where_am_i(profile.home) == "done here: 01, 02; next: 03_clip"
+    assert preflight.where_am_i(profile.home) == "done here: 01, 02; to do: 03, 04, 05, 06, 07, 09"
     assert "ready" in preflight.run(profile)[-1].found
 
 

@@ -88,11 +88,11 @@ def states(home: Path) -> dict[str, str]:
 
 
 def where_am_i(home: Path) -> str:
-    """Which notebooks are done in this workspace and which comes next, in a sentence."""
+    """Which notebooks are done in this workspace and which are not, in a sentence."""
     found = states(home)
-    done = ", ".join(name[:2] for name, state in found.items() if state == "done") or "nothing yet"
-    left = next((name for name, state in found.items() if state == "to do"), "everything is there, look into 08 and 09")
-    return f"done here: {done}; next: {left}"
+    done, left = (", ".join(n[:2] for n, state in found.items() if state == one) for one in ("done", "to do"))
+    rest = f"to do: {left}" if left else "everything is there, look into 08 and 09"
+    return f"done here: {done or 'nothing yet'}; {rest}"
 
 
 def costs(profile: profiles.Profile, gpu: str = "") -> pd.DataFrame:
