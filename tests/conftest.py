@@ -1,10 +1,8 @@
-"""Fixtures that several test modules share: tiny real pictures in a public folder layout."""
+"""What several test modules share: the folder of reference numbers, a clean environment, the order of tests."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,18 +16,13 @@ def parity_fixtures() -> Path:
     return Path(os.environ.get("PARITY_FIXTURES") or GOLDEN)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """A test marked ``forks`` runs in a fresh process: a copy of one whose libraries have started threads can hang."""
-    if pyfuncitem.get_closest_marker("forks") is None or "IN_A_FRESH_PROCESS" in os.environ:
-        return None
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", pyfuncitem.nodeid],
-        cwd=pyfuncitem.config.rootpath, env=os.environ | {"IN_A_FRESH_PROCESS": "1"}, timeout=300,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    return True
+@pytest.fixture
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The mini profile in an empty home, with its own pictures, and nothing kept elsewhere."""
+    for name in ("ART_DATA", "ART_DRIVE", "ART_DRIVE_LIMIT_GB"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ART_PROFILE", "mini")
+    monkeypatch.setenv("ART_HOME", str(tmp_path / "home"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

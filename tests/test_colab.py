@@ -15,6 +15,8 @@ from IPython.core.interactiveshell import InteractiveShell
 from helpers import files, profiles
 from helpers.colab import keep, preflight, session
 
+pytestmark = pytest.mark.usefixtures("clean_environment")
+
 
 class FakeDrive(ModuleType):
     """``google.colab`` with ``drive`` and ``runtime``: My Drive is a link; mounting fails as often as a test says."""
@@ -46,14 +48,6 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeDrive:
     return found
 
 
-@pytest.fixture(autouse=True)
-def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("ART_DRIVE", "ART_DRIVE_LIMIT_GB", "ART_DATA"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("ART_PROFILE", "mini")
-    monkeypatch.setenv("ART_HOME", str(tmp_path / "home"))
-
-
 def test_drive_is_mounted_once_and_again_when_it_was_lost(fake: FakeDrive, monkeypatch) -> None:
     assert session.lasting_folder("cpu") is None and fake.calls == []
     root = session.mount_drive()
@@ -69,18 +63,15 @@ def test_drive_is_mounted_once_and_again_when_it_was_lost(fake: FakeDrive, monke
     assert session.lasting_folder("cpu") == Path("/somewhere/else")
 
 
-@pytest.mark.parametrize(
-    ("error", "advice"),
-    [
+def test_a_mount_that_fails_says_why_and_work_goes_on(fake: FakeDrive) -> None:
+    for error, advice in (
         (ValueError("mount failed: timeout during initial read of root folder"), "too many files"),
         (RuntimeError("credential propagation was unsuccessful"), "allow access"),
         (NotImplementedError("unsupported in this environment"), "ART_DRIVE"),
-    ],
-)
-def test_a_mount_that_fails_says_why_and_work_goes_on(fake: FakeDrive, error: Exception, advice: str) -> None:
-    fake.errors, lines = [error], []
-    assert session.mount_drive(log=lines.append) is None
-    assert str(error) in lines[0] and advice in lines[0]
+    ):
+        fake.errors, lines = [error], []
+        assert session.mount_drive(log=lines.append) is None
+        assert str(error) in lines[0] and advice in lines[0]
     assert preflight.is_reachable(session.mount_drive()), "the next try may succeed"
 
 
@@ -120,6 +111,8 @@ def test_what_a_cell_finishes_is_kept_when_it_ends_and_comes_back(monkeypatch, t
     assert len([line for line in lines if line.startswith("kept: results/clip_lof")]) == 1, "two set-ups keep once"
     session.checkpoint_keeper()(profile.home)
     monkeypatch.setenv("ART_HOME", str(tmp_path / "fresh"))
+    session.start(log=lines.append)
+    monkeypatch.setenv("ART_DRIVE_LIMIT_GB", "15")
     fresh = session.start(log=lines.append)
     assert (fresh.home / "results" / "clip_lof" / "manifest.json").exists()
     assert any("restored" in line for line in lines)
@@ -129,7 +122,8 @@ def test_what_a_cell_finishes_is_kept_when_it_ends_and_comes_back(monkeypatch, t
     for _ in range(3):
         shell.run_cell("1 + 1")
     InteractiveShell.clear_instance()
-    assert len([line for line in lines if "failed" in line]) == 1, "a dead Drive is said once, not at every cell"
+    said = [line for line in lines if "failed" in line]
+    assert len(said) == 1, "a dead Drive is said once: not at every cell, not by two set-ups"
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,7 @@ def test_the_default_route_can_be_fetched_whole_and_names_every_licence(tmp_path
     assert "hub:huggyllama/llama-7b" in set(table["from"]) and 45e9 < route.disk_bytes < 50e9
     row = table[table["for"] == "anomalyclip/trained_on_mvtec"].iloc[0]  # published names are inverted
     assert "/45ed4dd35c05797d" in row["from"] and "9_12_4_multiscale_visa/" in row["from"]
+    assert all(file.published_hash for file in route.files if file.component.startswith("anomalyclip/"))
     with pytest.raises(PermissionError, match=r"CC BY-NC-SA(.|\n)*ACCEPT_LICENCES"):
         steps.obtain(route, accept_licences=False)
     with pytest.raises(FileNotFoundError, match=r"LLAMA_FOLDER(.|\n)*consolidated\.00\.pth(.|\n)*tokenizer\.model"):
@@ -211,8 +212,11 @@ def test_a_second_run_needs_nothing_and_parts_that_do_not_fit_are_named(hub, tmp
         config.write_text(whole)
 
 
-def test_raw_files_stay_until_their_part_is_ready(hub, tmp_path, monkeypatch):
+def test_prompts_need_nobodys_consent_and_raw_files_stay_until_their_part_is_ready(hub, tmp_path, monkeypatch):
     route = full_route(hub, tmp_path / "weights")
+    steps.obtain_free(route)
+    ready = [file.component for file in route.files if route.is_ready(file.component)]
+    assert ready == ["anomalyclip/trained_on_visa", "anomalyclip/trained_on_mvtec"], "all that notebook 04 needs"
     steps.obtain(route, accept_licences=True)
     n_raw, write_json = len(raw_files(route)), files.write_json
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate import debug_launcher
-from accelerate.state import AcceleratorState
 from torch import nn
 
 from helpers import files
@@ -88,7 +87,15 @@ def interrupt_at(step: int):
     return interrupt
 
 
-@pytest.mark.parametrize("stop_after", [1, 2, 3, 4, 7])
+def fresh_process(code: str, folder: Path) -> subprocess.Popen:
+    """Runs code on ``folder``: a copy of this process, whose libraries have started threads, could hang."""
+    tests = Path(__file__).parent
+    code = f"import sys, time; from pathlib import Path; import test_training as t; {code}"
+    paths = os.pathsep.join(map(str, (tests.parent, tests)))
+    return subprocess.Popen([sys.executable, "-c", code, folder], env=os.environ | {"PYTHONPATH": paths})
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 4, 7])
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path, stop_after: int) -> None:
     options = {"evaluate": lambda module: float(module.trained.weight.std())}
     whole = run(tmp_path / "whole", **options)
@@ -101,18 +108,14 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path, st
     assert seconds == sorted(seconds), "the time before the interruption counts, too"
 
 
-@pytest.mark.forks
 def test_killed_process_resumes_to_the_same_parameters(tmp_path: Path) -> None:
     """A real SIGKILL in the middle of a run; the run after it ends with the bits of the uninterrupted one."""
-    folder, slow = tmp_path / "killed", {"on_checkpoint": lambda folder: time.sleep(0.15)}
-    process = multiprocessing.get_context("fork").Process(target=run, args=(folder,), kwargs=slow)
-    process.start()
-    deadline = time.monotonic() + 60
-    while len(checkpoints(folder)) < 2 and time.monotonic() < deadline and process.is_alive():
+    folder = tmp_path / "killed"
+    process = fresh_process("t.run(Path(sys.argv[1]), on_checkpoint=lambda folder: time.sleep(0.2))", folder)
+    while len(checkpoints(folder)) < 2 and process.poll() is None:
         time.sleep(0.02)
     process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL, "the run ended before it could be killed"
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
     assert files.read_json(checkpoints(folder)[-1] / "checkpoint.json")["history"][-1]["step"] < 9
     assert_same_run(run(folder), run(tmp_path / "whole"))
     assert not (folder / ".partial").exists()
@@ -133,7 +136,7 @@ def test_best_parameters_are_restored_and_training_stops_early(tmp_path: Path) -
     assert [path.name for path in checkpoints(tmp_path)] == ["step_00000006", "step_00000009", "step_00000012"]
 
 
-def test_finished_run_returns_at_once_and_more_epochs_go_on(tmp_path: Path) -> None:
+def test_finished_run_returns_at_once_more_epochs_go_on_and_so_does_a_smaller_batch(tmp_path: Path) -> None:
     first, dataset = run(tmp_path), Points()
     again = run(tmp_path, dataset=dataset)
     assert_same_run(again, first)
@@ -141,12 +144,9 @@ def test_finished_run_returns_at_once_and_more_epochs_go_on(tmp_path: Path) -> N
     extended = run(tmp_path, dataset=dataset, n_epochs=4)
     assert dataset.epochs == [3]
     assert_same_run(extended, run(tmp_path / "direct", n_epochs=4))
-
-
-def test_a_smaller_batch_goes_on_where_memory_ran_out(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, on_checkpoint=interrupt_at(2))
-    assert run(tmp_path, batch_size=2, n_accumulation=4)[1].n_steps == 9
+        run(tmp_path / "cut", on_checkpoint=interrupt_at(2))
+    assert run(tmp_path / "cut", batch_size=2, n_accumulation=4)[1].n_steps == 9, "memory had run out"
 
 
 def test_nan_stops_and_the_last_good_checkpoint_stays(tmp_path: Path) -> None:
@@ -208,7 +208,6 @@ def test_the_curves_of_a_history_counted_by_hand() -> None:
 
 def shared_run(folder: Path, n_processes: int) -> None:
     """17 samples without noise, 8 a step over all processes: 1 is left for the last step."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # a forked process has its parent's
     options = {"batch_size": 8 // n_processes, "n_accumulation": 1, "n_epochs": 2, "checkpoint_every": 2}
     evaluate = {"evaluate": lambda module: float(module.trained.weight.sum())}
     module, result = run(folder, module=Head(0, False), dataset=Points(17, noise=0.0), **options, **evaluate)
@@ -217,10 +216,11 @@ def shared_run(folder: Path, n_processes: int) -> None:
         files.write_json(folder / "result.json", {"history": result.history, "weight": weight})
 
 
-@pytest.mark.forks
 def test_two_processes_take_the_steps_of_one_with_twice_the_batch(tmp_path: Path) -> None:
-    debug_launcher(shared_run, (tmp_path / "two", 2))
+    code = "import accelerate; accelerate.debug_launcher(t.shared_run, (Path(sys.argv[1]), 2))"
+    launcher = fresh_process(code, tmp_path / "two")
     shared_run(tmp_path / "one", 1)
+    assert launcher.wait() == 0
     one, two = (files.read_json(tmp_path / name / "result.json") for name in ("one", "two"))
     assert len(one["history"]) == len(two["history"]) == 8
     for ours, theirs in zip(two["history"], one["history"]):
