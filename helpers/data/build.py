@@ -1,9 +1,6 @@
 """Source pictures -> one frozen dataset: splits by source picture, re-photographs, anomalies with masks; its tables.
 
-Everything is saved as PNG: JPEG would change pixels outside the mask, and a detector could learn the compression.
-"""
-
-from __future__ import annotations
+Everything is saved as PNG: JPEG would change pixels outside the mask, and a detector could learn the compression."""
 
 import json
 import os
@@ -73,8 +70,7 @@ def build_dataset(
         sizes: :class:`helpers.profiles.DataSettings`; the report's five kinds have the largest share of anomalies.
         kinds, kinds_held_out: what the test set shows, and what of it no training may use (``ValueError``: unknown).
     Raises:
-        DatasetError: ``target`` holds something else.
-    """
+        DatasetError: ``target`` holds something else."""
     unknown = [kind for kind in (*kinds, *kinds_held_out) if kind not in _KINDS]
     if unknown or not kinds:
         raise ValueError(f"Kinds {', '.join(unknown) or 'are none'}: allowed are {', '.join(_KINDS)}.")
@@ -154,8 +150,7 @@ def _split(normals: Sequence[Sample], copied: set[str], seed: int) -> dict[str, 
     """Source pictures of each split; ``copied`` are those that anomalous pictures show.
 
     What a test picture shows is tested on, if two others are left to learn from. A split without pictures of its own
-    takes a share of those to learn from, at least one where one stays.
-    """
+    takes a share of those to learn from, at least one where one stays."""
     first = min((s.split for s in normals), key=SPLITS.index)  # learnt from, whatever it is called
     uses = [(s.group, "train" if s.split == first else s.split) for s in normals]
     learnt_first = {group: use for split in reversed(SPLITS) for group, use in uses if use == split}

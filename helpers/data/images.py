@@ -1,10 +1,7 @@
 """Pictures and masks, from any file a user may have to arrays: uint8 sRGB ``(H, W, 3)`` and bool ``(H, W)``.
 
 Every hostile file has a defined outcome: it is read (turned, flattened, scaled as its header asks, with a note where a
-choice was made) or refused with :class:`ImageError`. PIL's (W, H) and OpenCV's BGR end here.
-"""
-
-from __future__ import annotations
+choice was made) or refused with :class:`ImageError`. PIL's (W, H) and OpenCV's BGR end here."""
 
 import hashlib
 import importlib
@@ -67,8 +64,7 @@ def load_mask(
 
     ``shape`` is the size wanted, to match a resized picture: masks shrink by area, so that hairlines stay. A mask that
     was drawn before the EXIF rotation of the file ``picture`` is turned with it. ``notes`` gets a sentence for every
-    choice that was made. ``ImageError``: the file cannot be read, or mask and picture differ in proportions.
-    """
+    choice that was made. ``ImageError``: the file cannot be read, or mask and picture differ in proportions."""
     path, notes = Path(path), [] if notes is None else notes
     with _refused_in_words(path):
         is_lossy = path.read_bytes()[:2] == b"\xff\xd8"  # JPEG

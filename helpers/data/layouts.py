@@ -2,10 +2,7 @@
 
 One rule for every tree: a folder's name says a split (``train``), a label (``good``, ``fake``), masks
 (``ground_truth``), nothing (``images``), or it is any other name: the artwork above split and label, a kind of anomaly
-below. Deeper folders count like these, and so do the cells of a table; what is not used is left out by name.
-"""
-
-from __future__ import annotations
+below. Deeper folders count like these, and so do the cells of a table; what is not used is left out by name."""
 
 import io
 import os
@@ -75,8 +72,7 @@ class File:
     """A picture and what is said of it, by the names of the folders above it or the cells of its row in a table.
 
     ``head`` and ``tail`` are other names above and below the first split or label, which is ``first``: the split, True
-    for a normal label, False for an anomalous one; None where there is neither.
-    """
+    for a normal label, False for an anomalous one; None where there is neither."""
 
     def __init__(
         self, path: Path, said: Sequence[Meaning], *, where: str = "", mask: Path | None = None, group: str = ""
@@ -269,8 +265,7 @@ def _listed(root: Path, reading: FolderReading) -> list[Path]:
 def read_table(table: Path) -> FolderReading:
     """The rows of a table; paths in it start from its folder (or, as VisA writes them, from the folder above).
 
-    ``DatasetError``: no column names the pictures, or others are there but none is understood as a label.
-    """
+    ``DatasetError``: no column names the pictures, or others are there but none is understood as a label."""
     reading, files = FolderReading(table.parent, f"CSV table {table.name}"), []
     frame, unknown = _frame(table, reading)
     has_labels, problem = bool({"label", "kind"} & {*frame}), ""

@@ -1,7 +1,5 @@
 """A frozen dataset on disk: ``manifest.csv``, a row per picture, and ``manifest.json``, written last."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -59,8 +57,7 @@ def write_manifest(path: Path | str, samples: Sequence[Sample], *, info: Mapping
     Args:
         path: the CSV file, which is returned, or the folder for it.
         samples: absolute paths; missing hashes are computed. None, or one named twice, is a ``DatasetError``.
-        info: further JSON values; of them, ``kinds_held_out`` and ``limits`` come back in :class:`Dataset`.
-    """
+        info: further JSON values; of them, ``kinds_held_out`` and ``limits`` come back in :class:`Dataset`."""
     path, most = _table_in(path), Counter((s.image_path, s.category) for s in samples).most_common(1)
     if not samples or most[0][1] > 1:
         why = f"{most[0][0][0]} is named {most[0][1]} times in {most[0][0][1]}" if most else "No pictures to write"
@@ -98,8 +95,7 @@ def open_dataset(dataset_dir: Path | str) -> Dataset:
     """Open a complete dataset and check that its manifest is the one that was frozen.
 
     ``FileNotFoundError``: it is missing or incomplete, or a picture is gone. ``DatasetError``: manifest or masks were
-    changed, or splits share source pictures of an artwork that is not in ``limits``.
-    """
+    changed, or splits share source pictures of an artwork that is not in ``limits``."""
     folder = Path(os.path.abspath(dataset_dir))
     if not (folder / MANIFEST_JSON).exists():
         raise FileNotFoundError(f"No complete dataset in {folder} (no {MANIFEST_JSON}). Run notebook 02 to make it.")
@@ -135,8 +131,7 @@ def mask_of(sample: Sample, shape: tuple[int, int] | None = None) -> np.ndarray 
     """Pixel ground truth of a picture, bool ``(H, W)``: all False for a normal picture, None when no mask is known.
 
     ``shape`` is needed for a normal picture (else ``ValueError``); an anomalous one's mask is brought to it, or keeps
-    its file's size. ``ImageError``: the mask cannot be read or has other proportions.
-    """
+    its file's size. ``ImageError``: the mask cannot be read or has other proportions."""
     if sample.is_anomalous:
         path = sample.mask_path
         return None if path is None else images.load_mask(path, shape, picture=sample.image_path)

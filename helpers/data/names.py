@@ -1,8 +1,6 @@
 """What a name says about split, label, kind and masks, by the vocabulary in ``words.txt``: for folders, tables, inbox.
 A name is understood when all its words are: a part of it decides nothing. What may mean two things is refused."""
 
-from __future__ import annotations
-
 import functools
 import re
 import unicodedata

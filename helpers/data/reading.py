@@ -1,7 +1,5 @@
 """Any folder -> samples: every picture is decoded once, so that bad files and copies are known before anything runs."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -30,8 +28,7 @@ def read_folder(folder: Path | str) -> FolderReading:
     """Understand a folder in any supported layout, decode every picture once and look for copies; write nothing.
 
     ``FileNotFoundError``: there is no such folder. ``DatasetError``: no normal picture can be read, a table is not
-    understood, or one picture stands in two splits of an artwork or under two labels.
-    """
+    understood, or one picture stands in two splits of an artwork or under two labels."""
     source = Path(os.path.abspath(Path(folder).expanduser()))
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist. Give the folder (or CSV file) of your pictures.")
@@ -63,8 +60,7 @@ def read_folder(folder: Path | str) -> FolderReading:
 def build_manifest(folder: Path | str) -> Path:
     """Make ``manifest.csv`` (and ``manifest.json``) in a folder of any supported layout; print what was understood.
 
-    Errors as :func:`read_folder`; a ``manifest.csv`` that was not made by this function is left as it is.
-    """
+    Errors as :func:`read_folder`; a ``manifest.csv`` that was not made by this function is left as it is."""
     source = Path(os.path.abspath(Path(folder).expanduser()))
     target = (source if source.is_dir() else source.parent) / MANIFEST_CSV
     mark = target.with_name(MANIFEST_JSON)
@@ -83,8 +79,7 @@ def perceptual_hash(image: np.ndarray) -> np.ndarray:
 
     Returns int8 ``(256,)``: -1, 1, or 0 for a frequency too weak to have a sign (in a smooth picture many are, in an
     almost uniform one all). Source: the "pHash" of Zauner, "Implementation and Benchmarking of Perceptual Image Hash
-    Functions", 2010.
-    """
+    Functions", 2010."""
     grey = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (64, 64), interpolation=cv2.INTER_AREA)
     low = cv2.dct(grey.astype(np.float32))[:16, :16].ravel()
     low[0] = 0  # the mean brightness has no say

@@ -1,7 +1,5 @@
 """Pictures to start from: two embedded paintings (offline), Wikimedia Commons and Kaggle (network)."""
 
-from __future__ import annotations
-
 import functools
 import re
 import time
@@ -47,8 +45,7 @@ def embedded_artworks(target: Path, *, max_side: int, seed: int) -> FolderReadin
 
     The original is photographed with other crops, stands, light and cameras; each photograph is a source of its own. A
     replica is the motif painted again by another hand, a reinterpretation another work after it; they are photographed
-    alike. The longer side has up to 15 % less than ``max_side`` pixels. A picture that is there is not made again.
-    """
+    alike. The longer side has up to 15 % less than ``max_side`` pixels. A picture that is there is not made again."""
     layout = "two painted pictures that ship with the suite, photographed by simulated cameras"
     source = FolderReading(target, layout, count_real=True, identity=f"embedded {max_side} {seed}")
     for canvas in sorted(PAINTINGS.glob("*/*/*.webp")):
@@ -78,8 +75,7 @@ def wikimedia(target: Path, difference: Difference) -> FolderReading:
 
     The API is asked for renderings (originals can have hundreds of megapixels; addresses made by hand fail since August
     2026). Licences must be free; with the authors they stand in ``manifest.json``, which is written last: with it,
-    nothing is asked again. A stopped call goes on. ``SourceError``: no network, a refusal, or no genuine picture.
-    """
+    nothing is asked again. A stopped call goes on. ``SourceError``: no network, a refusal, or no genuine picture."""
     identity = files.sha256_json(titles())  # not what came: what Commons holds may drift
     folder = target / identity[:8]
     if not (folder / MANIFEST_JSON).exists():
