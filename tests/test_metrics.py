@@ -121,10 +121,11 @@ def test_the_table_stays_within_1e_4_of_the_exact_values(turn) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.data())
-def test_redrawn_pictures_give_the_average_precision_of_those_pictures(drawn: st.DataObject) -> None:
+def test_auroc_and_the_average_precision_of_redrawn_pictures_are_sklearns(drawn: st.DataObject) -> None:
     n = drawn.draw(st.integers(4, 12))
     scores = np.array(drawn.draw(st.lists(st.integers(0, 5), min_size=n, max_size=n)), dtype=float)
     labels = np.array([False, True, *drawn.draw(st.lists(st.booleans(), min_size=n - 2, max_size=n - 2))])
+    assert metrics.image_auroc(scores, labels) == pytest.approx(roc_auc_score(labels, scores))
     counts = statistics.redraws(labels.tolist(), list(range(n)), n_draws=3)
     expected = [average_precision_score(*(np.repeat(x, row) for x in (labels, scores))) for row in counts]
     np.testing.assert_allclose(metrics.average_precisions(scores, labels, counts), expected)

@@ -28,11 +28,6 @@ def rows() -> Rows:
     return rows_of()
 
 
-def auroc(normal: np.ndarray, anomalous: np.ndarray) -> float:
-    labels = np.repeat([False, True], [len(normal), len(anomalous)])
-    return metrics.image_auroc(np.concatenate([normal, anomalous]), labels)
-
-
 def defaults(method: str) -> dict:
     return {name: getattr(QUICK[method], name) for name in SPACES[method]}
 
@@ -83,7 +78,8 @@ def test_higher_score_means_more_anomalous_and_repeats(rows, method):
     assert all(getattr(one_class.DETECTORS[method], n) in values for n, values in SPACES[method].items())
     detector = clone(QUICK[method]).fit(rows)
     normal, anomalous = detector.score(draw(30, 0, "t", 8)), detector.score(draw(30, 4, "u", 9))
-    assert normal.dtype == np.float64 and auroc(normal, anomalous) > 0.8
+    assert normal.dtype == np.float64
+    assert metrics.image_auroc(np.concatenate([normal, anomalous]), np.repeat([False, True], 30)) > 0.8
     np.testing.assert_array_equal(clone(QUICK[method]).fit(rows).score(draw(30, 0, "t", 8)), normal)
 
 
@@ -112,17 +108,12 @@ def test_false_alarms_on_exchangeable_normals_stay_near_alpha(method, n=30):
 
 
 def test_the_head_stops_early_on_other_kinds_and_pictures_and_restores_its_best_weights(rows, monkeypatch):
-    curve, quick = [], one_class.auroc_of
-    monkeypatch.setattr(
-        one_class, "auroc_of", lambda *scores: curve.append((quick(*scores), auroc(*scores))) or curve[-1][0]
-    )
+    curve = []
+    monkeypatch.setattr(one_class, "image_auroc", lambda *one: curve.append(metrics.image_auroc(*one)) or curve[-1])
     head = Head(n_hidden=64, dropout=0.0, learning_rate=0.05, weight_decay=0.0, patience=10, augment=False).fit(rows)
-    quick_ones, metric = map(list, zip(*curve, strict=True))
-    assert quick_ones == pytest.approx(metric)
     learn, tune = head._parts(rows)
-    odds = head.score(tune.features)
-    assert auroc(odds[~tune.is_anomaly], odds[tune.is_anomaly]) == pytest.approx(max(metric))
-    assert len(curve) == int(np.argmax(metric)) + 1 + 10 and not head.net.training
+    assert metrics.image_auroc(head.score(tune.features), tune.is_anomaly) == pytest.approx(max(curve))
+    assert len(curve) == int(np.argmax(curve)) + 1 + 10 and not head.net.training
     kinds = [set(part.table["kind"][part.is_anomaly]) for part in (learn, tune)]
     assert kinds[0].isdisjoint(kinds[1]) and kinds[0] | kinds[1] == set(KINDS) and not tune.has("kind", VIEW).any()
     assert set(learn.table["group"]).isdisjoint(tune.table["group"])

@@ -20,6 +20,7 @@ from sklearn.neighbors import LocalOutlierFactor
 from sklearn.preprocessing import normalize
 
 from helpers.clip.features import Features
+from helpers.judge.metrics import image_auroc
 from helpers.records import NORMAL_KIND, Sample
 
 VIEW = "view"  # kind of another photograph of a genuine picture, never scored for a threshold
@@ -263,8 +264,7 @@ class Head(Detector):
                 optimizer.zero_grad()
                 loss(layers(rows), torch.from_numpy(labels)).backward()
                 optimizer.step()
-                odds = self._score(held)
-                auroc = auroc_of(odds[~is_anomaly], odds[is_anomaly])
+                auroc = image_auroc(self._score(held), is_anomaly)
                 if auroc > best:
                     best, best_epoch = auroc, epoch
                     best_state = {name: tensor.clone() for name, tensor in layers.state_dict().items()}
@@ -284,13 +284,6 @@ class Head(Detector):
         project = nn.utils.skip_init(nn.Linear, n_features, n_components).requires_grad_(False)
         hidden, last = nn.Linear(n_components, self.n_hidden), nn.Linear(self.n_hidden, 2)
         return nn.Sequential(project, hidden, nn.ReLU(), nn.Dropout(self.dropout), last)
-
-
-def auroc_of(normal: np.ndarray, anomalous: np.ndarray) -> float:
-    """AUROC of two lists of scores, equal ones counting half: quick, early stopping asks for it thousands of times."""
-    ordered = np.sort(normal)
-    places = [np.searchsorted(ordered, anomalous, side=side) for side in ("left", "right")]
-    return float(np.mean(places) / len(ordered))
 
 
 DETECTORS: Mapping[str, Detector] = {

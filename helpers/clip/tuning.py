@@ -14,7 +14,8 @@ from sklearn.base import clone
 from sklearn.model_selection import ParameterGrid, ParameterSampler
 from threadpoolctl import threadpool_limits
 
-from helpers.clip.one_class import CONFIRMED, Detector, Rows, auroc_of, folds
+from helpers.clip.one_class import CONFIRMED, Detector, Rows, folds
+from helpers.judge.metrics import image_auroc
 from helpers.records import NORMAL_KIND
 
 MIN_SOURCES = 6  # source pictures of a search: three folds of two, so that a search in a search can learn
@@ -87,8 +88,7 @@ def _auroc(detector: Detector, parameters: Mapping[str, Any], learn: Rows, held:
         raise ValueError(f"{held.category}: a fold of the search holds no anomaly. Make more of them.")
     quick = {name: value for name, value in QUICK.items() if hasattr(detector, name)}
     fitted = clone(detector).set_params(**parameters, **quick).fit(learn)
-    scores = fitted.score(held.features)
-    return auroc_of(scores[~held.is_anomaly], scores[held.is_anomaly])
+    return image_auroc(fitted.score(held.features), held.is_anomaly)
 
 
 def calibrate(detector: Detector, rows: Rows, *, n_folds: int = 5, seed: int = 0) -> tuple[Detector, np.ndarray]:
