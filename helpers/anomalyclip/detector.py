@@ -39,14 +39,9 @@ class Detector:
     checkpoint_hash: str
 
     def detect(self, images: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Anomaly scores and maps of a batch.
-
-        Args:
-            images: float ``(B, 3, S, S)``, preprocessed, on the detector's device.
-        Returns:
-            scores float32 ``(B,)`` in (0, 1), the abnormal probability of each image; maps float32 ``(B, S, S)``, raw,
-            smoothed by SciPy's Gaussian as published, from 0 to the number of taps. Higher = more anomalous.
-        """
+        """Of preprocessed images, float ``(B, 3, S, S)`` on the detector's device, the scores, float32 ``(B,)`` in (0,
+        1), the abnormal probability; and the maps, float32 ``(B, S, S)``, raw, smoothed by SciPy's Gaussian as
+        published, from 0 to the number of taps. Higher = more anomalous."""
         with torch.inference_mode():
             feature, tokens = model.dual_path(
                 self.visual, images, first_dual_block=self.first_dual_block, taps=self.taps
@@ -96,14 +91,9 @@ def predict(
     """Predict the test pictures of a dataset: :func:`helpers.results.predict` with this detector.
 
     Thresholds are conformal, per painting, from all genuine pictures outside the test split: prompts have learnt from
-    none of them. ``manifest.settings.map_limits`` holds, per painting, the map value that at most ``alpha`` of them
-    exceed anywhere.
-
-    Args:
-        dataset: a :class:`helpers.data.Dataset`.
-        trained_on: what the prompts have seen, in words; ``kinds``: ``trained_on_kinds`` of the synthetic marks.
-    Raises:
-        ValueError: a painting without genuine pictures outside the test split.
+    none of them; one without is a ValueError. ``manifest.settings.map_limits`` holds, per painting, the map value that
+    at most ``alpha`` of them exceed anywhere. ``trained_on`` says what the prompts have seen, ``kinds`` may hold
+    ``trained_on_kinds``, the synthetic marks among it.
     """
 
     def score(_category: str, samples: Sequence[Sample]) -> list[Scored]:
@@ -132,11 +122,8 @@ def predict(
 
 
 def load(home: Path, clip: Any) -> Callable[[str, Sequence[np.ndarray]], list[Scored]]:
-    """The detector behind ``home/results/anomalyclip``, with the CLIP of notebook 04: ``score(category, images)``.
-
-    Raises:
-        FileNotFoundError: notebook 04 has not run, or its prompts are gone.
-    """
+    """The detector behind ``home/results/anomalyclip``, with the CLIP of notebook 04: ``score(category, images)``; a
+    ``FileNotFoundError`` where that has not run, or its prompts are gone."""
     manifest = files.read_json(home / "results" / "anomalyclip" / results.MANIFEST)
     settings = {name: manifest["settings"][name] for name in ("taps", "sigma")}
     for path in home.glob("*/anomalyclip/*/*.safetensors"):

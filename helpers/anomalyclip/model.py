@@ -39,15 +39,9 @@ class PromptLearner(nn.Module):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Callable,
-        *,
-        n_context: int = 12,
-        n_deep: int | None = None,
-        deep_length: int = 4,
-        seed: int = 111,
-    ) -> None:
+        self, model: nn.Module, tokenizer: Callable, *, n_context: int = 12, n_deep: int | None = None,
+        deep_length: int = 4, seed: int = 111,
+    ) -> None:  # fmt: skip
         super().__init__()
         check_clip(model)
         n_blocks = len(model.transformer.resblocks)
@@ -105,22 +99,19 @@ def encode_text(model: nn.Module, learner: PromptLearner) -> torch.Tensor:
 def load_prompts(path: Path, clip: Any) -> PromptLearner:
     """Prompts from a file in the published layout (safetensors, or the published ``.pth``), for a CLIP.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: other keys or shapes, values that are not finite, or prompts of another CLIP (the embeddings of the
-            fixed words, stored in the file, differ from this CLIP's).
+    ValueError: other keys or shapes, values that are not finite, or prompts of another CLIP (the embeddings of fixed
+    words, stored in the file, differ from this CLIP's).
     """
     state = _read_state(Path(path))
     missing = sorted({"ctx_pos", "compound_prompts_text.0"} - state.keys())
     if missing:
         raise ValueError(f"{path} is no AnomalyCLIP prompt file: {missing[0]} is missing. Run 01_prepare_weights.")
-    learner = PromptLearner(
-        clip.model,
-        clip.tokenizer,
-        n_context=state["ctx_pos"].shape[-2],
-        n_deep=sum(name.startswith("compound_prompts_text.") for name in state),
-        deep_length=state["compound_prompts_text.0"].shape[0],
+    n_deep, deep_length = (
+        sum(n.startswith("compound_prompts_text.") for n in state),
+        len(state["compound_prompts_text.0"]),
     )
+    sizes = {"n_context": state["ctx_pos"].shape[-2], "n_deep": n_deep, "deep_length": deep_length}
+    learner = PromptLearner(clip.model, clip.tokenizer, **sizes)
     fixed = {name: tensor.clone() for name, tensor in learner.named_buffers()}
     try:
         learner.load_state_dict(state)
@@ -184,11 +175,8 @@ def dual_path(
     """Both streams of the vision tower in one pass.
 
     ``images`` float ``(B, 3, S, S)`` are preprocessed, S a multiple of the patch size; V-V attention runs from the
-    zero-based ``first_dual_block`` on; ``taps`` are one-based.
-
-    Returns:
-        class feature ``(B, embed_dim)`` without ``ln_post``, and per tap the tokens ``(B, 1 + P, embed_dim)`` after
-        ``ln_post`` and projection, class row first, patches row by row.
+    zero-based ``first_dual_block`` on; ``taps`` are one-based. Returns the class feature ``(B, embed_dim)`` without
+    ``ln_post``, and per tap the tokens ``(B, 1 + P, embed_dim)`` after it and projection, class row first.
     """
     blocks = visual.transformer.resblocks
     if not taps or not set(taps) <= set(range(1, len(blocks) + 1)):
@@ -255,14 +243,8 @@ def check_clip(model: nn.Module) -> None:
 
 
 def abnormal_probability(features: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """Probability of the abnormal prompt for each feature: the softmax over two classes as one sigmoid.
-
-    Args:
-        features: float ``(..., embed_dim)``, not normalised.
-        text: float ``(2, embed_dim)``, normalised, normal first.
-    Returns:
-        float ``(...)`` in (0, 1), higher = more anomalous.
-    """
+    """Probability of the abnormal prompt, ``(...)`` in (0, 1), of features ``(..., embed_dim)``, not normalised: the
+    softmax over two classes as one sigmoid. ``text`` ``(2, embed_dim)`` is normalised, normal first."""
     return torch.sigmoid(F.normalize(features, dim=-1) @ (text[1] - text[0]) / TEMPERATURE)
 
 

@@ -181,12 +181,9 @@ def dice_loss(probabilities: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 def prompt_losses(text: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The training loss of text features ``(2, embed_dim)`` on a batch of :class:`TowerFeatures`, and its parts.
 
-    An anomalous image without a known mask counts in the image loss alone: an empty mask would teach that its defect
-    is normal.
-
-    Returns:
-        ``loss`` = ``image`` + 4 * (``focal`` + ``dice_abnormal`` + ``dice_normal``), summed over the taps, means over
-        the images. Source: Zhou et al., ICLR 2024, section 3; train.py, loss.py.
+    ``loss`` = ``image`` + 4 * (``focal`` + ``dice_abnormal`` + ``dice_normal``), summed over the taps, means over the
+    images. An anomalous image without a known mask counts in the image loss alone: an empty mask would teach that its
+    defect is normal. Source: Zhou et al., ICLR 2024, section 3; train.py, loss.py.
     """
     masks, weight = batch["mask"].to(text.dtype), batch["has_mask"].to(text.dtype)
     pixel = dict.fromkeys(("focal", "dice_abnormal", "dice_normal"), text.new_zeros(()))
@@ -226,15 +223,9 @@ def tuning_score(text: torch.Tensor, tuning: TowerFeatures) -> float:
 
 
 def train_prompts(
-    clip: Any,
-    samples: Sequence[Sample],
-    *,
-    n_epochs: int,
-    folder: Path,
-    features_dir: Path,
-    device: str = "cpu",
+    clip: Any, samples: Sequence[Sample], *, n_epochs: int, folder: Path, features_dir: Path, device: str = "cpu",
     batch_size: int = 8,
-) -> tuple[PromptLearner | None, TowerFeatures, list[dict[str, Any]]]:
+) -> tuple[PromptLearner | None, TowerFeatures, list[dict[str, Any]]]:  # fmt: skip
     """Train prompts on pictures split ``"train"``, keep the best on ``"calibration"``; Adam 1e-3 (0.5, 0.999).
 
     Each set of choices trains in a folder of its own, so a changed choice starts over and an old one is found again.
