@@ -87,15 +87,13 @@ def predict(
 
     Args:
         folder, method, profile: results folder, name of the row (see :data:`METHODS`), name of the profile.
-        dataset: a :class:`helpers.data.Dataset`; its test pictures are predicted, painting by painting.
-        score: (category, up to ``batch_size`` pictures of it) -> one :class:`~helpers.records.Scored` each, in order;
-            where ``seconds`` is 0 the time of the call is shared among them.
-        calibration: category -> scores of genuine pictures that the detector has not learnt from, higher = more
-            anomalous; or a function that gives them, called only when pictures are left to predict.
+        score: (category, up to ``batch_size`` test pictures of it) -> one :class:`~helpers.records.Scored` each, in
+            order; where ``seconds`` is 0 the time of the call is shared among them.
+        calibration: category -> scores of genuine pictures that the detector has not learnt from, or a function that
+            gives them; ``calibration_groups``: the source picture of each (default: of the calibration split).
         alpha: false-alarm rate that the thresholds aim at.
         settings, checkpoint_hash: JSON values and weights (empty: none) that determine scores and calibration.
         trained_on, trained_on_kinds: what the weights have seen, in words, and the kinds of synthetic marks among it.
-        calibration_groups: category -> source picture of each calibration score (default: of the calibration split).
         answers_say: answer -> True (anomalous), False (normal) or None (neither), for methods that answer.
 
     ValueError: a painting without calibration scores, or a wrong number of scores.

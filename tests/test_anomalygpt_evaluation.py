@@ -141,9 +141,3 @@ def test_maps_of_another_method_are_scored_and_spoken_about_and_noticed_when_the
     del maps.asked[:]
     run(model, dataset, tmp_path / "r", maps_from=maps, method="anomalygpt_aligned")
     assert not maps.asked  # the same maps: the complete run is kept
-
-
-def test_answers_before_and_after_are_those_of_the_first_words(model, dataset):
-    table = te.answers_before_after(model, dataset, SMALL)
-    assert len(table) == 14 and set(table["says"]) <= {"yes", "no", "unclear"}
-    pd.testing.assert_frame_equal(table, te.answers_before_after(model, dataset, SMALL))

@@ -92,19 +92,6 @@ def test_pairs_are_visible_and_named_where_they_are(samples):
     assert {pair.reference is None for pair in pairs} == {True, False}
 
 
-def test_kinds_that_are_held_out_are_not_learnt_from(dataset, monkeypatch):
-    seen, damaged_view = [], p.damaged_view
-
-    def spy(picture, *, seed, kind=None):
-        seen.append(kind)
-        return damaged_view(picture, seed=seed, kind=kind)
-
-    monkeypatch.setattr(p, "damaged_view", spy)
-    for pairs in p.pairs_of(replace(dataset, kinds_held_out=tuple(LOCAL_KINDS[1:])), SMALL):
-        drawn(pairs)
-    assert set(seen) == {None, LOCAL_KINDS[0]}
-
-
 def test_real_anomalies_and_confirmed_pictures_are_learnt_from(samples, tmp_path):
     pictures = np.random.default_rng(5).integers(0, 255, (4, 60, 45, 3), dtype=np.uint8)
     for number, picture in enumerate(pictures):
@@ -129,14 +116,22 @@ def test_real_anomalies_and_confirmed_pictures_are_learnt_from(samples, tmp_path
     assert p.squash_mask(thin).shape == (224, 224) and p.squash_mask(thin).sum() == 224  # a crack survives
 
 
-def test_sources_stay_together_and_pictures_that_set_thresholds_are_not_trained_on(dataset, samples):
+def test_sources_stay_together_and_neither_calibration_nor_held_out_kinds_are_learnt_from(
+    dataset, samples, monkeypatch
+):
+    seen, damaged_view = set(), p.damaged_view
+    monkeypatch.setattr(
+        p, "damaged_view", lambda *a, kind=None, **k: seen.add(kind) or damaged_view(*a, kind=kind, **k)
+    )
     grouped = [replace(s, group=f"g{i // 2}") for i, s in enumerate(samples)]
-    parts = p.pairs_of(data.Dataset(dataset.folder, (*dataset.select(split="calibration"), *grouped), "hash"), SMALL)
+    given = (*dataset.select(split="calibration"), *grouped)
+    parts = p.pairs_of(data.Dataset(dataset.folder, given, "hash", kinds_held_out=tuple(LOCAL_KINDS[1:])), SMALL)
     group_of = {s.image_path: (s.category, s.group) for s in grouped}
     learnt, tuning = ({path for path, _ in part.normals} for part in parts)
     assert learnt and tuning and learnt | tuning == {s.image_path for s in grouped}
     assert not {group_of[path] for path in learnt} & {group_of[path] for path in tuning}
     assert {category for _, category in parts[1].normals} == {"one", "two"}
+    assert [len(drawn(part)) for part in parts] and seen == {None, LOCAL_KINDS[0]}
 
 
 def test_presets_are_the_report_s_and_settings_are_checked():

@@ -122,14 +122,9 @@ def answer_table(answers: pd.DataFrame, *by: str) -> pd.DataFrame:
 
 def panel(sample: Sample, anomaly_map: np.ndarray, said: str) -> dict[str, Any]:
     """Arguments of :class:`helpers.judge.figures.Panel` for a picture about which something was said."""
-    picture = images.load_image(sample.image_path)
-    caption = f"{sample.kind.replace('_', ' ') if sample.is_anomalous else 'genuine'}: {said}"
-    return {
-        "image": picture,
-        "mask": mask_of(sample, picture.shape[:2]),
-        "anomaly_map": anomaly_map,
-        "caption": caption,
-    }
+    picture, kind = images.load_image(sample.image_path), sample.kind if sample.is_anomalous else "genuine"
+    shown = {"image": picture, "mask": mask_of(sample, picture.shape[:2]), "anomaly_map": anomaly_map}
+    return shown | {"caption": f"{kind.replace('_', ' ')}: {said}"}
 
 
 class Bench:
