@@ -178,7 +178,7 @@ def train_head(
     free = ("n_epochs", "micro_batch", "patience", "checkpoint_every")
     identity = {
         "settings": {key: value for key, value in asdict(settings).items() if key not in free}, "kinds": pairs.kinds,
-        "dataset": dataset.hash, "start": model.checkpoint_id, "maps": maps_from and maps_from.identity,
+        "dataset": dataset.hash, "start": model.checkpoint_id, "map_of": maps_from.identity if maps_from else False,
         "language": [model.language.hidden, str(model.language.embed([0]).dtype)],
     }  # fmt: skip
     steps = folder / (f"steps_{maps_from.identity[:12]}" if maps_from else "steps")
