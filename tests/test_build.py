@@ -1,7 +1,5 @@
 """Source trees of tiny real pictures -> datasets: splits, counts, bytes, what is kept and what is made again."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path

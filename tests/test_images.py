@@ -1,7 +1,5 @@
 """Every hostile file is read as stated, with a note where a choice was made, or refused in words."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Folders and tables as people have them: understood, or refused in words; nothing is swallowed."""
 
-from __future__ import annotations
-
 import shutil
 from collections import Counter
 from pathlib import Path

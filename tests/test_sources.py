@@ -1,7 +1,5 @@
 """Embedded paintings, and the network code against a real HTTP server on this machine that misbehaves as asked."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

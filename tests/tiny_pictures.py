@@ -1,7 +1,5 @@
 """Small pictures, masks and trees of folders for tests: no two pictures look alike."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import cv2
