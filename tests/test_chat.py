@@ -1,4 +1,4 @@
-"""The chat without widgets: pictures, verdicts, answers from numbers, and words that contradict the map."""
+"""The chat: pictures, verdicts, answers from numbers, words that contradict the map; and its widgets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import tiny_chat as tiny
 
 from helpers import results
-from helpers.chat import detectors
+from helpers.chat import detectors, feedback, widgets
 from helpers.chat import session as chat
 from helpers.chat.session import ASKED, SURE, WHERE, BadInput
 from helpers.data import images
@@ -46,32 +46,28 @@ def says(monkeypatch, talk: chat.ChatSession, answer: str) -> list[dict]:
     return asked
 
 
-@pytest.mark.parametrize("text", ["", "  ", "https://example.org/a.png", "no_such_file.png", "folder"])
-def test_paths_that_cannot_be_opened_get_a_sentence(text: str, tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(BadInput):
-        chat.open_picture(text if "/" in text or not text.strip() else tmp_path / text)
+# --- pictures and questions ------------------------------------------------------------------------------------------
 
 
-def test_a_path_may_be_quoted(made) -> None:
-    path = made[1].samples[0].image_path
-    assert chat.open_picture(f' "{path}" ').sha256 == made[1].samples[0].sha256
+def test_what_cannot_be_opened_gets_a_sentence(tmp_path: Path) -> None:
+    for text in ("", "  ", "https://example.org/a.png", tmp_path / "no_such_file.png", tmp_path):
+        with pytest.raises(BadInput):
+            chat.open_picture(text)
+    for content in (b"", b"<svg></svg>", b"\x89PNG\r\n\x1a\n cut"):
+        with pytest.raises(BadInput, match="evil.png"):
+            chat.receive_picture("../../evil.png", content)
 
 
-@pytest.mark.parametrize("content", [b"", b"<svg></svg>", b"\x89PNG\r\n\x1a\n cut"])
-def test_uploads_that_are_no_pictures_are_named(content: bytes) -> None:
-    with pytest.raises(BadInput, match="evil.png"):
-        chat.receive_picture("../../evil.png", content)
-
-
-def test_an_upload_is_the_picture_and_a_large_one_is_refused(made, monkeypatch) -> None:
-    path = made[1].samples[0].image_path
-    received = chat.receive_picture("C:\\photos\\a.png", path.read_bytes())
-    assert received.name == "a.png" and received.path is None and received.sha256 == made[1].samples[0].sha256
-    np.testing.assert_array_equal(received.image, images.load_image(path))
+def test_a_path_may_be_quoted_and_an_upload_is_the_picture_unless_it_is_large(made, monkeypatch) -> None:
+    sample = made[1].samples[0]
+    content = sample.image_path.read_bytes()
+    assert chat.open_picture(f' "{sample.image_path}" ').sha256 == sample.sha256
+    received = chat.receive_picture("C:\\photos\\a.png", content)
+    assert received.name == "a.png" and received.path is None and received.sha256 == sample.sha256
+    np.testing.assert_array_equal(received.image, images.load_image(sample.image_path))
     monkeypatch.setattr(chat, "MAX_UPLOAD_BYTES", 10)
     with pytest.raises(BadInput, match="path"):
-        chat.receive_picture("a.png", path.read_bytes())
+        chat.receive_picture("a.png", content)
 
 
 def test_samples_show_every_painting_genuine_and_not(made) -> None:
@@ -79,15 +75,14 @@ def test_samples_show_every_painting_genuine_and_not(made) -> None:
     assert list(samples) == ["One: box", "One: replica", "One: genuine", "Two: box", "Two: replica", "Two: genuine"]
 
 
-@pytest.mark.parametrize(("text", "clean"), [(" Is it\n whole?\x00 ", "Is it whole?"), ("完整吗 🎨", "完整吗 🎨")])
-def test_questions_are_cleaned(text: str, clean: str) -> None:
-    assert chat.clean_question(text) == clean
-
-
-@pytest.mark.parametrize("text", ["", " \n\t", "\x00\x07", "why? " * 2000])
-def test_questions_that_cannot_be_asked(text: str) -> None:
-    with pytest.raises(BadInput):
-        chat.clean_question(text)
+def test_questions_are_cleaned_or_refused() -> None:
+    assert (
+        chat.clean_question(" Is it\n whole?\x00 ") == "Is it whole?"
+        and chat.clean_question("完整吗 🎨") == "完整吗 🎨"
+    )
+    for text in ("", " \n\t", "\x00\x07", "why? " * 2000):
+        with pytest.raises(BadInput):
+            chat.clean_question(text)
 
 
 # --- verdicts --------------------------------------------------------------------------------------------------------
@@ -149,14 +144,11 @@ def test_an_own_picture_is_compared_with_the_chosen_painting(made, talk: chat.Ch
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_picture_nothing_is_answered(talk: chat.ChatSession) -> None:
+def test_place_and_certainty_come_from_the_numbers(made, talk: chat.ChatSession, monkeypatch) -> None:
+    asked = says(monkeypatch, talk, "I am 99% sure that the image is right-side-up.")
     for question in (ASKED, WHERE, SURE):
         with pytest.raises(BadInput, match="no picture"):
             talk.ask(question)
-
-
-def test_place_and_certainty_come_from_the_numbers(made, talk: chat.ChatSession, monkeypatch) -> None:
-    asked = says(monkeypatch, talk, "I am 99% sure that the image is right-side-up.")
     talk.choose(picture(made, "box"))
     talk.threshold = talk.own.anomaly_score * 0.9
     where, sure = talk.ask(WHERE), talk.ask(SURE)
@@ -166,9 +158,9 @@ def test_place_and_certainty_come_from_the_numbers(made, talk: chat.ChatSession,
     assert "nowhere" in talk.ask(WHERE).answer.lower() and "stays below the limit by 50%" in talk.ask(SURE).answer
 
 
-@pytest.mark.parametrize(
-    ("map_is_high", "answer", "contradicts"),
-    [
+def test_words_against_the_map_get_a_comment(made, talk: chat.ChatSession, monkeypatch) -> None:
+    talk.choose(picture(made, "box"))
+    for map_is_high, answer, contradicts in (
         (True, "Yes, there is an anomaly in the image.", False),
         (True, "No, there is no anomaly in the image.", True),
         (True, "Yes, there is an anomaly in the image, at the bottom right of the image.", True),
@@ -177,18 +169,13 @@ def test_place_and_certainty_come_from_the_numbers(made, talk: chat.ChatSession,
         (False, "It is in red, at the bottom left.", True),
         (False, "A portrait of a woman.", True),
         (True, "", True),
-    ],
-)
-def test_words_against_the_map_get_a_comment(
-    made, talk: chat.ChatSession, monkeypatch, map_is_high: bool, answer: str, contradicts: bool
-) -> None:
-    says(monkeypatch, talk, answer)
-    talk.choose(picture(made, "box"))
-    talk.threshold = talk.own.anomaly_score * (0.5 if map_is_high else 2)
-    turn = talk.ask(ASKED)
-    assert bool(turn.comment) == contradicts
-    disagree = answer.startswith("No" if map_is_high else "Yes")
-    assert ("disagree" in talk.verdict_line()[1]) == disagree
+    ):
+        talk.start_over()
+        says(monkeypatch, talk, answer)
+        talk.threshold = talk.own.anomaly_score * (0.5 if map_is_high else 2)
+        assert bool(talk.ask(ASKED).comment) == contradicts, answer
+        disagree = answer.startswith("No" if map_is_high else "Yes")
+        assert ("disagree" in talk.verdict_line()[1]) == disagree, answer
 
 
 def test_detectors_against_map_and_words_are_said_and_free_answers_are_marked_as_unchecked(made, talk, monkeypatch):
@@ -213,15 +200,11 @@ def test_fixed_questions_have_no_history_and_free_ones_only_free_turns(made, tal
     assert talk.history == [] and talk.words_say is None
 
 
-def test_the_real_model_streams_its_answer(made, talk: chat.ChatSession) -> None:
+def test_the_real_model_streams_its_answer_until_the_conversation_is_too_long(made, talk: chat.ChatSession) -> None:
     talk.choose(picture(made, "box"))
     grown = []
     turn = talk.ask("What is it?", on_text=grown.append)
     assert turn.source == chat.MODEL and (not turn.answer or grown)
-
-
-def test_a_conversation_that_is_too_long_is_refused(made, talk: chat.ChatSession) -> None:
-    talk.choose(picture(made, "box"))
     talk.history = [chat.Turn("q", "why " * 3000, "because " * 3000, chat.MODEL)]
     with pytest.raises(BadInput, match="Start over"):
         talk.ask("And now?")
@@ -242,3 +225,101 @@ def test_the_context_is_json_and_says_what_was_judged(made, talk: chat.ChatSessi
     context = talk.context()
     assert context["is_predicted_anomalous"] is False and context["category"] == "one" and context["answer"]
     assert chat.describe_place(np.zeros((9, 9)), 1.0) == "nothing exceeds the limit"
+
+
+# --- widgets: every action works, refusals are said, errors are kept, no text becomes markup --------------------------
+
+
+@pytest.fixture
+def ui(made, tmp_path: Path) -> widgets.ChatUI:
+    talk = tiny.session(*made)
+    log, transcripts = tmp_path / "feedback.jsonl", tmp_path / "chat"
+    return widgets.ChatUI(talk, chat.sample_pictures(made[1]), log=log, transcripts=transcripts)
+
+
+def test_a_picture_is_there_from_the_start(ui: widgets.ChatUI) -> None:
+    assert ui.session.picture is not None and bytes(ui.image.value).startswith(b"\x89PNG")
+    assert "of 2 detectors" in ui.line.value and "AnomalyCLIP" in ui.table.value
+    assert ui.threshold.value == pytest.approx(ui.session.threshold, abs=1e-3)
+
+
+def test_choosing_comparing_and_moving_the_threshold(ui: widgets.ChatUI) -> None:
+    ui.sample.value = "Two: replica"
+    assert ui.session.category == ui.compared_with.value == "two"
+    ui.compared_with.value = "one"
+    assert ui.session.category == "one" and ui.session.picture.category == "two"
+    ui.threshold.value = ui.threshold.max
+    assert not ui.session.map_says and "map: no" in ui.line.value
+    ui.threshold.value = 0.0
+    before = bytes(ui.image.value)
+    ui.view.value = "picture"
+    assert bytes(ui.image.value) != before
+
+
+def test_paths_and_uploads_of_both_versions(ui: widgets.ChatUI, made) -> None:
+    sample = made[1].samples[0]
+    ui.path.value = str(sample.image_path)
+    assert ui.session.picture.sha256 == sample.sha256
+    content = made[1].samples[1].image_path.read_bytes()
+    for value in ({"a.png": {"content": content}}, ({"name": "a.png", "content": memoryview(content)},)):
+        ui.upload = type("Upload", (), {"value": value})
+        ui._receive()
+        assert ui.session.picture.name == "a.png" and ui.sample.value is None and ui.session.errors == []
+    ui.path.value = "no_such_picture.jpg"
+    assert "no_such_picture.jpg" in ui.message.value and ui.session.errors == []
+
+
+def test_questions_and_answers_are_shown(ui: widgets.ChatUI) -> None:
+    for button in ui.quick:
+        button.click()
+    ui.question.value = "What is it?"
+    ui.send.click()
+    assert [turn.question for turn in ui.session.history] == [*chat.FIXED_QUESTIONS, "What is it?"]
+    assert ui.question.value == "" and "What is it?" in ui.talk.value and "From the map" in ui.talk.value
+    ui.send.click()
+    assert "empty" in ui.message.value
+    ui.again.click()
+    assert ui.session.history == [] and ui.session.errors == []
+
+
+def test_no_text_becomes_markup(ui: widgets.ChatUI, monkeypatch) -> None:
+    monkeypatch.setattr(type(ui.session.model), "ask", lambda self, look, prompt, **options: [tiny.HOSTILE])
+    ui.question.value = tiny.HOSTILE
+    ui.send.click()
+    ui.path.value = f"/{tiny.HOSTILE}"
+    ui.save.click()
+    (page,) = (ui._transcripts).iterdir()
+    for text in (ui.talk.value, ui.message.value, ui.line.value, ui.table.value, page.read_text("utf-8")):
+        assert "<script" not in text and "<img src=x" not in text
+    assert "&lt;script" in ui.talk.value and "Written" in ui.message.value
+
+
+def test_an_exception_is_shown_and_kept(ui: widgets.ChatUI, monkeypatch) -> None:
+    def fail(*_given, **_options):
+        raise RuntimeError("<b>out of luck</b>")
+
+    monkeypatch.setattr(type(ui.session.model), "ask", fail)
+    ui.quick[0].click()
+    assert ui.session.errors == ["RuntimeError: <b>out of luck</b>"]
+    assert "&lt;b&gt;out of luck" in ui.message.value and "Traceback" in ui.message.value
+    ui.quick[1].click()
+    assert len(ui.session.history) == 1, "the chat goes on"
+
+
+def test_judgements_are_saved(ui: widgets.ChatUI) -> None:
+    ui.give.click()
+    assert "Say first" in ui.message.value
+    ui.verdict.value, ui.label.value, ui.region.value, ui.comment.value = "wrong", "anomalous", "top left", "<b>"
+    ui.give.click()
+    (entry,), skipped = feedback.read(ui._log)
+    assert (entry.verdict, entry.region, entry.is_anomalous, skipped) == ("wrong", "top left", True, [])
+    assert entry.comment == "<b>" and entry.context["category"] == "one"
+    ui.verdict.value, ui.label.value, ui.region.value = "wrong", "genuine", "top"
+    ui.give.click()
+    assert "Clear one" in ui.message.value and ui.session.errors == []
+
+
+def test_an_action_during_an_action_is_ignored(ui: widgets.ChatUI) -> None:
+    ui._busy = True
+    ui.quick[0].click()
+    assert ui.session.history == []

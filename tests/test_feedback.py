@@ -37,21 +37,13 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert feedback.read(tmp_path / "none.jsonl") == ([], [])
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"verdict": "maybe"},
-        {"label": "fake"},
-        {"region": "middle", "label": "anomalous"},
-        {"region": "top"},
-        {"comment": "x" * 10_001},
-        {"context": {"score": float("nan")}},
-    ],
-    ids=str,
-)
-def test_values_that_are_not_allowed(tmp_path: Path, changes: dict) -> None:
-    with pytest.raises(ValueError):
-        record(tmp_path / "feedback.jsonl", **changes)
+def test_values_that_are_not_allowed(tmp_path: Path) -> None:
+    for changes in (
+        {"verdict": "maybe"}, {"label": "fake"}, {"region": "middle", "label": "anomalous"}, {"region": "top"},
+        {"comment": "x" * 10_001}, {"context": {"score": float("nan")}},
+    ):  # fmt: skip
+        with pytest.raises(ValueError):
+            record(tmp_path / "feedback.jsonl", **changes)
     assert not (tmp_path / "feedback.jsonl").exists()
 
 
@@ -65,19 +57,16 @@ def test_torn_and_foreign_lines_are_named_and_stay(tmp_path: Path) -> None:
     assert len(entries) == 2 and [words.split()[1] for words in skipped] == ["2", "3", "4"]
 
 
-@pytest.mark.parametrize(
-    ("verdict", "label", "predicted", "expected"),
-    [
+def test_the_confirmed_label() -> None:
+    for verdict, label, predicted, expected in (
         ("correct", None, True, True),
         ("wrong", None, True, False),
         ("wrong", "anomalous", True, True),
         ("unsure", "anomalous", True, None),
         ("correct", None, None, None),
-    ],
-)
-def test_the_confirmed_label(verdict: str, label: str | None, predicted: bool | None, expected: bool | None) -> None:
-    context = {} if predicted is None else {"is_predicted_anomalous": predicted}
-    assert feedback.Entry("x", verdict, label, context=context).is_anomalous is expected
+    ):
+        context = {} if predicted is None else {"is_predicted_anomalous": predicted}
+        assert feedback.Entry("x", verdict, label, context=context).is_anomalous is expected
 
 
 # --- what may be used ------------------------------------------------------------------------------------------------

@@ -73,17 +73,10 @@ def write_results(model: AnomalyGPT, dataset: data.Dataset, home: Path) -> None:
             return scorer(category, [images.load_image(sample.image_path) for sample in samples])
 
         normals = {c: dataset.select(split="calibration", category=c) for c in dataset.categories}
-        results.predict(
-            home / "results" / method,
-            method=method,
-            dataset=dataset,
-            score=score,
-            calibration={c: [one.anomaly_score for one in score(c, held)] for c, held in normals.items()},
-            alpha=SETTINGS.alpha,
-            profile="mini",
-            settings={},
-            answers_say=conversations.answers_say,
-        )
+        known = {c: [one.anomaly_score for one in score(c, held)] for c, held in normals.items()}
+        options = {"alpha": SETTINGS.alpha, "settings": {}, "answers_say": conversations.answers_say}
+        place = {"method": method, "dataset": dataset, "profile": "mini"}
+        results.predict(home / "results" / method, score=score, calibration=known, **place, **options)
 
 
 def session(model: AnomalyGPT, dataset: data.Dataset, home: Path) -> chat.ChatSession:
