@@ -122,21 +122,32 @@ def test_random_prompts_leave_the_random_state_alone(clip) -> None:
     assert torch.equal(torch.get_rng_state(), state) and torch.equal(one.ctx_pos, two.ctx_pos)
 
 
-@pytest.fixture
-def prompt_file(tmp_path: Path, learner: PromptLearner) -> Path:
-    files.write_bytes(tmp_path / "model.safetensors", model.as_bytes(learner))
-    return tmp_path / "model.safetensors"
-
-
-def test_prompts_survive_the_file_and_belong_to_one_clip(clip, learner: PromptLearner, prompt_file: Path) -> None:
-    loaded = model.load_prompts(prompt_file, clip)
+def test_prompts_survive_the_file_belong_to_one_clip_and_wrong_ones_are_refused_by_name(
+    clip, learner, tmp_path
+) -> None:
+    path = tmp_path / "model.safetensors"
+    files.write_bytes(path, model.as_bytes(learner))
+    loaded, state = model.load_prompts(path, clip), load_file(path)
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in learner.state_dict().items())
     assert model.prompts_hash(loaded) == model.prompts_hash(learner)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     with pytest.raises(ValueError, match="another CLIP"):
-        model.load_prompts(prompt_file, tiny_clip(seed=3))
+        model.load_prompts(path, tiny_clip(seed=3))
     with pytest.raises(FileNotFoundError, match="01_prepare_weights"):
-        model.load_prompts(prompt_file.with_name("none.safetensors"), clip)
+        model.load_prompts(tmp_path / "none.safetensors", clip)
+    for name, tensor in (
+        ("ctx_pos", None),
+        ("compound_prompts_text.0", None),
+        ("surprise", torch.zeros(1)),
+        ("ctx_pos", torch.zeros(1, 1, 12, 48)),
+        ("ctx_neg", torch.zeros(1, 1, 9, 32)),
+        ("ctx_neg", torch.full((1, 1, 12, 32), math.nan)),
+        ("token_prefix_pos", torch.zeros(1, 1, 1, 32)),
+        ("tokenized_prompts_neg", torch.zeros(1, 1, 77, dtype=torch.int32)),
+    ):
+        save_file({key: value for key, value in (state | {name: tensor}).items() if value is not None}, path)
+        with pytest.raises(ValueError, match=name.partition(".")[0]):
+            model.load_prompts(path, clip)
 
 
 def test_published_pickle_is_read_without_running_it(clip, learner: PromptLearner, tmp_path: Path) -> None:
@@ -152,27 +163,6 @@ def test_published_pickle_is_read_without_running_it(clip, learner: PromptLearne
     with pytest.raises(pickle.UnpicklingError):
         model.load_prompts(tmp_path / "evil.pth", clip)
     assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "tensor"),
-    [
-        ("ctx_pos", None),
-        ("compound_prompts_text.0", None),
-        ("surprise", torch.zeros(1)),
-        ("ctx_pos", torch.zeros(1, 1, 12, 48)),
-        ("ctx_neg", torch.zeros(1, 1, 9, 32)),
-        ("ctx_neg", torch.full((1, 1, 12, 32), math.nan)),
-        ("token_prefix_pos", torch.zeros(1, 1, 1, 32)),
-        ("tokenized_prompts_neg", torch.zeros(1, 1, 77, dtype=torch.int32)),
-    ],
-    ids=str,
-)
-def test_wrong_prompt_files_are_refused_by_name(clip, prompt_file: Path, name: str, tensor) -> None:
-    state = load_file(prompt_file) | {name: tensor}
-    save_file({key: value for key, value in state.items() if value is not None}, prompt_file)
-    with pytest.raises(ValueError, match=name.partition(".")[0]):
-        model.load_prompts(prompt_file, clip)
 
 
 # --- predictions -----------------------------------------------------------------------------------------------------

@@ -75,18 +75,13 @@ def test_set_up_cell_is_the_same_everywhere(path: Path) -> None:
 
 
 @each_notebook
-def test_cells_are_short_and_hold_no_branch_on_the_profile(path: Path) -> None:
-    for cell in _cells(path, "code"):
-        lines = [line for line in cell.source.splitlines() if line.strip()]
-        assert len(lines) <= MAX_CELL_LINES, f"{len(lines)} lines: {lines[0]}"
-        assert not BRANCH.search(cell.source)
-
-
-@each_notebook
-def test_set_up_and_checks_are_folded_and_lines_fit(path: Path) -> None:
+def test_cells_are_short_hold_no_branch_on_the_profile_and_fit_the_page(path: Path) -> None:
     """In Colab a form is one line with a play button; what is read must not be cut off at the right."""
     cells = _cells(path, "code")
     for cell in cells:
+        lines = [line for line in cell.source.splitlines() if line.strip()]
+        assert len(lines) <= MAX_CELL_LINES, f"{len(lines)} lines: {lines[0]}"
+        assert not BRANCH.search(cell.source)
         is_form = cell.source.startswith(("#@title Set-up", "#@title Check"))
         assert (cell.metadata.get("cellView") == "form") == is_form, cell.source[:60]
     assert all(len(line) <= 100 for cell in cells[1:] for line in cell.source.splitlines())
@@ -94,19 +89,14 @@ def test_set_up_and_checks_are_folded_and_lines_fit(path: Path) -> None:
 
 
 @each_notebook
-def test_nothing_is_installed_and_nothing_foreign_imported(path: Path) -> None:
-    """A remote service or an unquoted ``>=`` in a cell is what breaks notebooks most often."""
+def test_nothing_foreign_is_installed_imported_or_named(path: Path) -> None:
+    """A remote service or an unquoted ``>=`` in a cell is what breaks notebooks most often; and no path, no token."""
     for cell in _cells(path, "code"):
         assert not re.search(r"^\s*[!%]", cell.source, flags=re.MULTILINE), "no shell and no magic commands"
         assert not re.search(r"^\s*(?:import|from) google\b", cell.source, flags=re.MULTILINE), "session has guards"
         assert not re.search(r"weights_only\s*=\s*False|\bpickle\b|allow_pickle", cell.source)
-
-
-@each_notebook
-def test_no_absolute_path_and_no_token(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert not re.search(r"(?<![\w./])/(home|content|root|work|tmp|mnt|Users|usr|opt)/", text)
-    assert not re.search(r"\b[A-Z]:\\\\", text)
+    assert not re.search(r"(?<![\w./])/(home|content|root|work|tmp|mnt|Users|usr|opt)/|\b[A-Z]:\\\\", text)
     assert not TOKENS.search(text)
 
 
@@ -126,30 +116,42 @@ def test_notebook_stands_in_the_readme_and_is_numbered_without_a_gap(path: Path)
     assert f"[{path.stem}](notebooks/{path.name})" in readme and f"({BADGE}{path.name})" in readme
 
 
-def test_a_damaged_notebook_is_noticed(tmp_path: Path) -> None:
-    """The checks above can fail: a copy with every fault that Colab's *save* and a hasty edit leave."""
+FAULTS = {
+    # what Colab's *save* and a hasty edit leave behind: the check that sees it
+    "widgets": test_notebook_is_valid_and_stripped,
+    "output": test_notebook_is_valid_and_stripped,
+    "title": test_notebook_opens_with_title_badge_and_card,
+    "set-up": test_set_up_cell_is_the_same_everywhere,
+    "if profile.name == 'mini': pass": test_cells_are_short_hold_no_branch_on_the_profile_and_fit_the_page,
+    "x" * 101: test_cells_are_short_hold_no_branch_on_the_profile_and_fit_the_page,
+    "!pip install x>=1": test_nothing_foreign_is_installed_imported_or_named,
+    "open('/content/drive/x')": test_nothing_foreign_is_installed_imported_or_named,
+    "'hf_" + "a" * 30 + "'": test_nothing_foreign_is_installed_imported_or_named,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_damaged_notebook_is_noticed(tmp_path: Path, fault: str) -> None:
     notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
-    code = next(cell for cell in notebook.cells if cell.cell_type == "code")
-    code.source += "\nif profile.name == 'mini':\n    !pip install x>=1\nopen('/content/drive/x')"
-    code.outputs = [nbformat.v4.new_output("stream", text="hf_" + "a" * 30)]
-    notebook.metadata["widgets"] = {}
-    notebook.cells[0].source = "# Title"
-    path = tmp_path / NOTEBOOKS[0].name
-    nbformat.write(notebook, path)
-    for check in (
-        test_notebook_is_valid_and_stripped, test_notebook_opens_with_title_badge_and_card,
-        test_set_up_cell_is_the_same_everywhere, test_cells_are_short_and_hold_no_branch_on_the_profile,
-        test_nothing_is_installed_and_nothing_foreign_imported, test_no_absolute_path_and_no_token,
-    ):  # fmt: skip
-        with pytest.raises(AssertionError):
-            check(path)
+    set_up, *_, last = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    if fault == "widgets":
+        notebook.metadata["widgets"] = {}
+    elif fault == "output":
+        last.outputs = [nbformat.v4.new_output("stream", text="x")]
+    elif fault == "title":
+        notebook.cells[0].source = "# Title"
+    else:
+        (set_up if fault == "set-up" else last).source += f"\n{fault}"
+    nbformat.write(notebook, tmp_path / NOTEBOOKS[0].name)
+    with pytest.raises(AssertionError):
+        FAULTS[fault](tmp_path / NOTEBOOKS[0].name)
 
 
 # --- the set-up cell and the script that it calls -------------------------------------------------------------------
 
 
 @pytest.fixture
-def set_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
+def set_up(monkeypatch: pytest.MonkeyPatch, clean_environment: None) -> SimpleNamespace:
     """``run(folder)`` runs the set-up cell with every command recorded; ``git clone`` links this repository."""
     commands: list[list[str]] = []
 
@@ -161,10 +163,6 @@ def set_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
 
     monkeypatch.setattr(subprocess, "run", record)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setenv("ART_PROFILE", "mini")
-    monkeypatch.setenv("ART_HOME", str(tmp_path / "home"))
-    for name in ("ART_DATA", "ART_DRIVE"):
-        monkeypatch.delenv(name, raising=False)
 
     def run(folder: Path) -> profiles.Profile:
         monkeypatch.chdir(folder)
