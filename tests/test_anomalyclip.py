@@ -86,9 +86,6 @@ def auxiliary(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
     return [sample for part in parts for sample in part]
 
 
-# --- the model and its files -----------------------------------------------------------------------------------------
-
-
 def test_what_does_not_fit_is_refused(clip, learner: PromptLearner) -> None:
     for side, taps, message in ((30, [4], "a multiple is needed. Use 24 or 32"), (24, [5], "numbers from 1 to 4")):
         with pytest.raises(ValueError, match=message):
@@ -165,9 +162,6 @@ def test_published_pickle_is_read_without_running_it(clip, learner: PromptLearne
     assert not (tmp_path / "ran").exists()
 
 
-# --- predictions -----------------------------------------------------------------------------------------------------
-
-
 def test_predictions_are_those_of_the_detector(dataset, clip, learner, ours: detector.Detector, tmp_path: Path) -> None:
     options = {"alpha": 0.2, "profile": "mini", "trained_on": "nothing"}
     result = detector.predict(ours, dataset, tmp_path / "results" / "anomalyclip", **options)
@@ -191,9 +185,6 @@ def test_predictions_are_those_of_the_detector(dataset, clip, learner, ours: det
     left = tuple(s for s in dataset.samples if s.category == "tower" or s.split == "test")
     with pytest.raises(ValueError, match="garden has no genuine picture"):
         detector.predict(ours, replace(dataset, samples=left), tmp_path, **options)
-
-
-# --- auxiliary pictures and training ---------------------------------------------------------------------------------
 
 
 def test_pictures_under_test_are_not_trained_on(dataset, auxiliary: list[Sample], tmp_path: Path) -> None:

@@ -46,9 +46,6 @@ def says(monkeypatch, talk: chat.ChatSession, answer: str) -> list[dict]:
     return asked
 
 
-# --- pictures and questions ------------------------------------------------------------------------------------------
-
-
 def test_what_cannot_be_opened_gets_a_sentence(tmp_path: Path) -> None:
     for text in ("", "  ", "https://example.org/a.png", tmp_path / "no_such_file.png", tmp_path):
         with pytest.raises(BadInput):
@@ -83,9 +80,6 @@ def test_questions_are_cleaned_or_refused() -> None:
     for text in ("", " \n\t", "\x00\x07", "why? " * 2000):
         with pytest.raises(BadInput):
             chat.clean_question(text)
-
-
-# --- verdicts --------------------------------------------------------------------------------------------------------
 
 
 def test_verdicts_are_those_of_the_results(made, talk: chat.ChatSession) -> None:
@@ -139,9 +133,6 @@ def test_an_own_picture_is_compared_with_the_chosen_painting(made, talk: chat.Ch
     first = talk.own.anomaly_score
     talk.choose(own, category="one")
     assert talk.category == "one" and talk.own.anomaly_score != first
-
-
-# --- answers ---------------------------------------------------------------------------------------------------------
 
 
 def test_place_and_certainty_come_from_the_numbers(made, talk: chat.ChatSession, monkeypatch) -> None:
@@ -225,9 +216,6 @@ def test_the_context_is_json_and_says_what_was_judged(made, talk: chat.ChatSessi
     context = talk.context()
     assert context["is_predicted_anomalous"] is False and context["category"] == "one" and context["answer"]
     assert chat.describe_place(np.zeros((9, 9)), 1.0) == "nothing exceeds the limit"
-
-
-# --- widgets: every action works, refusals are said, errors are kept, no text becomes markup --------------------------
 
 
 @pytest.fixture

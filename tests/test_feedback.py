@@ -69,9 +69,6 @@ def test_the_confirmed_label() -> None:
         assert feedback.Entry("x", verdict, label, context=context).is_anomalous is expected
 
 
-# --- what may be used ------------------------------------------------------------------------------------------------
-
-
 def test_test_pictures_are_refused_in_every_disguise(tmp_path: Path) -> None:
     dataset, log = tiny_chat.write_dataset(tmp_path / "data"), tmp_path / "log" / "feedback.jsonl"
     shown, known = dataset.select(split="test")[0], dataset.select(split="train")[0]
@@ -101,9 +98,6 @@ def test_a_log_is_not_trusted_with_paths(tmp_path: Path) -> None:
     line = json.loads(log.read_text()) | {"kept_picture": "../../secret.png", "pixels_sha256": "f" * 64}
     log.write_text(json.dumps(line) + "\n")
     assert feedback.sort_out(log, dataset)[0] == [] and entry.kept_picture
-
-
-# --- learning --------------------------------------------------------------------------------------------------------
 
 
 def test_the_threshold_moves_into_the_gap_but_not_beyond_its_limits() -> None:

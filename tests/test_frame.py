@@ -23,9 +23,6 @@ from helpers.records import Prediction, Sample, Scored
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
 
-# --- profiles and records --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("asked", "gpu", "name", "reason"),
     [
@@ -89,9 +86,6 @@ def test_impossible_records_are_refused() -> None:
     assert called == [False, False, True] and not Prediction(Sample(**good), 99.0).is_predicted_anomalous
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
 def test_a_file_is_the_old_or_the_new_one(tmp_path: Path) -> None:
     path, child = tmp_path / "deep" / "table.npy", os.fork()
     if not child:
@@ -114,9 +108,6 @@ def test_a_file_is_the_old_or_the_new_one(tmp_path: Path) -> None:
         files.read_json(path)
     assert files.free_bytes(tmp_path / "not" / "yet") > 0
     assert files.sha256_json({"a": 1, "b": [2]}) == files.sha256_json(json.loads('{"b": [2], "a": 1}'))
-
-
-# --- results ---------------------------------------------------------------------------------------------------------
 
 
 class FewPictures:
@@ -217,9 +208,6 @@ def test_a_run_of_other_settings_or_another_dataset_starts_over(tmp_path: Path) 
         predict(tmp_path, dataset, lambda category, samples: [])
 
 
-# --- caching ---------------------------------------------------------------------------------------------------------
-
-
 def cached(folder: Path, numbers: list[int], model: str = "a", die_after: int = 99) -> tuple[dict, list[int]]:
     """The cached rows of some numbers, checked, and which of them were computed now."""
     computed: list[int] = []
@@ -255,9 +243,6 @@ def test_rows_are_computed_once_and_mapped_in_any_order(tmp_path: Path) -> None:
     assert cached(tmp_path, list(range(10)))[1] == [] and cached(tmp_path, [11, 12])[1] == [12]
     path.unlink()
     assert cached(tmp_path, list(range(9)))[1] == list(range(9)), "what is damaged or gone is computed again"
-
-
-# --- runner ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -147,9 +147,6 @@ def test_a_damaged_notebook_is_noticed(tmp_path: Path, fault: str) -> None:
         FAULTS[fault](tmp_path / NOTEBOOKS[0].name)
 
 
-# --- the set-up cell and the script that it calls -------------------------------------------------------------------
-
-
 @pytest.fixture
 def set_up(monkeypatch: pytest.MonkeyPatch, clean_environment: None) -> SimpleNamespace:
     """``run(folder)`` runs the set-up cell with every command recorded; ``git clone`` links this repository."""

@@ -105,9 +105,6 @@ def raw_files(route: Route) -> list[Path]:
     return [path for path in route.raw_dir.rglob("*") if path.is_file() and path.suffix not in (".json", ".lock")]
 
 
-# --- routes -------------------------------------------------------------------------------------------------------
-
-
 def test_the_default_route_can_be_fetched_whole_and_names_every_licence(tmp_path):
     route = catalog.route(tmp_path, profiles.WeightsSettings())
     table = route.table()
@@ -132,9 +129,6 @@ def test_a_small_disk_is_known_before_the_first_download(tmp_path, monkeypatch):
         catalog.check_disk(route)
     monkeypatch.setattr(files, "free_bytes", lambda path: 60 * 10**9)
     assert "needs 4" in catalog.check_disk(route)
-
-
-# --- cut, killed, run again -----------------------------------------------------------------------------------------
 
 
 def is_killed(route: Route, deaths: Path) -> bool:
@@ -230,9 +224,6 @@ def test_prompts_need_nobodys_consent_and_raw_files_stay_until_their_part_is_rea
         run(route)
     assert len(raw_files(route)) == n_raw
     assert run(route) and raw_files(route) == []
-
-
-# --- files of one's own ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("base", ["meta", "huggingface", "merged"])

@@ -25,9 +25,6 @@ def load(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-# --- true size, without the files -------------------------------------------------------------------------------
-
-
 def test_imagebind_huge_maps_exactly_onto_open_clip():
     shapes = tiny.imagebind_shapes()
     names, config = published.inspect("imagebind", shapes)
@@ -63,9 +60,6 @@ def test_as_many_tensors_and_numbers_as_published(family, shapes, n_published, n
     names, _ = published.inspect(family, shapes)
     assert (len(shapes), len(names)) == (n_published, n_kept) and not [name for name in names if "projections" in name]
     assert sum(torch.Size(shape).numel() for shape in shapes.values()) == n_numbers
-
-
-# --- numbers -----------------------------------------------------------------------------------------------------
 
 
 def test_imagebind_towers_give_the_numbers_of_the_original_formulas(tmp_path):
@@ -147,9 +141,6 @@ def test_anomalygpt_and_anomalyclip_keep_their_numbers(tmp_path):
     assert weights.read_ready(target)["component"] == "anomalyclip/trained_on_visa"
 
 
-# --- wrong files --------------------------------------------------------------------------------------------------
-
-
 def stops(name: str, shapes: dict, tmp_path: Path, match: str, **options: bool) -> None:
     tiny.write_random(tmp_path / "x.pt", shapes)
     with pytest.raises(WeightFileError, match=match):
@@ -180,9 +171,6 @@ def test_a_missing_an_unknown_and_a_misshapen_tensor_are_each_named(name, key, t
     tiny.write_random(tmp_path / "x.pt", shapes | stranger)
     target = published.convert(name, tmp_path / "x.pt", tmp_path / "out", allow_unknown=True)
     assert not [key for key in load(target) if "stranger" in key]
-
-
-# --- stand-ins ----------------------------------------------------------------------------------------------------
 
 
 def test_standins_have_the_published_layout_and_fit_their_models(tmp_path):

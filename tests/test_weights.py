@@ -41,9 +41,6 @@ def flip_byte(path: Path, position: int) -> None:
     path.write_bytes(content)
 
 
-# --- equality ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("n_shards", [1, 2, 4])
 @pytest.mark.parametrize("dims", [DIMS, GROUPED], ids=["mha", "grouped"])
 def test_conversion_moves_every_bit(tmp_path, dims, n_shards):
@@ -137,9 +134,6 @@ def test_memory_does_not_grow_with_the_model(tmp_path, monkeypatch):
     assert max(seen) - seen[0] < 40 and len(seen) > 20
 
 
-# --- interrupted, full, shared ----------------------------------------------------------------------------------
-
-
 def test_kill_mid_shard_then_resume_writes_only_what_is_missing(tmp_path, pair, capsys):
     target, child = tmp_path / "out", os.fork()
     if not child:
@@ -192,9 +186,6 @@ def test_a_disk_that_fills_up_during_the_run_keeps_what_is_done(tmp_path, pair, 
     weights.merge_delta(*pair, target, shard_bytes=60_000)
     assert "resuming at 1/" in capsys.readouterr().out  # the journal could not name the second
     tiny.assert_same_bits(tiny.read_all(target), MERGED)
-
-
-# --- what people have on disk -----------------------------------------------------------------------------------
 
 
 def refused(pair: Pair, target: Path, match: str, **options: object) -> None:
@@ -349,9 +340,6 @@ def test_an_input_is_never_the_target(pair, tmp_path):
         with pytest.raises(ValueError, match="is an input and cannot be written to"):
             weights.merge_delta(*pair, target)
     assert {path: path.stat().st_mtime_ns for folder in pair for path in folder.iterdir()} == before
-
-
-# --- what comes out ---------------------------------------------------------------------------------------------
 
 
 def test_output_is_what_transformers_reads_and_require_sees_damage(tmp_path, pair):

@@ -276,10 +276,10 @@ def check_memory(weights_dir: Path, *, device: str, precision: str, batch_size: 
     }  # fmt: skip
     needed, total = sum(parts.values()), total / 1e9
     told = ", ".join(f"{name} {gigabytes:.1f}" for name, gigabytes in parts.items())
-    told = f"about {needed:.1f} GB of {total:.1f} GB ({told})"
+    told = f"{needed:.1f} GB of {total:.1f} GB ({told})"
     if needed > total:
         raise ValueError(
-            f"AnomalyGPT needs {told}. Three knobs: precision '8bit' (half) or '4bit' (a third); fewer pictures at a "
-            f"time (now {batch_size}); a GPU with more memory (A100: 40 GB)."
+            f"AnomalyGPT needs about {told}. Three knobs: precision '8bit' (half) or '4bit' (a third); fewer pictures "
+            f"at a time (now {batch_size}); a GPU with more memory (A100: 40 GB)."
         )
-    return f"Memory: {told}"
+    return f"Memory: about {told}"
