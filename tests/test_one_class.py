@@ -131,22 +131,18 @@ def test_a_stored_head_scores_as_before_by_hand(rows, tmp_path):
     np.testing.assert_allclose(head.score(test), values[:, 1] - values[:, 0], atol=1e-3)
 
 
-@pytest.mark.parametrize("change", [{"split": "test"}, {"is_anomalous": True, "kind": "box"}])
-def test_no_test_or_anomalous_picture_becomes_a_row(change):
-    wrong = dataclasses.replace(sample_of(0), **change)
-    for kinds in (None, [VIEW], ["box"]):
-        with pytest.raises(ValueError, match="art: .*'train' and 'calibration' only"):
-            Rows.of([wrong], draw(1, 0, "n", 1), kinds)
-
-
-def test_a_detector_belongs_to_one_painting_and_needs_pictures_that_differ(rows):
+def test_rows_refuse_test_and_anomalous_pictures_and_a_detector_those_of_two_paintings_or_all_alike(rows):
+    for change in ({"split": "test"}, {"is_anomalous": True, "kind": "box"}):
+        for kinds in (None, [VIEW], ["box"]):
+            with pytest.raises(ValueError, match="art: .*'train' and 'calibration' only"):
+                Rows.of([dataclasses.replace(sample_of(0), **change)], draw(1, 0, "n", 1), kinds)
     with pytest.raises(ValueError, match="one painting, got .*art.*other"):
         Rows.of([sample_of(0), sample_of(1, category="other")], draw(2, 0, "n", 1))
     same = Rows.of([sample_of(i) for i in range(6)], features_of(np.ones((6, 6)), "n"))
     flat = dataclasses.replace(rows, features=features_of(np.ones((len(rows), 6)), "n"))
+    few = "art: .* at least 3 different genuine pictures, got 1"
     for method, given, words in (
-        *((method, same, "art: .* at least 3 different genuine pictures, got 1")
-          for method in ("clip_resnet50", "clip_isolation_forest", "clip_lof")),
+        ("clip_resnet50", same, few), ("clip_isolation_forest", same, few), ("clip_lof", same, few),
         ("clip_cross_entropy", flat, "art: the features of all training pictures are equal"),
         ("clip_cross_entropy", rows.take(~rows.is_anomaly), "art: 0 synthetic anomalies of 0 kinds"),
     ):  # fmt: skip
