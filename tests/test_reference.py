@@ -121,12 +121,15 @@ def test_what_no_reference_shows_is_said_and_not_judged(model, art):
     assert (found.anomaly_map[~found.seen] == 0).all() and f"{found.seen.mean():.0%}" in found.words
 
 
-def test_a_map_in_units_of_the_limit_ranks_pictures_as_the_score_does(model, art):
-    elsewhere, marked = model.compare(painting(9)), art.copy()
+def test_the_highest_value_of_the_unit_map_is_the_score(model, art):
+    marked = art.copy()
     marked[60:110, 40:90] = 255 - marked[60:110, 40:90]
-    found = model.compare(marked)
-    assert elsewhere.answer == aligned.NOT_THIS and found.answer == aligned.DIFFERENT
-    assert elsewhere.unit_map.min() > max(0.9, found.unit_map.max())
+    whole = synthesis.vary(art, "different_colour", np.random.default_rng(0))
+    found = [model.compare(one) for one in (photograph(art, 99), whole, marked, painting(9))]
+    assert [one.answer for one in found] == [aligned.SAME, aligned.DIFFERENT, aligned.DIFFERENT, aligned.NOT_THIS]
+    expected = [one.score / (one.score + one.limit) for one in found]
+    np.testing.assert_allclose([one.unit_map.max() for one in found], expected, rtol=1e-4)
+    assert expected == sorted(expected) and found[3].unit_map.min() > 0.9
 
 
 def test_a_reference_itself_has_no_difference(model):

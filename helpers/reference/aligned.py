@@ -1,7 +1,7 @@
 """A picture laid on genuine pictures of the same artwork, and where it differs from them more than they do.
 
-It is compared with a few references. Each difference is divided by the noise that genuine pictures of *other* sources
-show at the same place; back in the frame of the picture the least one counts. Nothing is trained.
+Each difference from a reference is divided by the noise that genuine pictures of *other* sources show at the same
+place; back in the frame of the picture the least one counts. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from helpers.reference.memory import top_mean
 NOT_THIS, DIFFERENT, SAME = "not this artwork", "this artwork, different here", "no difference found"
 UNREGISTERED = 100.0
 """Every picture that lies on no reference scores above this; every other one below."""
-_N_COMPARED = 5  # references that one picture is compared with
 _N_GENUINE = 60  # genuine pictures that noise and limit are learnt from
 _LEAST_SEEN = 0.05  # share of a reference that must be seen
 _SIGMA, _NOISE_SIGMA = 1.5, 4.0  # smoothing of the map and of the noise, pixels of a reference
-_TOP = 0.0075  # share of the map's highest values whose mean is the score
+_TOP = 0.003  # share of the map's highest values whose mean is the score
+_ALONE = 1 / 3  # the least of n differences is about n to this power times as small as one alone, in the highest part
 _FLOOR = 0.6  # least noise at a place, as a share of the noise of the whole picture
 _PRIOR = 2.0  # pictures that the noise of the whole picture counts for at each place
 _WHOLE, _TILT = 50.0, 10.0  # least score of a picture that is mirrored, or tilted by so many degrees
@@ -61,9 +61,9 @@ class Comparison:
 
     @property
     def unit_map(self) -> np.ndarray:
-        """The map in [0, 1], 0.5 at the limit; near 1 all over when the picture lies on no reference, as its score."""
-        plane = np.maximum(self.anomaly_map, self.score) if self.score > UNREGISTERED else self.anomaly_map
-        return plane / (plane + self.limit)
+        """The map in [0, 1], 0.5 at the limit; its highest part is the score, so that both tell the same pictures."""
+        plane = self.anomaly_map * (self.score / max(top_mean(self.anomaly_map, _TOP), 1e-6))
+        return 1 / (1 + self.limit / np.clip(plane, 1e-6, self.score))
 
 
 @dataclass
@@ -100,8 +100,9 @@ class Aligned:
 
     settings: Settings
     references: list[Reference]
-    level: float = 1.0  # medians over genuine pictures of the middle and of the highest part of their maps
-    peak: float = 1.0
+    level: float = 1.0  # middle of the map of the middle genuine picture
+    coarse: float = 1.0  # nine of ten genuine pictures have one at most so many times as high,
+    peak: float = 1.0  # and at most so high a highest part
     scores: list[float] = field(default_factory=list)  # of genuine pictures, each without its own source
     groups: list[str] = field(default_factory=list)  # and their sources
     limit: float = 2 * UNREGISTERED  # conformal threshold of the scores
@@ -113,41 +114,43 @@ class Aligned:
         return self.limit < UNREGISTERED
 
     def looks(self, picture: np.ndarray, apart: str | None = None) -> list[Look]:
-        """A picture on the references, of sources other than ``apart``, that it fits best."""
+        """A picture on the references, of sources other than ``apart``, that it lies on."""
         query, found = registration.describe(picture), []
-        kept = {n: one for n, one in enumerate(self.references) if one.source != apart}
-        places = {n: place for n, one in kept.items() if (place := registration.register(query, one.features))}
-        for n in sorted(places, key=lambda n: -places[n][1])[:_N_COMPARED]:
-            differs = photometry.differences(picture, places[n][0], kept[n].lab).astype(np.float16)
-            if np.isfinite(differs[0]).mean() > _LEAST_SEEN:
-                found.append(Look(n, *places[n], differs))
+        for n, one in enumerate(self.references):
+            if one.source != apart and (place := registration.register(query, one.features)):
+                differs = photometry.differences(picture, place[0], one.lab).astype(np.float16)
+                if np.isfinite(differs[0]).mean() > _LEAST_SEEN:
+                    found.append(Look(n, *place, differs))
         return found
 
     def measured(
         self, looks: Sequence[Look], noises: Sequence[np.ndarray], shape: tuple[int, int]
     ) -> tuple[np.ndarray, np.ndarray, float, float]:
-        """The least difference in units of the noise, in the frame of a picture of ``shape``, float32 ``(H, W)``; where
-        it was seen, bool; its median; its highest part."""
+        """The least difference in units of the ``noises`` of all references, in the frame of a picture of ``shape``,
+        float32 ``(H, W)``; where it was seen, bool; its median; its highest part."""
         least, there, best = np.full((*shape, 4), np.inf, np.float32), np.full(shape, np.inf, np.float32), np.inf
-        for one, noise in zip(looks, noises):
+        n_seen = np.zeros(shape, np.float32)
+        for one in looks:
             is_seen, back = np.isfinite(one.differs[0]).astype(np.float32), np.linalg.inv(one.matrix)
-            planes = np.where(is_seen > 0, one.differs, 0).astype(np.float32) / noise
+            planes = np.where(is_seen > 0, one.differs, 0).astype(np.float32) / noises[one.reference]
             level = max(float(np.median(planes[:, is_seen > 0])), 1e-6)  # 0 when it is the reference itself
             planes = photometry.inner_blur(np.moveaxis(planes, 0, 2), is_seen, _SIGMA)
             inside = cv2.warpPerspective(is_seen, back, shape[::-1]) > 0.5
             planes = cv2.warpPerspective(planes, back, shape[::-1])
             least = np.where(inside[..., None], np.minimum(least, planes), least)
             there, best = np.where(inside, np.minimum(there, level), there), min(best, level)
-        least = least.mean(axis=2) * np.where(np.isfinite(there), best / there, 1)  # a strip seen on a worse one alone
-        is_seen = np.isfinite(least)
-        plane, values = np.where(is_seen, least, 0), least[is_seen]
+            n_seen += inside
+        # A strip seen on few references, or on a worse one alone, differs more.
+        is_seen, fair = n_seen > 0, best / there * (n_seen / len(looks)) ** _ALONE
+        plane = np.where(is_seen, least.mean(axis=2), 0) * fair
         wider = cv2.dilate(is_seen.astype(np.uint8), np.ones((13, 13), np.uint8)) > 0
         rim = photometry.inner_blur(plane, is_seen.astype(np.float32), 2.0) * wider  # takes the values next to it
-        return np.where(is_seen, plane, rim), wider, float(np.median(values)), top_mean(values, _TOP)
+        return np.where(is_seen, plane, rim), wider, float(np.median(plane[is_seen])), top_mean(plane[is_seen], _TOP)
 
     def score(self, level: float, top: float) -> float:
-        """Score of a picture, 1 for the middle genuine one; a coarser photograph is measured by its own level."""
-        return max(top / max(level / self.level, 1) / self.peak, level / self.level)
+        """Score of a picture, up to 1 for most genuine ones; a coarser photograph is measured by its own level."""
+        coarse = level / self.level
+        return max(top / max(coarse, 1) / self.peak, coarse / self.coarse)
 
     def compare(self, image: np.ndarray) -> Comparison:
         """Lay a picture, uint8 RGB ``(H, W, 3)`` of any size, on the references; one that lies nowhere is mirrored."""
@@ -159,8 +162,7 @@ class Aligned:
         plane, seen = np.full(shape, 2 * min(self.limit, UNREGISTERED), np.float32), np.zeros(shape, bool)
         view = cv2.resize(shown, shape[::-1], interpolation=cv2.INTER_AREA)
         if looks:
-            noises = [self.references[one.reference].noise for one in looks]
-            plane, seen, level, top = self.measured(looks, noises, shape)
+            plane, seen, level, top = self.measured(looks, [one.noise for one in self.references], shape)
             plane /= max(level / self.level, 1) * self.peak
             best = max(looks, key=lambda one: one.n_inliers)
             shown, turn = self.references[best.reference].image, abs(best.turn)
@@ -179,7 +181,7 @@ class Aligned:
             f"It has fewer than {_SMALL} pixels on one side: too few to say much.": min(shape) < _SMALL,
             "It is a mirror image.": looks and flip < 0,
             f"It is turned by {turn:.0f} degrees.": turn > _TILT,
-            "It is black and white: colours were not compared.": looks and np.ptp(picture, axis=2).max() <= 2,
+            "It is black and white: colours were not compared.": looks and photometry.is_grey(picture),
             "It differs as a whole (sharpness, colours or brushwork), not in one place.":
                 is_different and plane.max() <= self.limit,
         }  # fmt: skip
@@ -205,22 +207,27 @@ def fit(images: Sequence[np.ndarray], sources: Sequence[str], *, settings: Setti
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         looks = dict(zip(genuine, pool.map(lambda n: model.looks(images[n], apart[n]), genuine)))
 
-    @functools.cache
-    def noise(k: int, without: str | None = None) -> np.ndarray:
-        known = [one for n, found in looks.items() if apart[n] != without for one in found if one.reference == k]
-        return _noise([one.differs for one in known], model.references[k].image.shape[:2])
+    def roots(k: int, among: Sequence[int]) -> np.ndarray:
+        """Roots of the differences from reference ``k``, added up; how many were seen: float32 ``(5, H, W)``."""
+        total = np.zeros((5, *model.references[k].image.shape[:2]), np.float32)
+        for one in (one for n in among for one in looks[n] if one.reference == k):
+            total[4] += np.isfinite(one.differs[0])
+            total[:4] += np.sqrt(np.where(np.isfinite(one.differs), one.differs, 0), dtype=np.float32)
+        return total
 
-    for k, one in enumerate(model.references):
-        one.noise = noise(k)
-    parts = {}  # a genuine picture is judged by the noise of other sources, as a new one will be
-    for n, found in looks.items():
-        if found:
-            noises = [noise(one.reference, apart[n]) for one in found]
-            parts[n] = model.measured(found, noises, images[n].shape[:2])[2:]
+    totals, parts = [roots(k, genuine) for k in range(len(chosen))], {}
+    for one, total in zip(model.references, totals):
+        one.noise = _noise(total)
+    for source in set(apart):  # a genuine picture is judged by the noise of other sources, as a new one will be
+        own = [n for n in genuine if apart[n] == source]
+        noises = [_noise(total - roots(k, own)) for k, total in enumerate(totals)]
+        parts |= {n: model.measured(looks[n], noises, images[n].shape[:2])[2:] for n in own if looks[n]}
     if parts:
         levels, tops = np.array(list(parts.values())).T
         model.level = max(float(np.median(levels)), 1e-6)
-        model.peak = max(float(np.median(tops / np.maximum(levels / model.level, 1))), 1e-6)
+        coarse = levels / model.level
+        model.coarse = float(np.quantile(coarse, 0.9))
+        model.peak = max(float(np.quantile(tops / np.maximum(coarse, 1), 0.9)), 1e-6)
     model.scores = [model.score(*parts[n]) if n in parts else 2 * UNREGISTERED for n in genuine]
     model.groups = [sources[n] for n in genuine]
     with warnings.catch_warnings():
@@ -236,18 +243,13 @@ def fit(images: Sequence[np.ndarray], sources: Sequence[str], *, settings: Setti
     return model
 
 
-def _noise(known: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+def _noise(total: np.ndarray) -> np.ndarray:
     """What differences are usual at each place: squared mean of their roots, so that the odd bad pair counts little;
     smoothed; drawn towards the whole picture's where few pictures were seen, and towards the usual where none was."""
-    roots, counts = np.zeros((4, *shape), np.float32), np.zeros(shape, np.float32)
-    for differs in known:
-        is_seen = np.isfinite(differs[0])
-        roots += np.sqrt(np.where(is_seen, differs, 0).astype(np.float32))
-        counts += is_seen
-    overall = np.sqrt(photometry.USUAL)
+    sums, counts, overall = total[:4], total[4], np.sqrt(photometry.USUAL)
     if counts.any():
-        overall = roots.sum(axis=(1, 2), keepdims=True) / counts.sum()
-    smooth = np.stack([photometry.blur(plane, _NOISE_SIGMA) for plane in roots])
+        overall = sums.sum(axis=(1, 2), keepdims=True) / counts.sum()
+    smooth = np.stack([photometry.blur(plane, _NOISE_SIGMA) for plane in sums])
     mean = (smooth + _PRIOR * overall) / (photometry.blur(counts, _NOISE_SIGMA) + _PRIOR)
     return np.square(np.maximum(mean, np.maximum(_FLOOR**0.5 * overall, 1e-2)))
 

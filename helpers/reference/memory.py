@@ -25,7 +25,7 @@ class Settings:
     """How patches are made and scored."""
 
     side: int = 448  # shorter side of the picture that DINOv2 sees, in pixels
-    layers: Sequence[int] = (-4, -5)  # hidden states averaged
+    layers: Sequence[int] = (-6, -7)  # hidden states averaged
     sigma: float = 6.0  # smoothing of the map, in pixels of that picture
     top: float = 0.01  # share of the highest values whose mean is the score
     variance: float = 0.99  # share of it that the subspace keeps

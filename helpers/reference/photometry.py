@@ -22,9 +22,15 @@ _SLOW = 15.0
 def lab(image: np.ndarray) -> np.ndarray:
     """A picture, uint8 RGB, as CIE Lab, float32 ``(H, W, 3)``, slightly blurred; a and b are nan without any colour."""
     values = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
-    if np.ptp(image, axis=2).max() <= 2:  # a black-and-white picture tells nothing about colours
+    if is_grey(image):  # tells nothing about colours
         values[..., 1:] = np.nan
     return blur(values, _SHARPEST)
+
+
+def is_grey(image: np.ndarray) -> bool:
+    """Whether a picture, uint8 RGB, is black and white: what compression leaves of colour is not one."""
+    red, green, blue = cv2.split(image)
+    return max(cv2.norm(red, green, cv2.NORM_INF), cv2.norm(green, blue, cv2.NORM_INF)) <= 2
 
 
 def differences(image: np.ndarray, matrix: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -48,8 +54,8 @@ def differences(image: np.ndarray, matrix: np.ndarray, reference: np.ndarray) ->
     test, other = _matched(np.nan_to_num(test), np.nan_to_num(reference), both), np.nan_to_num(reference)
     other = _bent(other, test, both)
     off = np.stack([test - np.roll(other, shift, axis=(0, 1)) for shift in _SHIFTS])
-    best = np.argmin([cv2.blur(np.square(one).sum(axis=2), (3, 3)) for one in off], axis=0)
-    off = np.take_along_axis(off, best[None, ..., None], axis=0)[0]
+    best = np.argmin([cv2.blur(cv2.transform(one * one, np.ones((1, 3))), (3, 3)) for one in off], axis=0)
+    off = np.choose(best[..., None], off)
     planes = [cv2.blur(np.abs(off[..., 0]), (3, 3)), cv2.blur(np.hypot(off[..., 1], off[..., 2]), (3, 3)) * has_colour]
     planes += [_structure(test[..., 0], other[..., 0], both, sigma) for sigma in _SCALES]
     planes = np.maximum(planes, 0) * np.clip(0.4 + 0.3 * depth / _RIM, 0, 1)  # less is trusted towards the edge
@@ -60,7 +66,7 @@ def _matched(test: np.ndarray, other: np.ndarray, both: np.ndarray) -> np.ndarra
     """``test`` in the light of ``other``: a robust fit of tones and colours, then a slow change from place to place;
     both bounded, so that odd hues stay odd."""
     picked = np.flatnonzero(both)
-    picked = picked[:: max(7, len(picked) // 10_000)]
+    picked = picked[:: max(7, len(picked) // 5_000)]
     known, wanted, trust = test.reshape(-1, 3)[picked], other.reshape(-1, 3)[picked], None
     terms, off, fit = np.c_[known, known[:, 0] ** 2 / 100], wanted - known, Ridge(0.1 * len(known))
     for _ in range(4):

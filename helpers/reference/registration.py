@@ -69,10 +69,12 @@ def _matches(query: Features, reference: Features) -> tuple[np.ndarray, np.ndarr
     if min(len(query.points), len(reference.points)) < MIN_INLIERS:
         return query.points[:0], reference.points[:0]
     similarity = query.descriptors @ reference.descriptors.T  # |a - b|^2 = 2 - 2 a.b of unit vectors
-    rows, best, back = np.arange(len(similarity)), similarity.argmax(axis=1), similarity.argmax(axis=0)
+    rows, best = np.arange(len(similarity)), similarity.argmax(axis=1)
     first = similarity[rows, best]
     similarity[rows, best] = -1
-    keep = (1 - first < _RATIO**2 * (1 - similarity.max(axis=1))) & (back[best] == rows)
+    clear = np.flatnonzero(1 - first < _RATIO**2 * (1 - similarity.max(axis=1)))
+    similarity[rows, best] = first
+    keep = clear[similarity[:, best[clear]].argmax(axis=0) == clear]
     return query.points[keep], reference.points[best[keep]]
 
 
