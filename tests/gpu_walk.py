@@ -26,11 +26,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a program
 
+import cv2
 import numpy as np
 import pandas as pd
 import tiny_weights as layouts
 import torch
-from PIL import Image
 
 from helpers import data, files, profiles, weights
 from helpers.anomalyclip import detector
@@ -77,6 +77,7 @@ class Walk:
         self.config["num_hidden_layers"] = options.llm_layers or self.config["num_hidden_layers"]
         self.config["num_key_value_heads"] = self.config["num_attention_heads"]
         self.grown = self.config | {"vocab_size": self.config["vocab_size"] + 1}
+        self.n_bytes = 2 * sum(math.prod(shape) for shape in llama.shapes_of(self.grown).values())
         self.folder = Path(options.folder or tempfile.mkdtemp(prefix="gpu_walk_"))
         settings = profiles.WeightsSettings(shard_bytes=self.size["shard_bytes"], fuse_merge=False)
         dim, _, _, n_heads, _ = self.size["llama"]
@@ -157,7 +158,7 @@ class Walk:
         self.step("write the small checkpoints", self.write_small)
         if not self.options.skip_files:
             self.step("write LLaMA and the delta", self.write_language)
-            n_gb = 2 * sum(math.prod(shape) for shape in llama.shapes_of(self.config).values()) / 1e9
+            n_gb = self.n_bytes / 1e9
             for file in self.route.files:
                 if file.component == "vicuna" or file.path.exists():
                     steps._inspect(self.route, file, is_fetched=False)
@@ -172,7 +173,7 @@ class Walk:
         if not (vicuna / "config.json").exists():  # a hole of the right size: only its length is ever looked at
             files.write_json(vicuna / "config.json", self.grown)
             with open(vicuna / "model.safetensors", "wb") as file:
-                file.truncate(2 * sum(math.prod(shape) for shape in llama.shapes_of(self.grown).values()))
+                file.truncate(self.n_bytes)
             files.write_json(vicuna / "READY.json", {"files": {}})
         for file in self.route.files:
             if file.path.exists() and file.component != "vicuna":
@@ -257,15 +258,15 @@ class Walk:
 
 def paintings(folder: Path, n: int) -> tuple[data.Dataset, list[np.ndarray]]:
     """Smooth noise as pictures of one artwork, and the dataset of them."""
-    samples, rng = [], np.random.default_rng(0)
+    samples, pictures, rng = [], [], np.random.default_rng(0)
     for i in range(n):
         small = rng.integers(40, 216, (6, 5, 3), np.uint8)
-        large = np.asarray(Image.fromarray(small).resize((240, 288), Image.Resampling.BICUBIC))
-        images.save_png(folder / f"{i:03d}.png", large)
+        pictures.append(cv2.resize(small, (240, 288), interpolation=cv2.INTER_LINEAR))
+        images.save_png(folder / f"{i:03d}.png", pictures[-1])
         split = "train" if i < n * 5 // 6 else "calibration"
         samples.append(Sample(folder / f"{i:03d}.png", "noise", False, split=split, group=str(i)))
     data.write_manifest(folder, samples)
-    return data.open_dataset(folder), [images.load_image(sample.image_path) for sample in samples[:64]]
+    return data.open_dataset(folder), pictures
 
 
 def main(arguments: list[str] | None = None) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""The code of the notebooks on a GPU that is not there (see :mod:`fake_cuda`), with tiny models."""
+"""The code of the notebooks on a GPU that is not there (see :mod:`fake_cuda`), with tiny models; the tiny walk."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib
+import gpu_walk
+import matplotlib.pyplot as plt
 import open_clip
 import pytest
 import timm
@@ -19,8 +20,9 @@ from helpers import data, files, profiles
 from helpers.anomalyclip import model as anomalyclip
 from helpers.clip import backbones
 from helpers.colab import session
+from helpers.judge import figures
 
-HERE = Path(__file__).parent
+HERE, SHORT = Path(__file__).parent, {"wording": "short"}
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU")
 
 
@@ -60,7 +62,6 @@ def test_a_step_on_it_is_the_step_of_the_cpu():
 
 def run_notebook(name: str, profile: profiles.Profile) -> dict:
     """Every code cell of a notebook as it stands, but for the set-up cell, which chooses the profile."""
-    matplotlib.use("Agg")
     cells = json.loads((HERE.parent / "notebooks" / f"{name}.ipynb").read_text())["cells"]
     sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     assert "session.start()" in sources[0]
@@ -72,18 +73,12 @@ def run_notebook(name: str, profile: profiles.Profile) -> dict:
 
 def mini(home: Path) -> profiles.Profile:
     """A profile of tiny sizes on the fake GPU."""
-    settings = profiles.AnomalyGptSettings(
-        training={
-            "n_epochs": 2, "batch_size": 4, "micro_batch": 2, "n_tuning": 2, "wording": "short", "checkpoint_every": 1,
-        },
-        testing={
-            "shots": (0, 2), "row_shots": 2, "n_draws": 1, "wording": "short",
-            "n_sentences": 3, "n_controls": 2, "max_new_tokens": 4,
-        },
-    )  # fmt: skip
+    training = {"n_epochs": 2, "batch_size": 4, "micro_batch": 2, "n_tuning": 2, "checkpoint_every": 1}
+    testing = {"shots": (0, 2), "row_shots": 2, "n_draws": 1, "n_sentences": 3, "n_controls": 2, "max_new_tokens": 4}
+    settings = profiles.AnomalyGptSettings(training=training | SHORT, testing=testing | SHORT)
     clip = profiles.ClipSettings(
         model="ViT-B-32-quickgelu", pretrained=None, image_size=32, cnn_model="test_resnet", batch_size=8, n_trials=1,
-        max_epochs=5, n_synthetic=24, max_bank_rows=500,
+        max_epochs=2, n_synthetic=12, max_bank_rows=500,
     )  # fmt: skip
     prompts = profiles.AnomalyClipSettings(image_size=40, auxiliary="packages", n_epochs=1, row="own")
     dino = profiles.ReferenceSettings(model="any name", image_size=42, side=96, n_references=3, n_bank=2)
@@ -122,6 +117,7 @@ def test_the_notebooks(tmp_path, monkeypatch):
     samples = [replace(s, visibility=1.0 if s.mask_path else None) for s in dataset.samples]  # notebook 04 shows one
     data.write_manifest(dataset.folder / "manifest.csv", samples)
     make_cnn = timm.create_model
+    monkeypatch.setattr(figures, "save_figure", lambda *figure: plt.close("all"))
     with fake_cuda():
         trained, tested = (run_notebook(name, profile) for name in ("06_anomalygpt_train", "07_anomalygpt_test"))
     monkeypatch.setattr(open_clip, "create_model", make_clip)
@@ -139,3 +135,9 @@ def test_the_notebooks(tmp_path, monkeypatch):
     assert all(isinstance(one, GpuTensor) for one in on_gpu)
     judged = [one.method for one in asked["talk"].verdicts if one.is_anomalous is not None]
     assert set(judged) >= {*fitted["found"], *laid["done"], "anomalyclip", "anomalygpt"} and len(laid["done"]) == 3
+
+
+def test_the_walk_of_the_full_profile_ends(tmp_path):
+    options = "--size tiny --device cpu --pictures 2 --folder".split()
+    steps = list(gpu_walk.main([*options, str(tmp_path)])[0])
+    assert steps[:2] == ["write the small checkpoints", "write LLaMA and the delta"] and len(steps) == 12
