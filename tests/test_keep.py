@@ -113,8 +113,7 @@ def test_a_changed_unit_replaces_the_older_zip_which_leaves_nothing_in_the_bin(
 
 
 def test_local_work_is_never_replaced_and_an_unmarked_folder_gives_way(tmp_path: Path, kept) -> None:
-    _, archive = kept
-    home = tmp_path / "other"
+    archive, home = kept[1], tmp_path / "other"
     write(home, "results/clip_lof", version=2)
     write(home, "weights/imagebind", version=2)
     (home / "weights/imagebind/READY.json").unlink()
@@ -134,7 +133,7 @@ def test_a_unit_too_large_is_named_once_and_kept_when_the_limit_is_raised(kept, 
 
 
 def test_nothing_is_replaced_unseen(tmp_path: Path, kept, cloud: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, archive = kept
+    archive = kept[1]
     (outcome,) = keep.save(tmp_path / "machine without Drive", archive)
     assert outcome.state == "failed" and "Run the set-up cell again" in outcome.problem
     (packed,) = archive.folder.glob("results+clip_lof.*.zip")
