@@ -1,16 +1,15 @@
 """The ``full`` profile as far as a machine without GPU and without the published files can prove it.
 
-Every value is handed to what it is for; CLIP runs once at its true size with random numbers in place of weights, and
-AnomalyCLIP's two streams on torch's meta device, which computes shapes without memory; disk is compared with the table.
-What stays unproven is in the README: arithmetic on a GPU, quantisation, downloads.
+Every value is handed to what it is for; CLIP's image tower runs at its true size on torch's meta device, which computes
+shapes without memory, its text tower with random numbers; disk is compared with the table. ``gpu_walk.py --size true``
+runs both with numbers. What stays unproven is in the README: quantisation, downloads.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import open_clip
 import pytest
 import timm
@@ -21,7 +20,7 @@ from helpers import profiles
 from helpers.anomalyclip import model as anomalyclip
 from helpers.anomalyclip import training as anomalyclip_training
 from helpers.anomalygpt import evaluation, language, pairs
-from helpers.clip import backbones, features
+from helpers.clip import features
 from helpers.colab import preflight
 from helpers.weights import catalog
 
@@ -56,35 +55,38 @@ def test_every_value_is_accepted_by_what_it_is_for(full: profiles.Profile, monke
     assert total <= preflight.NEEDS["full"][2] < total + 3, "and the check of the disk what all notebooks need"
 
 
-def test_clip_large_embeds_a_picture_and_its_prompts_train(full: profiles.Profile, tmp_path: Path) -> None:
-    """Loaded as the profile does, but for the download: 428 million random numbers, 1.7 GB."""
+def clip_config(full: profiles.Profile) -> dict:
+    return {k: v for k, v in open_clip.get_model_config(full.clip.model).items() if not k.startswith("_")}
+
+
+def test_image_towers_have_the_true_shapes(full: profiles.Profile) -> None:
+    """Patches of notebook 03 at 336 px, and both streams of AnomalyCLIP at 518 px."""
+    with torch.device("meta"), torch.no_grad():
+        clip = open_clip.CLIP(**clip_config(full)).eval()
+        images = torch.empty(full.clip.batch_size, 3, *[full.clip.image_size] * 2)
+        layers = list(features.patch_layers(24))
+        found = clip.visual.forward_intermediates(images, indices=layers, output_fmt="NLC")
+        images = torch.empty(full.anomalyclip.batch_size, 3, *[full.anomalyclip.image_size] * 2)
+        feature, tokens = anomalyclip.dual_path(clip.visual, images, first_dual_block=5, taps=(6, 12, 18, 24))
+    assert sum(p.numel() for p in clip.parameters()) == 427_944_193
+    assert found["image_features"].shape == (32, 768)
+    assert [tuple(layer.shape) for layer in found["image_intermediates"]] == [(32, 24 * 24, 1024)] * 2
+    assert feature.shape == (8, 768) and [tuple(t.shape) for t in tokens] == [(8, 1370, 768)] * 4
+
+
+def test_prompts_of_clip_large_train(full: profiles.Profile) -> None:
+    """A step of notebook 04's training: the text tower at its true size, features of 37 x 37 patches at 518 px."""
+    config = clip_config(full)
     with torch.random.fork_rng():
-        torch.manual_seed(0)
-        clip = backbones.load_clip(full.clip.model, pretrained=None, image_size=full.clip.image_size, device="cpu")
-    assert sum(p.numel() for p in clip.model.parameters()) == 427_944_193
-    picture = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
-    found = features.embed(["one"], lambda row: picture, features.Models(clip, None, tmp_path))
-    assert (found.clip.shape, found.clip.dtype) == ((1, 768), np.float32)
-    assert (found.patches.shape, found.patches.dtype) == ((1, 24, 24, 2048), np.float16)
-    norms = np.linalg.norm(found.patches.astype(np.float32).reshape(-1, 2, 1024), axis=-1)
-    np.testing.assert_allclose(norms, 1, atol=2e-3)
-    # a step of notebook 04's training on features of the true shapes: 37 x 37 patches at 518 px
-    learner, side = anomalyclip.PromptLearner(clip.model, clip.tokenizer), full.anomalyclip.image_size
+        clip = open_clip.CLIP(**config | {"vision_cfg": config["vision_cfg"] | {"layers": 1, "width": 64}})
+    clip, tokenizer = clip.eval().requires_grad_(False), open_clip.get_tokenizer(full.clip.model)
+    learner, side = anomalyclip.PromptLearner(clip, tokenizer), full.anomalyclip.image_size
     tokens, mask = F.normalize(torch.randn(2, 1, (side // 14) ** 2, 768), dim=-1), torch.zeros(2, side, side)
     mask[1, 100:200, 100:200] = 1
     batch = {"feature": torch.randn(2, 768), "tokens": tokens, "mask": mask}
     batch |= {"label": torch.tensor([0, 1]), "has_mask": torch.tensor([True, True])}
-    anomalyclip_training.prompts_loss(clip)(learner, batch)["loss"].backward()
+    anomalyclip_training.prompts_loss(SimpleNamespace(model=clip))(learner, batch)["loss"].backward()
     assert sum(p.numel() for p in learner.parameters()) == 2 * 12 * 768 + 8 * 4 * 768
     # The last deep prompt vectors replace contexts of later blocks; all of them see a gradient.
     assert all(p.grad is not None and p.grad.isfinite().all() for p in learner.parameters())
-    assert not any(p.grad is not None for p in clip.model.parameters())
-
-
-def test_both_streams_of_anomalyclip_at_518_px(full: profiles.Profile) -> None:
-    config = {k: v for k, v in open_clip.get_model_config(full.clip.model).items() if not k.startswith("_")}
-    with torch.device("meta"), torch.no_grad():
-        visual = open_clip.CLIP(**config).visual.eval()
-        images = torch.empty(full.anomalyclip.batch_size, 3, *[full.anomalyclip.image_size] * 2)
-        feature, tokens = anomalyclip.dual_path(visual, images, first_dual_block=5, taps=(6, 12, 18, 24))
-    assert feature.shape == (8, 768) and [tuple(t.shape) for t in tokens] == [(8, 1370, 768)] * 4
+    assert not any(p.grad is not None for p in clip.parameters())
