@@ -12,7 +12,7 @@ import pytest
 import record_results
 import tiny_comparison as tiny
 
-from helpers import data, files, results
+from helpers import data, results
 from helpers.judge import comparison, findings, metrics, statistics
 from helpers.judge.comparison import Comparison
 from helpers.records import Sample
@@ -25,16 +25,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> data.Dataset:
 
 @pytest.fixture(scope="module")
 def compared(dataset: data.Dataset, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
-    return comparison.compare(dataset, tiny.write_all(tmp_path_factory.mktemp("results"), dataset), profile="mini")
-
-
-def compare_lof(dataset: data.Dataset, folder: Path, *methods: str, **facts: object) -> Comparison:
-    """The comparison of methods that all say what CLIP LOF says; their manifests state further facts."""
-    for method in methods or ("clip_lof",):
-        given = tiny.SCORES["clip_lof"], tiny.THRESHOLDS["clip_lof"]
-        path = tiny.write_result(folder / method, dataset, method, *given) / "manifest.json"
-        files.write_json(path, files.read_json(path) | facts)
-    return comparison.compare(dataset, folder, profile="mini")
+    return tiny.compare(tmp_path_factory.mktemp("results"), dataset, maps=["anomalyclip"])
 
 
 def row(found: Comparison, key: str) -> dict:
@@ -120,7 +111,7 @@ def test_the_csv_is_tidy_and_every_table_shows_its_numbers(compared: Comparison,
 
 
 def test_results_on_another_dataset_are_refused_by_name(dataset: data.Dataset, tmp_path: Path) -> None:
-    tiny.write_all(tmp_path / "results", dataset)
+    tiny.compare(tmp_path / "results", dataset)
     other = tiny.make_dataset(tmp_path / "other", categories=("portrait",))
     mixed = comparison.compare(other, tmp_path / "results", profile="mini")
     assert set(mixed.refused) == {"clip_lof", "anomalyclip"} and not mixed.runs
@@ -131,7 +122,7 @@ def test_results_on_another_dataset_are_refused_by_name(dataset: data.Dataset, t
 def test_results_of_another_tool_join_and_without_threshold_have_no_rates(
     dataset: data.Dataset, tmp_path: Path
 ) -> None:
-    compare_lof(dataset, tmp_path, "my_detector", "clip_lof")
+    tiny.compare(tmp_path, dataset, "my_detector", "clip_lof")
     path = tmp_path / "my_detector" / "predictions.csv"
     pd.read_csv(path).assign(threshold=math.nan, is_predicted_anomalous=False).to_csv(path, index=False)
     found = comparison.compare(dataset, tmp_path, profile="mini")
@@ -178,7 +169,7 @@ def test_few_sources_count_as_sources_and_one_gives_no_interval(dataset: data.Da
         samples = [dataclasses.replace(s, group=str(place % n_sources)) if s.category == "harbour" else s
                    for place, s in enumerate(dataset.samples)]  # fmt: skip
         few = dataclasses.replace(dataset, samples=tuple(samples), limits={"harbour": words})
-        return compare_lof(few, tmp_path / str(n_sources), "clip_lof", "clip_patch_knn")
+        return tiny.compare(tmp_path / str(n_sources), few, "clip_lof", "clip_patch_knn")
 
     one, two = limited(1), limited(2)
     rows = one.table[(one.table.category == "harbour") & (one.table.method == "clip_lof")]
@@ -192,7 +183,7 @@ def test_few_sources_count_as_sources_and_one_gives_no_interval(dataset: data.Da
 def test_seen_kinds_and_what_a_chat_model_says_come_from_the_manifest(dataset: data.Dataset, tmp_path: Path) -> None:
     paths = [results.relative_path(sample, dataset.folder) for sample in dataset.select(split="test")]
     says = dict.fromkeys(paths, True) | {paths[0]: None}  # the first is genuine; unclear words are wrong
-    found = compare_lof(dataset, tmp_path, trained_on_kinds=["box"], answers_say=says)
+    found = tiny.compare(tmp_path, dataset, "clip_lof", trained_on_kinds=["box"], answers_say=says)
     assert row(found, "clip_lof all seen sensitivity")["value"] == 3 / 4
     assert row(found, "clip_lof all unseen sensitivity")["value"] == 1.0
     assert any("counted apart" in text for text in findings.findings(found))
@@ -217,7 +208,7 @@ def test_the_sentences_say_what_the_numbers_allow(compared: Comparison, dataset:
     assert findings.verdict(compared) == f"{words} Level with that in balanced accuracy: AnomalyCLIP."
     text = " ".join(findings.findings(compared))
     assert "None of 1 pairs" in text and "At most 1 false alarm" in text and "no better than chance" in text
-    tied = compare_lof(dataset, tmp_path / "tied", "clip_lof", "clip_patch_knn")
+    tied = tiny.compare(tmp_path / "tied", dataset, "clip_lof", "clip_patch_knn")
     assert all("are tied" in words for words in findings.pairs(tied.tests)) and (tied.tests.p_holm == 1).all()
     assert findings.verdict(tied).startswith("CLIP LOF and CLIP patch k-NN each find 5 of 8")
     level = dict.fromkeys(tiny.CATEGORIES, (1, 2, 3, 4, 1, 2, 3, 4))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Collection
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -49,16 +51,13 @@ class Reader(HTMLParser):
             assert name != "src" or value.startswith("data:image/"), (tag, value[:40])
 
 
-def compare(folder: Path, answer: str = "", with_maps: bool = False, limits: dict | None = None, **given) -> Comparison:
-    """The comparison of two methods on a tiny dataset (``given`` says which) with the scores of the tiny comparison."""
+def compare(
+    folder: Path, answer: str = "", maps: Collection[str] = (), limits: dict | None = None, **given
+) -> Comparison:
+    """The comparison of two methods on a tiny dataset (``given`` says which)."""
     dataset = tiny.make_dataset(folder / "data", **given)
-    object.__setattr__(dataset, "limits", limits or {})
-    for method in ("clip_lof", "anomalyclip"):
-        facts = ({new: table[method][old] for new, old in zip(dataset.categories, tiny.CATEGORIES * 99)}
-                 for table in (tiny.SCORES, tiny.THRESHOLDS))  # fmt: skip
-        said = answer if method == "anomalyclip" else ""
-        tiny.write_result(folder / "results" / method, dataset, method, *facts, with_maps=with_maps, answer=said)
-    return comparison.compare(dataset, folder / "results", profile="mini")
+    dataset = dataclasses.replace(dataset, limits=limits or {})
+    return tiny.compare(folder / "results", dataset, maps=maps, answer=answer)
 
 
 def write(folder: Path, compared: Comparison) -> Path:
@@ -67,7 +66,7 @@ def write(folder: Path, compared: Comparison) -> Path:
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
-    return compare(tmp_path_factory.mktemp("compared"), with_maps=True)
+    return compare(tmp_path_factory.mktemp("compared"), maps=tiny.SCORES)
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from helpers import data, results
+from helpers import data, files, results
 from helpers.data import images
+from helpers.judge import comparison
 from helpers.records import Sample, Scored
 
 SHAPE = (36, 24)
@@ -82,9 +83,16 @@ def write_result(
     return folder
 
 
-def write_all(results_dir: Path, dataset: data.Dataset) -> Path:
-    """Results of the two methods of :data:`SCORES`; AnomalyCLIP has maps."""
-    for method, scores in SCORES.items():
-        maps = method == "anomalyclip"
-        write_result(results_dir / method, dataset, method, scores, THRESHOLDS[method], with_maps=maps)
-    return results_dir
+def compare(
+    folder: Path, dataset: data.Dataset, *methods: str, maps: Collection[str] = (), answer: str = "", **facts: object
+) -> comparison.Comparison:
+    """The comparison of methods (by default those of :data:`SCORES`; others say what CLIP LOF says) whose results are
+    written to ``folder``: those in ``maps`` have maps, AnomalyCLIP gives the answer, manifests state ``facts``."""
+    for method in methods or SCORES:
+        like = method if method in SCORES else "clip_lof"
+        given = [{new: table[like][old] for new, old in zip(dataset.categories, CATEGORIES * 99)}
+                 for table in (SCORES, THRESHOLDS)]  # fmt: skip
+        said = answer if method == "anomalyclip" else ""
+        path = write_result(folder / method, dataset, method, *given, with_maps=method in maps, answer=said)
+        files.write_json(path / results.MANIFEST, files.read_json(path / results.MANIFEST) | facts)
+    return comparison.compare(dataset, folder, profile="mini")
