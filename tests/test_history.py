@@ -33,8 +33,9 @@ def evaluate(dataset: data.Dataset, folder: Path, *rounds) -> tuple[pd.DataFrame
         run = tiny.write_result(folder / "r" / "clip_lof", dataset, "clip_lof", *facts, seconds=1 + number)
         os.utime(run / "manifest.json", (1_700_000_000 + 86_400 * number,) * 2)
         compared = comparison.compare(dataset, folder / "r", profile="mini")
-        assert history.record(folder / "history", compared) == ["clip_lof"]
-        assert history.record(folder / "history", compared) == []  # kept once
+        for _ in range(2):
+            history.record(folder / "history", compared)
+            assert len(list((folder / "history").iterdir())) == number + 1  # kept once
     kept = history.read(folder / "history")
     return kept, history.changes(kept)
 

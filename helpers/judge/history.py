@@ -19,9 +19,8 @@ from helpers.judge.findings import say
 _KEYS = ["sha256", "category", "is_anomalous"]
 
 
-def record(folder: Path, compared: Comparison) -> list[str]:
-    """Keep the evaluations that ``folder`` (``profile.report_dir / "history"``) does not have yet: their methods."""
-    added = []
+def record(folder: Path, compared: Comparison) -> None:
+    """Keep the evaluations that ``folder`` (``profile.report_dir / "history"``) does not have yet."""
     for method, run in compared.runs.items():
         source = run.folder / results.PREDICTIONS
         content = files.sha256_file(source)[:16]
@@ -29,8 +28,6 @@ def record(folder: Path, compared: Comparison) -> list[str]:
             finished = datetime.fromtimestamp((run.folder / results.MANIFEST).stat().st_mtime, UTC)
             name = f"{compared.profile}.{method}__{finished:%Y-%m-%dT%H%M%S}_{content}.csv"
             files.write_bytes(Path(folder) / name, source.read_bytes())
-            added.append(method)
-    return added
 
 
 def read(folder: Path) -> pd.DataFrame:
