@@ -80,7 +80,7 @@ class File:
         said = [one for one in said if any(one)]
         at = next((i for i, one in enumerate(said) if one.split or one.kind), len(said))
         self.path, self.where, self.mask, self.group = path, where, mask, group
-        self.is_mask, self.told = any(one.is_mask for one in said), {names.plain(one.told) for one in said} - {""}
+        self.told = {names.plain(one.told) for one in said} - {""}
         self.splits, self.kinds = {one.split for one in said if one.split}, [one.kind for one in said if one.kind]
         self.first = next((one.split or one.kind == NORMAL_KIND for one in said[at:]), None)
         titles = ["" if one.kind else one.told for one in said]
@@ -153,8 +153,7 @@ class Tree:
             except DatasetError as reason:
                 reading.left_out.append((file.path, f"{file.where}{reason}"))
         taken: set[str] = set()  # two artworks never share a category, which is safe in paths
-        heads = dict.fromkeys(head for head, _ in placed)
-        titles = {head: head[-1] if head else reading.source.name for head in heads}
+        titles = {head: head[-1] if head else reading.source.name for head, _ in placed}
         categories = {head: names.unique(names.clean(title), taken) for head, title in titles.items()}
         reading.samples = [replace(sample, category=categories[head]) for (head, _), (_, sample) in placed.items()]
         return [file for file, _ in placed.values()]
@@ -189,10 +188,10 @@ def read_tree(root: Path) -> FolderReading:
         if None in said:
             why = "0/ and 1/ (yes/ and no/ ...) may be labels or paintings: say good/ and bad/"
             reading.left_out.append((path, why))
-            continue
-        file = File(path, said)
-        is_mask = file.is_mask or (bare != path.stem and (path.parent, bare) in stems)
-        (masks if is_mask else files).append(file)
+        elif any(one.is_mask for one in said) or (bare != path.stem and (path.parent, bare) in stems):
+            masks.append(File(path, said))
+        else:
+            files.append(File(path, said))
     tree = Tree(files, has_masks=bool(masks))
     _match_masks(masks, tree.read_into(reading), reading)
     if not tree.is_labelled:

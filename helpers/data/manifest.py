@@ -73,10 +73,8 @@ def write_manifest(path: Path | str, samples: Sequence[Sample], *, info: Mapping
 
 
 def load_manifest(path: Path | str) -> list[Sample]:
-    """The pictures in a ``manifest.csv`` (or in its folder's), in its order, with absolute paths.
-
-    ``FileNotFoundError``: there is none. ``DatasetError``: a column is missing, or a row (it is named) is unreadable.
-    """
+    """The pictures in a ``manifest.csv`` (or in its folder's), in its order, with absolute paths. ``DatasetError``: a
+    column is missing, or a row (it is named) is unreadable."""
     path, samples = _table_in(path), []
     parsers = {"is_anomalous": {"True": True, "False": False}.__getitem__, "visibility": float, "synthesis_seed": int}
     parsers |= dict.fromkeys(("image_path", "mask_path"), path.parent.joinpath)
@@ -93,7 +91,6 @@ def load_manifest(path: Path | str) -> list[Sample]:
 
 def open_dataset(dataset_dir: Path | str) -> Dataset:
     """Open a complete dataset and check that its manifest is the one that was frozen.
-
     ``FileNotFoundError``: it is missing or incomplete, or a picture is gone. ``DatasetError``: manifest or masks were
     changed, or splits share source pictures of an artwork that is not in ``limits``."""
     folder = Path(os.path.abspath(dataset_dir))
@@ -120,16 +117,13 @@ def shared_groups(samples: Iterable[Sample]) -> Counter[str]:
 
 def dataset_hash(samples: Iterable[Sample]) -> str:
     """Hash of pictures (their ``sha256``), categories, splits, labels, kinds, masks and groups, in any order."""
-    rows = []
-    for s in samples:
-        mask = "" if s.mask_path is None else files.sha256_file(s.mask_path)
-        rows.append([s.sha256, s.category, s.split, s.is_anomalous, s.kind, mask, s.group])
+    masks = [(s, "" if s.mask_path is None else files.sha256_file(s.mask_path)) for s in samples]
+    rows = [[s.sha256, s.category, s.split, s.is_anomalous, s.kind, mask, s.group] for s, mask in masks]
     return files.sha256_json(sorted(rows))
 
 
 def mask_of(sample: Sample, shape: tuple[int, int] | None = None) -> np.ndarray | None:
     """Pixel ground truth of a picture, bool ``(H, W)``: all False for a normal picture, None when no mask is known.
-
     ``shape`` is needed for a normal picture (else ``ValueError``); an anomalous one's mask is brought to it, or keeps
     its file's size. ``ImageError``: the mask cannot be read or has other proportions."""
     if sample.is_anomalous:

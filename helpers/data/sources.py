@@ -45,7 +45,7 @@ def embedded_artworks(target: Path, *, max_side: int, seed: int) -> FolderReadin
 
     The original is photographed with other crops, stands, light and cameras; each photograph is a source of its own. A
     replica is the motif painted again by another hand, a reinterpretation another work after it; they are photographed
-    alike. The longer side has up to 15 % less than ``max_side`` pixels. A picture that is there is not made again."""
+    alike, at 85 to 100 % of ``max_side`` pixels. A picture that is there is not made again."""
     layout = "two painted pictures that ship with the suite, photographed by simulated cameras"
     source = FolderReading(target, layout, count_real=True, identity=f"embedded {max_side} {seed}")
     for canvas in sorted(PAINTINGS.glob("*/*/*.webp")):
