@@ -219,20 +219,3 @@ def test_whenever_a_session_ends_the_next_machine_has_all_that_was_kept(tmp_path
         assert here in whole, f"{unit} is mixed, half or older than promised"
     assert seed % 2 == 0 or contents(fresh) == {unit: made(unit, 2) for unit in COMPLETE}, "nothing is lost or half"
     assert n_killed and disk.n_failures
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_a_restore_that_is_killed_goes_on(tmp_path: Path, kept, cloud: Path, seed: int) -> None:
-    home, draw = tmp_path / "fresh", random.Random(seed)
-
-    def restore(kill_at: int) -> None:
-        with FailingDrive(cloud, kill_at=kill_at).installed():
-            keep.restore(home, kept[1])
-
-    for _ in range(4):
-        _killed(restore, draw.randrange(1, 150))
-        for unit, here in contents(home).items() if home.exists() else ():
-            is_marked = unit.split("/")[0] in ("weights", "data", "results")
-            assert not is_marked or len(here) == len(COMPLETE[unit])
-    keep.restore(home, kept[1])
-    assert contents(home) == contents(kept[0])

@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock
 from safetensors.torch import save_file
 from tiny_weights import DIMS, GROUPED
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import files, weights
 from helpers.weights import WeightFileError, folders, llama, talk, tensors
@@ -380,12 +380,3 @@ def test_tokenizer_gives_the_ids_of_sentencepiece_whatever_lay_beside_it(tmp_pat
     files.write_json(target / "tokenizer_config.json", config | {"add_bos_token": False})
     with pytest.raises(WeightFileError, match="SentencePiece gives"):
         talk.check_tokenizer(target, AutoTokenizer.from_pretrained(target))
-
-
-def test_every_key_is_transformers_llama():
-    config = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
-    config |= {"num_key_value_heads": 32, "vocab_size": 32000}
-    with torch.device("meta"):
-        state = LlamaForCausalLM(LlamaConfig(**config)).state_dict()
-    assert llama.shapes_of(config) == {name: tuple(tensor.shape) for name, tensor in state.items()}
-    assert sum(tensor.numel() for tensor in state.values()) == 6_738_415_616
