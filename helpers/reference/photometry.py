@@ -51,9 +51,10 @@ def differences(image: np.ndarray, matrix: np.ndarray, reference: np.ndarray) ->
     sharp = image if scale > 0.7 else cv2.GaussianBlur(image, (0, 0), 0.5 / scale)  # so that nothing aliases
     test = lab(cv2.warpPerspective(sharp, matrix, size, borderMode=cv2.BORDER_REPLICATE))
     has_colour = not np.isnan(test[0, 0, 1] + reference[0, 0, 1])
-    test, other = _matched(np.nan_to_num(test), np.nan_to_num(reference), both), np.nan_to_num(reference)
+    test, other = (one if has_colour else np.nan_to_num(one) for one in (test, reference))
+    test = _matched(test, other, both)
     other = _bent(other, test, both)
-    off = np.stack([test - np.roll(other, shift, axis=(0, 1)) for shift in _SHIFTS])
+    off = [test - np.roll(other, shift, axis=(0, 1)) for shift in _SHIFTS]
     best = np.argmin([cv2.blur(cv2.transform(one * one, np.ones((1, 3))), (3, 3)) for one in off], axis=0)
     off = np.choose(best[..., None], off)
     planes = [cv2.blur(np.abs(off[..., 0]), (3, 3)), cv2.blur(np.hypot(off[..., 1], off[..., 2]), (3, 3)) * has_colour]
