@@ -34,7 +34,7 @@ METHOD_LABELS: Mapping[str, str] = {
     "clip_lof": "CLIP LOF",
     "clip_patch_knn": "CLIP patch k-NN",
     "anomalyclip": "AnomalyCLIP",
-    "aligned": "Aligned with its reference",
+    "aligned": "Reference comparison",
     "dinov2_memory": "DINOv2 patch memory",
     "dinov2_subspace": "DINOv2 subspace",
     "anomalygpt": "AnomalyGPT",

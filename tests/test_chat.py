@@ -99,7 +99,7 @@ def test_detectors_that_are_missing_are_named_with_the_notebook(talk: chat.ChatS
     talk.choose(picture(made, "box"))
     table = detectors.table(talk.verdicts)
     assert len(table) == len(detectors.NOTEBOOKS)
-    assert "notebook 05_reference" in table.loc["Aligned with its reference", "note"]
+    assert "notebook 05_reference" in table.loc["Reference comparison", "note"]
     assert table.loc["AnomalyCLIP", "verdict"] == "anomalous"
 
 

@@ -161,7 +161,7 @@ def test_predictions_resume_and_say_what_their_thresholds_rest_on(tmp_path: Path
     assert not folder.exists()
     scorer = Scorer()
     found = predict(tmp_path, dataset, scorer)
-    counted = "Aligned with its reference: 2 of 4 anomalous pictures found, 2 false alarms on 6 genuine pictures"
+    counted = "Reference comparison: 2 of 4 anomalous pictures found, 2 false alarms on 6 genuine pictures"
     assert results.in_words(found.frame()) == counted
     assert results.category_label("girl_with_a_pearl_earring") == "Girl with a Pearl Earring"
     assert scorer.calls == [("mona", [1, 2]), ("mona", [3, 4])]
@@ -202,7 +202,7 @@ def test_a_run_of_other_settings_or_another_dataset_starts_over(tmp_path: Path) 
         results.read(folder, dataset.samples, dataset.folder, dataset.hash)
     with pytest.raises(FileNotFoundError, match="Run the notebook that makes them"):
         results.read(tmp_path / "nothing", [], tmp_path, "")
-    with pytest.raises(ValueError, match="mona has no calibration scores of Aligned with its reference"):
+    with pytest.raises(ValueError, match="mona has no calibration scores of Reference comparison"):
         predict(tmp_path, dataset, Scorer(), calibration={"girl": [1.0]})
     with pytest.raises(ValueError, match="0 scores for 2 pictures"):
         predict(tmp_path, dataset, lambda category, samples: [])
