@@ -33,11 +33,10 @@ class FailingDrive:
     ) -> None:
         self._folder, self._random = str(folder), random.Random(seed)
         self.rate, self.kill_at, self.is_full, self.is_lost = rate, kill_at, is_full, False
-        self.n_calls = self.n_failures = self.n_reconnects = 0
+        self.n_calls = self.n_failures = 0
 
     def reconnect(self) -> None:
         """``drive.mount(..., force_remount=True)``: works often, not always."""
-        self.n_reconnects += 1
         self.is_lost = self.is_lost and self._random.random() >= 0.8
 
     @contextlib.contextmanager

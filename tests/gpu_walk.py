@@ -154,7 +154,7 @@ class Walk:
         mini.write_tokenizer(folder, fields | {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": merges})
 
     def prepare(self) -> None:
-        """Notebook 01: everything written, accounted for, converted, merged and hashed again."""
+        """Notebook 01: everything written, accounted for, converted and merged."""
         self.step("write the small checkpoints", self.write_small)
         if not self.options.skip_files:
             self.step("write LLaMA and the delta", self.write_language)
@@ -162,10 +162,8 @@ class Walk:
             for file in self.route.files:
                 if file.component == "vicuna" or file.path.exists():
                     steps._inspect(self.route, file, is_fetched=False)
-            where = self.route.weights_dir
             base = self.step("convert Meta's files", lambda: steps.convert_base(self.route), n_gb, "GB")
             self.step("merge the delta", lambda: steps.merge(self.route, base), n_gb, "GB")
-            self.step("hash Vicuna again", lambda: weights.require(where, "vicuna", verify=True), n_gb, "GB")
         self.step("convert the small checkpoints", self.convert_small)
 
     def convert_small(self) -> None:

@@ -142,10 +142,12 @@ def test_place_and_certainty_come_from_the_numbers(made, talk: chat.ChatSession,
             talk.ask(question)
     talk.choose(picture(made, "box"))
     talk.threshold = talk.own.anomaly_score * 0.9
+    assert "2 of 2" in talk.verdict_line()[0] and talk.verdict_line()[0].startswith("Probably anomalous")
     where, sure = talk.ask(WHERE), talk.ask(SURE)
     assert where.source == sure.source == chat.NUMBERS and asked == []
     assert "top" in where.answer and "AnomalyCLIP" in where.answer and "exceeds the limit by 11%" in sure.answer
     talk.threshold = talk.own.anomaly_score * 2
+    assert talk.verdict_line()[0].startswith("Undecided: 1 of 2")
     assert "nowhere" in talk.ask(WHERE).answer.lower() and "stays below the limit by 50%" in talk.ask(SURE).answer
 
 
@@ -199,14 +201,6 @@ def test_the_real_model_streams_its_answer_until_the_conversation_is_too_long(ma
     talk.history = [chat.Turn("q", "why " * 3000, "because " * 3000, chat.MODEL)]
     with pytest.raises(BadInput, match="Start over"):
         talk.ask("And now?")
-
-
-def test_the_line_counts_the_detectors(made, talk: chat.ChatSession) -> None:
-    talk.choose(picture(made, "box"))
-    talk.threshold = talk.own.anomaly_score * 0.9
-    assert "2 of 2" in talk.verdict_line()[0] and talk.verdict_line()[0].startswith("Probably anomalous")
-    talk.threshold = talk.own.anomaly_score * 2
-    assert talk.verdict_line()[0].startswith("Undecided: 1 of 2")
 
 
 def test_the_context_is_json_and_says_what_was_judged(made, talk: chat.ChatSession, monkeypatch) -> None:

@@ -140,4 +140,4 @@ def test_the_notebooks(tmp_path, monkeypatch):
 def test_the_walk_of_the_full_profile_ends(tmp_path):
     options = "--size tiny --device cpu --pictures 2 --folder".split()
     steps = list(gpu_walk.main([*options, str(tmp_path)])[0])
-    assert steps[:2] == ["write the small checkpoints", "write LLaMA and the delta"] and len(steps) == 12
+    assert steps[:2] == ["write the small checkpoints", "write LLaMA and the delta"] and len(steps) == 11

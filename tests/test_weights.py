@@ -35,12 +35,6 @@ def pair(tmp_path: Path) -> Pair:
     return tiny.write_hf(tmp_path / "base", BASE), tiny.write_hf(tmp_path / "delta", tiny.make_delta(BASE), n_files=3)
 
 
-def flip_byte(path: Path, position: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[position] ^= 0x10
-    path.write_bytes(content)
-
-
 @pytest.mark.parametrize(("dims", "n_shards"), [(DIMS, 1), (DIMS, 4), (GROUPED, 2), (GROUPED, 4)])
 def test_conversion_moves_every_bit(tmp_path, dims, n_shards):
     model = tiny.meta_model(dims)
@@ -152,7 +146,8 @@ def test_kill_mid_shard_then_resume_writes_only_what_is_missing(tmp_path, pair, 
     for left, shard_bytes in ((pair[0], 80_000), (tiny.write_hf(tmp_path / "b", BASE), 40_000)):
         with pytest.raises(WeightFileError, match="from other inputs or settings"):
             weights.merge_delta(left, pair[1], target, shard_bytes=shard_bytes)
-    flip_byte(target / max(journal), -3)  # a finished shard that changed is written again
+    last = target / max(journal)
+    last.write_bytes(last.read_bytes()[:-3] + b"xyz")  # a finished shard that changed is written again
     kept = {path: path.stat().st_mtime_ns for path in (target / name for name in journal if name != max(journal))}
     assert kept
     weights.merge_delta(*pair, target, shard_bytes=40_000)
@@ -345,12 +340,8 @@ def test_output_is_what_transformers_reads_and_require_sees_damage(tmp_path, pai
     model, info = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert torch.equal(model.lm_head.weight.half(), tiny.read_all(target)["lm_head.weight"])  # its own, not tied
-    assert weights.require(tmp_path, "vicuna", verify=True) == target
-    path = max(target.glob("*.safetensors"))
-    flip_byte(path, -5)
-    with pytest.raises(WeightFileError, match="does not match its SHA-256"):
-        weights.require(tmp_path, "vicuna", verify=True)
-    os.truncate(path, 1000)
+    assert weights.require(tmp_path, "vicuna") == target
+    os.truncate(max(target.glob("*.safetensors")), 1000)
     with pytest.raises(WeightFileError, match=r"safetensors has 1000 bytes"):
         weights.require(tmp_path, "vicuna")
 

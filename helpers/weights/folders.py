@@ -152,8 +152,8 @@ def account(
         raise WeightFileError(f"not a whole {what}: {'; '.join(listed[:6])}{more}. Nothing was written.{way}")
 
 
-def require(weights_dir: Path, component: str, *, verify: bool = False) -> Path:
-    """Folder of a prepared component, for example ``"vicuna"`` or ``"anomalygpt/<name>"``; ``verify`` hashes it again.
+def require(weights_dir: Path, component: str) -> Path:
+    """Folder of a prepared component, for example ``"vicuna"`` or ``"anomalygpt/<name>"``.
 
     Raises:
         FileNotFoundError: not prepared yet; names the notebook that does it.
@@ -166,7 +166,7 @@ def require(weights_dir: Path, component: str, *, verify: bool = False) -> Path:
             f"{component} is not prepared in {weights_dir} (ready: {', '.join(ready) or 'nothing'}). Run notebook "
             f"01_prepare_weights."
         )
-    return check(weights_dir / component, verify=verify)
+    return check(weights_dir / component)
 
 
 def read_ready(folder: Path) -> dict[str, Any]:
@@ -174,8 +174,8 @@ def read_ready(folder: Path) -> dict[str, Any]:
     return files.read_json(Path(folder) / READY)
 
 
-def check(folder: Path, *, verify: bool = False) -> Path:
-    """Compare a complete folder with its ``READY.json``: sizes always, hashes with ``verify``."""
+def check(folder: Path) -> Path:
+    """Compare the sizes of a complete folder's files with its ``READY.json``."""
     wrong = []
     for name, entry in read_ready(folder)["files"].items():
         path = Path(folder) / name
@@ -183,8 +183,6 @@ def check(folder: Path, *, verify: bool = False) -> Path:
             wrong.append(f"{name} is missing")
         elif path.stat().st_size != entry["bytes"]:
             wrong.append(f"{name} has {path.stat().st_size} bytes, expected {entry['bytes']}")
-        elif verify and file_hash(path) != entry["sha256"]:
-            wrong.append(f"{name} does not match its SHA-256")
     if wrong:
         raise WeightFileError(f"{folder} is damaged: {'; '.join(wrong)}. Delete it and run 01_prepare_weights again.")
     return Path(folder)
