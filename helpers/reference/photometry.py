@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import cv2
 import numpy as np
-from sklearn.linear_model import Ridge
 
 USUAL = np.float32([1.5, 1.5, 0.05, 0.05])[:, None, None]
 """What good photographs differ by: lightness and colour in CIE Lab units, fine and coarse structure."""
@@ -69,12 +68,14 @@ def _matched(test: np.ndarray, other: np.ndarray, both: np.ndarray) -> np.ndarra
     picked = np.flatnonzero(both)
     picked = picked[:: max(7, len(picked) // 5_000)]
     known, wanted, trust = test.reshape(-1, 3)[picked], other.reshape(-1, 3)[picked], None
-    terms, off, fit = np.c_[known, known[:, 0] ** 2 / 100], wanted - known, Ridge(0.1 * len(known))
-    for _ in range(4):
-        error = np.linalg.norm(off - fit.fit(terms, off, trust).predict(terms), axis=1)
+    terms, off = np.c_[known, known[:, 0] ** 2 / 100], wanted - known
+    for _ in range(4):  # scikit-learn's Ridge takes five times as long to check what it is given
+        x, y = (one - np.average(one, axis=0, weights=trust) for one in (terms, off))
+        weighted = x if trust is None else x * trust[:, None]
+        slopes = np.linalg.solve(weighted.T @ x + 0.1 * len(x) * np.eye(4), weighted.T @ y)
+        error = np.linalg.norm(y - x @ slopes, axis=1)
         trust = 1 / (1 + (error / max(1.5 * float(np.median(error)), 1.0)) ** 2)
-    slopes = np.float32(np.clip(fit.coef_, -_MOST, _MOST))
-    out = test + np.dstack([test, test[..., 0] ** 2 / 100]) @ slopes.T
+    out = test + np.dstack([test, test[..., 0] ** 2 / 100]) @ np.float32(np.clip(slopes, -_MOST.T, _MOST.T))
     out += np.median(wanted - out.reshape(-1, 3)[picked], axis=0)
     off = _quarter(np.clip(other - out, -_SLOW, _SLOW) * both[..., None])
     return out + cv2.resize(inner_blur(off, _quarter(both), max(both.shape) / 32), both.shape[::-1])
@@ -92,7 +93,8 @@ def _bent(reference: np.ndarray, test: np.ndarray, both: np.ndarray) -> np.ndarr
 def _structure(test: np.ndarray, other: np.ndarray, both: np.ndarray, sigma: float) -> np.ndarray:
     """1 - local correlation in a Gaussian window; flat windows agree."""
     products = (test, other, test * test, other * other, test * other)
-    m_test, m_other, *squares = (inner_blur(one * both, both, sigma) for one in products)
+    means = inner_blur(np.dstack(products) * both[..., None], both, sigma)
+    m_test, m_other, *squares = (means[..., n] for n in range(len(products)))
     v_test, v_other = (np.maximum(v - m * m, 0) + _STEADY for v, m in zip(squares, (m_test, m_other)))
     return 1 - (squares[2] - m_test * m_other + _STEADY) / np.sqrt(v_test * v_other)
 
