@@ -32,13 +32,11 @@ GOALS = {
 # finds the portrait's marks as before (0.86, was 0.87); whole pictures are 10 of 34 (were 8), at 0.27 (were at 0.50).
 MISSED = {
     ("anomalyclip", "portrait_in_orange", "image_auroc"): 0.689,
-    ("aligned", "portrait_in_orange", "image_auroc"): 0.965,
+    ("aligned", "portrait_in_orange", "image_auroc"): 0.971,
     ("aligned", "still_life_with_coffee", "image_auroc"): 0.974,
-    ("dinov2_memory", "portrait_in_orange", "image_auroc"): 0.949,
-    ("dinov2_memory", "portrait_in_orange", "pixel_auroc"): 0.944,
-    ("dinov2_memory", "portrait_in_orange", "aupro"): 0.715,
-    ("dinov2_subspace", "portrait_in_orange", "image_auroc"): 0.939,
-    ("dinov2_subspace", "portrait_in_orange", "pixel_auroc"): 0.931,
+    ("dinov2_memory", "portrait_in_orange", "pixel_auroc"): 0.956,
+    ("dinov2_memory", "portrait_in_orange", "aupro"): 0.760,
+    ("dinov2_subspace", "portrait_in_orange", "pixel_auroc"): 0.938,
 }
 TOLERANCE = 0.08
 """Other processors and library versions round otherwise, which moves scores, searches and, a little, ranks."""
