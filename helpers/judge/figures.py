@@ -162,7 +162,7 @@ def map_rows(panels: Sequence[Panel], *, scale: Scale, title: str) -> Figure:
     bar.outline.set_visible(False)
     bar.ax.axhline(scale.limit, color="white", linewidth=3.2)
     bar.ax.axhline(scale.limit, color=_INK, linewidth=1.4)
-    bar.set_label("black line: genuine pictures end here")
+    bar.set_label("line: 99.8 % of genuine pixels lie below")
     return _finish(fig, title, f"{len(panels)} rows of picture, anomaly map and marked picture.")
 
 
