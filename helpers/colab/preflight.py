@@ -40,11 +40,11 @@ STAGES = {
     "02_synthesize_anomalies": Stage(17, 2, 1.0, "data/*/manifest.json"),
     "03_clip": Stage(85, 5, 3.0, "results/clip_patch_knn/manifest.json"),
     "04_anomalyclip": Stage(37, 25, 6.0, "results/anomalyclip/manifest.json"),
-    "05_reference": Stage(125, 5, 0.5, "results/aligned/manifest.json"),
-    "06_anomalygpt_train": Stage(74, 10, 4.5, "checkpoints/anomalygpt/*/training.json"),
-    "07_anomalygpt_test": Stage(107, 4, 0.5, "results/anomalygpt/manifest.json"),
+    "05_reference": Stage(125, 8, 0.5, "results/aligned/manifest.json"),
+    "06_anomalygpt_train": Stage(74, 30, 4.5, "checkpoints/anomalygpt/*/training.json"),
+    "07_anomalygpt_test": Stage(107, 8, 0.5, "results/anomalygpt/manifest.json"),
     "08_anomalygpt_chat": Stage(49, 5, 0.1, ""),
-    "09_compare": Stage(57, 2, 0.1, "report/index.html"),
+    "09_compare": Stage(57, 6, 0.1, "report/index.html"),
 }
 
 

@@ -114,14 +114,19 @@ class Aligned:
         return self.limit < UNREGISTERED
 
     def looks(self, picture: np.ndarray, apart: str | None = None) -> list[Look]:
-        """A picture on the references, of sources other than ``apart``, that it lies on."""
-        query, found = registration.describe(picture), []
-        for n, one in enumerate(self.references):
-            if one.source != apart and (place := registration.register(query, one.features)):
-                differs = photometry.differences(picture, place[0], one.lab).astype(np.float16)
-                if np.isfinite(differs[0]).mean() > _LEAST_SEEN:
-                    found.append(Look(n, *place, differs))
-        return found
+        """A picture on the references, of sources other than ``apart``, that it lies on; with OpenCV's threads."""
+        query = registration.describe(picture)
+
+        def look(n: int) -> Look | None:
+            place = registration.register(query, self.references[n].features)
+            if place is None:
+                return None
+            differs = photometry.differences(picture, place[0], self.references[n].lab).astype(np.float16)
+            return Look(n, *place, differs) if np.isfinite(differs[0]).mean() > _LEAST_SEEN else None
+
+        others = [n for n, one in enumerate(self.references) if one.source != apart]
+        with ThreadPoolExecutor(max(1, cv2.getNumThreads())) as pool:
+            return [found for found in pool.map(look, others) if found]
 
     def measured(
         self, looks: Sequence[Look], noises: Sequence[np.ndarray], shape: tuple[int, int]
