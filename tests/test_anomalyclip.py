@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from tiny_dataset import write_dataset, write_pictures
 
 from helpers import data, files
 from helpers.anomalyclip import detector, model, training
@@ -50,40 +51,20 @@ def ours(clip: SimpleNamespace, learner: PromptLearner) -> detector.Detector:
     return detector.build_detector(clip, learner, sigma=1.0)
 
 
-def write_pictures(folder: Path, category: str, split: str, n: int, rng: np.random.Generator, *, marked: bool) -> list:
-    """Smooth pictures, 40 x 32, with a black square if marked."""
-    samples, kind = [], "box" if marked else "good"
-    for number in range(n):
-        image = np.kron(rng.integers(90, 220, (5, 4, 3)).astype(np.uint8), np.ones((8, 8, 1), np.uint8))
-        path, mask_path = folder / category / split / kind / f"{number}.png", None
-        if marked:
-            mask, row, column = np.zeros(image.shape[:2], bool), rng.integers(0, 28), rng.integers(0, 20)
-            mask[row : row + 12, column : column + 12] = True
-            image[mask], mask_path = 0, path.with_name(f"{number}_mask.png")
-            images.save_png(mask_path, mask)
-        images.save_png(path, image)
-        group = f"{category}/{split}/{kind}/{number}"
-        samples.append(Sample(path, category, marked, mask_path, split, kind, group, files.sha256_file(path)))
-    return samples
+GOOD, BOX = ["good"], ["box"]
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> data.Dataset:
-    folder, rng, samples = tmp_path_factory.mktemp("dataset"), np.random.default_rng(0), []
-    for category in ("tower", "garden"):
-        for split, n, marked in (("train", 6, False), ("calibration", 4, False), ("test", 3, False), ("test", 3, True)):
-            samples += write_pictures(folder, category, split, n, rng, marked=marked)
-    data.write_manifest(folder / "manifest.csv", samples)
-    return data.open_dataset(folder)
+    plan = {"train": GOOD * 6, "calibration": GOOD * 4, "test": GOOD * 3 + BOX * 3}
+    return write_dataset(tmp_path_factory.mktemp("dataset"), ("tower", "garden"), plan, shape=(40, 32))
 
 
 @pytest.fixture(scope="module")
 def auxiliary(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
-    """Pictures of other things, half of them marked: 16 to learn from, 8 to tune."""
-    folder, rng = tmp_path_factory.mktemp("auxiliary"), np.random.default_rng(7)
-    sizes = {"train": 8, "calibration": 4}
-    parts = [write_pictures(folder, "other", s, n, rng, marked=marked) for s, n in sizes.items() for marked in (0, 1)]
-    return [sample for part in parts for sample in part]
+    """Pictures of another thing, half of them marked: 16 to learn from, 8 to tune."""
+    plan = {"train": GOOD * 8 + BOX * 8, "calibration": GOOD * 4 + BOX * 4}
+    return write_pictures(tmp_path_factory.mktemp("auxiliary"), "other", plan, shape=(40, 32), seed=7)
 
 
 def test_what_does_not_fit_is_refused(clip, learner: PromptLearner) -> None:
@@ -186,7 +167,7 @@ def test_predictions_are_those_of_the_detector(dataset, clip, learner, ours: det
 def test_pictures_under_test_are_not_trained_on(dataset, auxiliary: list[Sample], tmp_path: Path) -> None:
     training.check_auxiliary(auxiliary, dataset)
     shown = dataset.select(split="test")[0]
-    unseen = write_pictures(tmp_path, "tower", "train", 1, np.random.default_rng(55), marked=False)[0]
+    unseen = write_pictures(tmp_path, "tower", seed=55)[0]
     images.save_png(tmp_path / "copy.png", np.kron(images.load_image(shown.image_path), np.ones((3, 3, 1), np.uint8)))
     resized = Sample(tmp_path / "copy.png", "other", False, split="train", group="copy")
     same_source = replace(auxiliary[0], group=dataset.samples[0].group)

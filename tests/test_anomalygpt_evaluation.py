@@ -30,7 +30,7 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny.talkative(tiny.build(tiny.FIXTURE)[0])
+    return tiny.talker()
 
 
 def run(model, dataset, folder, settings=SMALL, **more):
@@ -123,7 +123,7 @@ def test_references_are_drawn_reproducibly(dataset, monkeypatch):
 def test_few_genuine_pictures_are_tested_with(model, dataset, tmp_path):
     """A painting with one picture to refer to and one to set the threshold, beside a rich one; no controls."""
     dropped = [s for s in dataset.samples if s.category == "one" and not s.is_anomalous and s.split != "test"]
-    dropped = [s for s in dropped if s.group not in ("onetrain0", "onecalibration0")]
+    dropped = [s for s in dropped if s.group not in ("one/train/0", "one/calibration/0")]
     few = data.Dataset(dataset.folder, tuple(s for s in dataset.samples if s not in dropped), "few")
     with pytest.warns(UserWarning, match="1 calibration normals"):
         found = run(model, few, tmp_path / "r", dataclasses.replace(SMALL, shots=(0,), row_shots=4, n_controls=0))

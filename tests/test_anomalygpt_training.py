@@ -33,10 +33,6 @@ ONE_EPOCH = replace(SMALL, n_epochs=1, checkpoint_every=0)
 STEEP = replace(ONE_EPOCH, n_epochs=6, learning_rate=3e-3)
 
 
-def fresh() -> anomalygpt.AnomalyGPT:
-    return tiny.talkative(tiny.build(tiny.FIXTURE)[0])
-
-
 def drawn(dataset: p.PairDataset) -> list[p.Pair]:
     """The pairs of two epochs."""
     pairs = []
@@ -58,13 +54,13 @@ def samples(dataset):
 
 @pytest.fixture()
 def model():
-    return fresh()
+    return tiny.talker()
 
 
 @pytest.fixture(scope="module")
 def trained(dataset, tmp_path_factory):
     """A chain with a trained head, how that went, and its folder."""
-    model, folder = fresh(), tmp_path_factory.mktemp("head")
+    model, folder = tiny.talker(), tmp_path_factory.mktemp("head")
     return model, t.train_head(model, dataset, folder=folder, settings=STEEP), folder
 
 
@@ -184,7 +180,7 @@ def test_training_lowers_the_loss_and_writes_the_head_alone_in_the_published_lay
     losses, tuning = ([row[key] for row in result.history if key in row] for key in ("loss", "score"))
     assert np.mean(losses[-3:]) < 0.9 * losses[0] and result.best_score == max(tuning) and tuning[-1] > tuning[0]
     assert "loss falls from" in t.told(result)
-    before = fresh().language.model.state_dict()
+    before = tiny.talker().language.model.state_dict()
     assert all(torch.equal(before[name], tensor) for name, tensor in model.language.model.state_dict().items())
     stored, card = load_file(folder / "model.safetensors"), files.read_json(folder / "training.json")
     assert len(stored) == 21 and all(tensor.dtype == torch.float16 for tensor in stored.values())
@@ -222,7 +218,7 @@ def die_at(path):
     if path.name == "step_00000002":
         os.kill(os.getpid(), signal.SIGKILL)
 dataset = me.data.open_dataset({pictures!r})
-me.t.train_head(me.fresh(), dataset, folder=Path({target!r}), settings=me.SMALL, on_checkpoint=die_at)
+me.t.train_head(me.tiny.talker(), dataset, folder=Path({target!r}), settings=me.SMALL, on_checkpoint=die_at)
 """
 
 
@@ -237,7 +233,7 @@ def test_killed_training_resumes_bit_for_bit(dataset, tmp_path):
     torch.set_num_threads(1)  # as in the script: sums depend on the number of threads
     try:
         for name in ("straight", "killed"):
-            result = t.train_head(fresh(), dataset, folder=tmp_path / name, settings=SMALL)
+            result = t.train_head(tiny.talker(), dataset, folder=tmp_path / name, settings=SMALL)
     finally:
         torch.set_num_threads(n_threads)
     steps = [row["step"] for row in result.history if "loss" in row]

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_anomalygpt
 import tiny_chat as tiny
+import tiny_dataset
 
 from helpers import results
 from helpers.chat import detectors, feedback, widgets
@@ -19,7 +21,7 @@ from helpers.data import images
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory):
     home = tmp_path_factory.mktemp("home")
-    model, dataset = tiny.build_model(), tiny.write_dataset(home / "data")
+    model, dataset = tiny_anomalygpt.talker(), tiny_dataset.write_dataset(home / "data")
     tiny.write_results(model, dataset, home)
     return model, dataset, home
 

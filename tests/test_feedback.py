@@ -11,6 +11,7 @@ import pytest
 import tiny_anomalygpt
 import tiny_chat
 import tiny_clip
+import tiny_dataset
 from sklearn.base import clone
 
 from helpers.anomalygpt import pairs
@@ -70,7 +71,7 @@ def test_the_confirmed_label() -> None:
 
 
 def test_test_pictures_are_refused_in_every_disguise(tmp_path: Path) -> None:
-    dataset, log = tiny_chat.write_dataset(tmp_path / "data"), tmp_path / "log" / "feedback.jsonl"
+    dataset, log = tiny_dataset.write_dataset(tmp_path / "data"), tmp_path / "log" / "feedback.jsonl"
     shown, known = dataset.select(split="test")[0], dataset.select(split="train")[0]
     picture = images.load_image(shown.image_path)
     other = tmp_path / "same_pixels.tiff"
@@ -92,7 +93,7 @@ def test_test_pictures_are_refused_in_every_disguise(tmp_path: Path) -> None:
 
 
 def test_a_log_is_not_trusted_with_paths(tmp_path: Path) -> None:
-    dataset, log = tiny_chat.write_dataset(tmp_path / "data"), tmp_path / "log" / "feedback.jsonl"
+    dataset, log = tiny_dataset.write_dataset(tmp_path / "data"), tmp_path / "log" / "feedback.jsonl"
     images.save_png(tmp_path / "secret.png", IMAGE)
     entry = record(log, context={"category": "one"}, keep_image=True)
     line = json.loads(log.read_text()) | {"kept_picture": "../../secret.png", "pixels_sha256": "f" * 64}
@@ -133,8 +134,7 @@ def test_clip_detectors_learn_and_are_measured_on_the_test_set(tmp_path: Path) -
 
 
 def test_the_head_of_anomalygpt_learns_and_other_feedback_is_another_run(tmp_path: Path) -> None:
-    model = tiny_anomalygpt.talkative(tiny_anomalygpt.build(tiny_anomalygpt.FIXTURE)[0])
-    (tmp_path / "data").mkdir()
+    model = tiny_anomalygpt.talker()
     dataset, log = tiny_anomalygpt.write_dataset(tmp_path / "data"), tmp_path / "feedback.jsonl"
     feedback.simulate_user(log, dataset, n_pictures=2, seed=1)
     confirmed, _, _ = feedback.sort_out(log, dataset)

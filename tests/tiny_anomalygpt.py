@@ -6,10 +6,12 @@ import re
 import tempfile
 import zlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import open_clip
+import tiny_dataset
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -18,8 +20,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from helpers import files
 from helpers.anomalygpt import imagebind, language
 from helpers.anomalygpt import model as anomalygpt
-from helpers.data import images, manifest
-from helpers.records import Sample
 from helpers.weights import published
 
 FIXTURE = Path(__file__).parent / "golden" / "anomalygpt_seed0.safetensors"
@@ -30,6 +30,8 @@ DESCRIPTION = (
 QUESTION = f"{DESCRIPTION} Is there any anomaly in the image?"
 HISTORY = [("Is there any anomaly in the image?", "No.")]
 SECOND_QUESTION = "What is it?"
+_PLAN = {"train": ["good"] * 4, "calibration": ["good"] * 4, "test": ["good"] * 3 + ["box"] * 3 + ["bare"]}
+write_dataset = partial(tiny_dataset.write_dataset, plan=_PLAN)
 
 # LLaMA's ids of the strings of the protocol, as the specification lists them.
 _LLAMA_IDS = {
@@ -169,6 +171,11 @@ def talkative(model: anomalygpt.AnomalyGPT) -> anomalygpt.AnomalyGPT:
     return replace(model, language=language.Language(model.language.model, tokens))
 
 
+def talker() -> anomalygpt.AnomalyGPT:
+    """A new chain that can be asked anything."""
+    return talkative(build(FIXTURE)[0])
+
+
 class GivenMaps:
     """Maps of another method: everywhere the darkest green or blue of the picture, times ``factor``."""
 
@@ -202,27 +209,3 @@ def write_weights(folder: Path, path: Path) -> Path:
         written = {path.name: {"bytes": path.stat().st_size} for path in (folder / name).iterdir() if path.is_file()}
         files.write_json(folder / name / "READY.json", {"files": written})
     return folder
-
-
-def write_dataset(folder: Path) -> manifest.Dataset:
-    """Two artworks: 4 train and 4 calibration normals, 3 normal and 4 anomalous test pictures (one without mask)."""
-    random, samples = np.random.default_rng(1), []
-    for category in ("one", "two"):
-        base = random.integers(60, 200, (8, 10, 3), dtype=np.uint8).repeat(12, axis=0).repeat(12, axis=1)
-        for split, n in (("train", 4), ("calibration", 4), ("test", 7)):
-            for i in range(n):
-                picture = np.clip(base.astype(int) + random.integers(-9, 9, base.shape), 0, 255).astype(np.uint8)
-                is_anomalous, mask_path = split == "test" and i >= 3, None
-                if is_anomalous:
-                    mask = np.zeros(picture.shape[:2], dtype=bool)
-                    mask[10 + 15 * (i - 3) :, 20 + 20 * (i - 3) :][:25, :25] = True
-                    picture[mask] = (250, 10, 10)
-                    if i < 6:
-                        mask_path = folder / f"{category}_{i}_mask.png"
-                        images.save_png(mask_path, mask)
-                path = folder / f"{category}_{split}_{i}.png"
-                images.save_png(path, picture)
-                kind = "box" if is_anomalous else "good"
-                samples.append(Sample(path, category, is_anomalous, mask_path, split, kind, f"{category}{split}{i}"))
-    manifest.write_manifest(folder / "manifest.csv", samples)
-    return manifest.open_dataset(folder)

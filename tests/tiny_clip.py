@@ -2,46 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import open_clip
+import tiny_dataset
 import torch
 
 from helpers.clip import backbones, one_class
 from helpers.clip.features import Features, Models
 from helpers.clip.one_class import VIEW, Rows
-from helpers.data import images
-from helpers.data import manifest as data
 from helpers.records import Sample
-from helpers.synthesis import marks as synthesis
 
-SHAPE = (40, 32)
-
-
-def write_dataset(folder: Path, categories: tuple[str, ...] = ("harbour", "portrait")) -> data.Dataset:
-    """Per painting 8 training, 4 calibration, 3 normal test pictures and a box and a replica."""
-    samples = []
-    for c, category in enumerate(categories):
-        rng = np.random.default_rng(c)
-        base = rng.integers(40, 200, (*SHAPE, 3)).astype(float)
-        for i in range(17):
-            picture = np.clip(base * rng.uniform(0.9, 1.1) + rng.normal(0, 4, base.shape), 0, 255).astype(np.uint8)
-            split = "train" if i < 8 else "calibration" if i < 12 else "test"
-            kind, mask_path = {15: "box", 16: "replica"}.get(i, "good"), None
-            path = folder / category / ("test" if split == "test" else "train") / kind / f"{i:02d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if kind == "box":
-                picture, mask, _ = synthesis.synthesize(picture, "box", rng)
-                mask_path = folder / category / "ground_truth" / "box" / f"{i:02d}_mask.png"
-                mask_path.parent.mkdir(parents=True)
-                images.save_png(mask_path, mask)
-            elif kind == "replica":
-                picture = 255 - picture
-            images.save_png(path, picture)
-            samples.append(Sample(path, category, kind != "good", mask_path, split, kind, f"{category}/{i}"))
-    data.write_manifest(folder / "manifest.csv", samples)
-    return data.open_dataset(folder)
+PLAN = {"train": ["good"] * 8, "calibration": ["good"] * 4, "test": ["good"] * 3 + ["box", "replica"]}
+write_dataset = partial(tiny_dataset.write_dataset, categories=("harbour", "portrait"), plan=PLAN, shape=(40, 32))
 
 
 def models(cache_dir: Path) -> Models:

@@ -1,20 +1,15 @@
-"""A tiny real dataset and results written the real way, for the tests of comparison, figures and report.
-
-Two paintings of 36 x 24 pixels. Test pictures of each: 4 normal, then anomalous ones in this order: box, box, stain
-(with masks and a synthesis seed), replica (real, no mask). Scores are chosen so that metrics can be counted by hand.
-"""
+"""Results on a tiny dataset, written the real way: scores are chosen so that metrics can be counted by hand."""
 
 from __future__ import annotations
 
-import itertools
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import tiny_dataset
 
 from helpers import data, files, results
-from helpers.data import images
 from helpers.judge import comparison
 from helpers.records import Sample, Scored
 
@@ -31,34 +26,12 @@ SCORES: Mapping[str, Mapping[str, Sequence[float]]] = {
 THRESHOLDS = {"clip_lof": {"harbour": 3.5, "portrait": 30.0}, "anomalyclip": {"harbour": 0.45, "portrait": 8.5}}
 
 
-def picture(seed: int) -> np.ndarray:
-    """uint8 RGB of the tiny size, smooth enough to look like something."""
-    y, x = np.mgrid[: SHAPE[0], : SHAPE[1]]
-    waves = [120 + 90 * np.sin(0.2 * (seed + 1) * x / 3 + k + 0.1 * seed) * np.cos(0.15 * y + k) for k in range(3)]
-    return np.clip(np.stack(waves, axis=-1), 0, 255).astype(np.uint8)
-
-
 def make_dataset(
     folder: Path, *, kinds: Sequence[str] = KINDS, categories: Sequence[str] = CATEGORIES, repeat: int = 1
 ) -> data.Dataset:
-    """Write pictures, masks and manifest; returns the opened dataset. Kinds and categories may be any text: folder
-    names are numbered. With ``repeat`` every test picture comes that often, with other pixels."""
-    samples, numbers = [], itertools.count(1)
-    for place, category in enumerate(categories):
-        for index, kind in enumerate([*([*kinds] * repeat), "train", "train", "train"]):
-            path, seed, made = folder / f"painting_{place}" / f"{index:03d}.png", next(numbers), {}
-            images.save_png(path, picture(seed))
-            if kind not in ("good", "replica", "train"):
-                made = {"mask_path": path.with_suffix(".mask.png"), "synthesis_seed": seed, "visibility": 16.0 + index}
-                mask = np.zeros(SHAPE, bool)
-                mask[8 + seed % 5 : 16 + seed % 5, 6:12] = True
-                images.save_png(made["mask_path"], mask)
-            is_normal, split = kind in ("good", "train"), "train" if kind == "train" else "test"
-            kind = "good" if is_normal else kind
-            facts = {"is_anomalous": not is_normal, "kind": kind, "split": split, "group": f"{category}/{index}"}
-            samples.append(Sample(path, category, **facts, **made))
-    data.write_manifest(folder / "manifest.csv", samples)
-    return data.open_dataset(folder)
+    """A dataset with these kinds of test pictures, each ``repeat`` times, and three to learn from."""
+    plan = {"train": ["good"] * 3, "test": [*kinds] * repeat}
+    return tiny_dataset.write_dataset(folder, categories, plan, shape=SHAPE)
 
 
 def write_result(
