@@ -2,7 +2,7 @@
 # Sets up the suite, and runs it:
 #   bash colab_setup.sh         install only (what the notebooks' set-up cell calls on Colab)
 #   bash colab_setup.sh run     install, then run every notebook in order up to the comparison report
-#   bash colab_setup.sh test    install, then run the tests: unit tests and every notebook
+#   bash colab_setup.sh test    install, then run the tests: unit tests and every notebook (or what is named: tests/x.py)
 # On Colab it installs into the system Python, where only open_clip_torch and ftfy are missing. Anywhere else it
 # makes .venv beside this file from any python3 >= 3.11. Calling it again costs a second.
 set -euo pipefail
@@ -82,7 +82,8 @@ install_in_venv() {
   # opencv-python needs the system library libGL, which servers and CI machines lack; the headless build is the
   # same cv2 without windows, which no notebook opens.
   sed 's/^opencv-python\b/opencv-python-headless/' "$root/requirements.txt" >"$root/.venv/requirements.txt"
-  "$python" -m pip install --quiet --disable-pip-version-check \
+  # Byte code is made at the first import: compiling every module of torch beforehand takes a minute.
+  "$python" -m pip install --quiet --disable-pip-version-check --no-compile \
     -r "$root/.venv/requirements.txt" -r "$root/tests/requirements.txt"
   install_mini_models
   printf '%s' "$wanted" >"$stamp"
@@ -109,7 +110,12 @@ case "$command" in
     export ART_PROFILE=mini ART_HOME="$root/workspace/test"
     unset ART_DATA
     rm -rf "$ART_HOME"
-    exec "$python" -m pytest "$@"
+    [ $# -gt 0 ] && exec "$python" -m pytest "$@"
+    # Unit tests in two processes; then the notebooks alone, as each of them uses all cores.
+    status=0
+    OMP_NUM_THREADS=1 "$python" -m pytest -n 2 --dist loadfile helpers tests || status=$?
+    "$python" -m pytest notebooks tests/test_quality.py || status=$?
+    exit $status
     ;;
   *) say "Set-up: done" ;;
 esac
