@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -19,10 +19,20 @@ from torch import nn
 from helpers import files
 from helpers.training import TrainingStopped, checkpoints, curves, train
 
-FROZEN = nn.Linear(6, 6).requires_grad_(False)
-with torch.no_grad():
-    FROZEN.weight.copy_(0.3 * torch.randn(6, 6, generator=torch.Generator().manual_seed(3)))
-    FROZEN.bias.zero_()
+# Copies of a process without threads: of this one, whose libraries have started theirs, a copy could hang.
+FRESH = multiprocessing.get_context("forkserver")
+FRESH.set_forkserver_preload(["accelerate", "helpers.training", "torch._dynamo"])
+
+
+def linear(n_out: int, seed: int) -> nn.Linear:
+    layer = nn.Linear(6, n_out)
+    with torch.no_grad():
+        layer.weight.copy_(0.3 * torch.randn(n_out, 6, generator=torch.Generator().manual_seed(seed)))
+        layer.bias.zero_()
+    return layer
+
+
+FROZEN = linear(6, seed=3).requires_grad_(False)
 SETTINGS = {"n_epochs": 3, "batch_size": 4, "n_accumulation": 2, "checkpoint_every": 1, "max_grad_norm": 5.0}
 
 
@@ -51,11 +61,8 @@ class Head(nn.Module):
 
     def __init__(self, dropout: float = 0.2, norm: bool = True) -> None:
         super().__init__()
-        self.trained, self.dropout = nn.Linear(6, 1), nn.Dropout(dropout)
+        self.trained, self.dropout = linear(1, seed=4), nn.Dropout(dropout)
         self.norm = nn.BatchNorm1d(6) if norm else nn.Identity()
-        with torch.no_grad():
-            self.trained.weight.copy_(0.3 * torch.randn(1, 6, generator=torch.Generator().manual_seed(4)))
-            self.trained.bias.zero_()
 
 
 def loss_of(module: Head, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -87,14 +94,6 @@ def interrupt_at(step: int):
     return interrupt
 
 
-def fresh_process(code: str, folder: Path) -> subprocess.Popen:
-    """Runs code on ``folder``: a copy of this process, whose libraries have started threads, could hang."""
-    tests = Path(__file__).parent
-    code = f"import sys, time; from pathlib import Path; import test_training as t; {code}"
-    paths = os.pathsep.join(map(str, (tests.parent, tests)))
-    return subprocess.Popen([sys.executable, "-c", code, folder], env=os.environ | {"PYTHONPATH": paths})
-
-
 @pytest.mark.parametrize("stop_after", [1, 3, 4, 7])
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path, stop_after: int) -> None:
     options = {"evaluate": lambda module: float(module.trained.weight.std())}
@@ -108,14 +107,20 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path, st
     assert seconds == sorted(seconds), "the time before the interruption counts, too"
 
 
+def pause(checkpoint: Path) -> None:
+    time.sleep(0.2)
+
+
 def test_killed_process_resumes_to_the_same_parameters(tmp_path: Path) -> None:
     """A real SIGKILL in the middle of a run; the run after it ends with the bits of the uninterrupted one."""
     folder = tmp_path / "killed"
-    process = fresh_process("t.run(Path(sys.argv[1]), on_checkpoint=lambda folder: time.sleep(0.2))", folder)
-    while len(checkpoints(folder)) < 2 and process.poll() is None:
-        time.sleep(0.02)
+    process = FRESH.Process(target=run, args=(folder,), kwargs={"on_checkpoint": pause})
+    process.start()
+    while len(checkpoints(folder)) < 2 and process.is_alive():
+        time.sleep(0.01)
     process.kill()
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "the run ended before it could be killed"
     assert files.read_json(checkpoints(folder)[-1] / "checkpoint.json")["history"][-1]["step"] < 9
     assert_same_run(run(folder), run(tmp_path / "whole"))
     assert not (folder / ".partial").exists()
@@ -214,10 +219,11 @@ def shared_run(folder: Path, n_processes: int) -> None:
 
 
 def test_two_processes_take_the_steps_of_one_with_twice_the_batch(tmp_path: Path) -> None:
-    code = "import accelerate; accelerate.debug_launcher(t.shared_run, (Path(sys.argv[1]), 2))"
-    launcher = fresh_process(code, tmp_path / "two")
+    launcher = FRESH.Process(target=accelerate.debug_launcher, args=(shared_run, (tmp_path / "two", 2)))
+    launcher.start()
     shared_run(tmp_path / "one", 1)
-    assert launcher.wait() == 0
+    launcher.join()
+    assert launcher.exitcode == 0
     one, two = (files.read_json(tmp_path / name / "result.json") for name in ("one", "two"))
     assert len(one["history"]) == len(two["history"]) == 8
     for ours, theirs in zip(two["history"], one["history"]):
