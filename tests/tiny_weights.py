@@ -12,6 +12,12 @@ Shapes = dict[str, tuple[int, ...]]
 DIMS = {"dim": 64, "n_heads": 4, "n_kv_heads": 4, "n_layers": 3, "inner": 96, "vocab": 128}
 GROUPED = DIMS | {"n_heads": 8, "n_kv_heads": 4}
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+_NAMES = {  # Meta's -> Hugging Face's
+    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
+}  # fmt: skip
 
 
 def meta_model(dims: dict = DIMS, *, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -35,16 +41,14 @@ def write_meta(folder: Path, model: dict[str, torch.Tensor], dims: dict = DIMS, 
     folder.mkdir(parents=True)
     columns = ("tok_embeddings", "attention.wo", "feed_forward.w2")
     for shard in range(n_shards):
-        parts = {}
-        for name, tensor in model.items():
-            axis = 1 if any(key in name for key in columns) else 0
-            parts[name] = (tensor if tensor.ndim == 1 else tensor.chunk(n_shards, dim=axis)[shard]).contiguous()
+        axes = {name: 1 if any(key in name for key in columns) else 0 for name in model}
+        parts = {k: t if t.ndim == 1 else t.chunk(n_shards, dim=axes[k])[shard] for k, t in model.items()}
         storage = torch.cat([part.reshape(-1) for part in parts.values()])  # one storage, as in the originals
         views = storage.split([part.numel() for part in parts.values()])
         content = {name: view.view(part.shape) for (name, part), view in zip(parts.items(), views)}
         torch.save(content | {"rope.freqs": torch.ones(8)}, folder / f"consolidated.{shard:02d}.pth")
-    params = {"dim": dims["dim"], "multiple_of": 256, "n_heads": dims["n_heads"], "n_layers": dims["n_layers"]}
-    params |= {"norm_eps": 1e-6, "vocab_size": -1}
+    params = {name: dims[name] for name in ("dim", "n_heads", "n_layers")}
+    params |= {"multiple_of": 256, "norm_eps": 1e-6, "vocab_size": -1}
     if dims["n_kv_heads"] != dims["n_heads"]:
         params["n_kv_heads"] = dims["n_kv_heads"]
     (folder / "params.json").write_text(json.dumps(params))
@@ -54,31 +58,15 @@ def write_meta(folder: Path, model: dict[str, torch.Tensor], dims: dict = DIMS, 
 
 def hugging_face(model: dict[str, torch.Tensor], dims: dict = DIMS) -> dict[str, torch.Tensor]:
     """Independent conversion, per head and per pair with plain loops (the rule of transformers 4.28)."""
-    head = dims["dim"] // dims["n_heads"]
-
-    def permute(weight: torch.Tensor) -> torch.Tensor:
-        rows = []
-        for first in range(0, weight.shape[0], head):
-            rows += [weight[first + 2 * i] for i in range(head // 2)]
-            rows += [weight[first + 2 * i + 1] for i in range(head // 2)]
-        return torch.stack(rows)
-
-    names = {
-        "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj",
-        "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-    }  # fmt: skip
-    result = {
-        "model.embed_tokens.weight": model["tok_embeddings.weight"],
-        "model.norm.weight": model["norm.weight"],
-        "lm_head.weight": model["output.weight"],
-    }
-    for layer in range(dims["n_layers"]):
-        ours, theirs = f"model.layers.{layer}", f"layers.{layer}"
-        result[f"{ours}.self_attn.q_proj.weight"] = permute(model[f"{theirs}.attention.wq.weight"])
-        result[f"{ours}.self_attn.k_proj.weight"] = permute(model[f"{theirs}.attention.wk.weight"])
-        for meta, name in names.items():
-            result[f"{ours}.{name}.weight"] = model[f"{theirs}.{meta}.weight"]
+    head, result = dims["dim"] // dims["n_heads"], {}
+    for name, tensor in model.items():
+        if name.endswith(("wq.weight", "wk.weight")):
+            heads, pairs = range(0, len(tensor), head), range(0, head, 2)
+            tensor = tensor[[first + pair + side for first in heads for side in (0, 1) for pair in pairs]]
+        theirs, layer = name.removesuffix(".weight"), name.split(".")[1]
+        if name.startswith("layers."):
+            theirs = f"model.layers.{layer}.{_NAMES[theirs.removeprefix(f'layers.{layer}.')]}"
+        result[f"{_NAMES.get(theirs, theirs)}.weight"] = tensor
     return result
 
 
