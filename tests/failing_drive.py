@@ -12,6 +12,7 @@ import builtins
 import contextlib
 import errno
 import io
+import multiprocessing
 import os
 import random
 import shutil
@@ -23,6 +24,15 @@ from typing import Any
 _ERRORS = (errno.ENOTCONN, errno.ENOENT, errno.EIO)
 _CALLS = [(os, name) for name in ("replace", "listdir", "unlink", "remove", "mkdir", "rmdir", "stat")]
 _CALLS += [(builtins, "open"), (io, "open"), (shutil, "copyfile")]
+
+
+def is_killed(target: Callable, *arguments: object) -> bool:
+    """Whether ``target``, called in a copy of this process, ended by SIGKILL and not by coming to its end."""
+    process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL), process.exitcode
+    return process.exitcode != 0
 
 
 class FailingDrive:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
-import signal
+import multiprocessing
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,14 +61,12 @@ def test_a_cut_connection_goes_on_where_it_stopped(hub, tmp_path, capsys):
 
 def test_a_killed_process_goes_on_where_it_stopped(hub, tmp_path):
     hub.seconds_per_block = 0.01
-    child, room = os.fork(), tmp_path / ".x.part"
-    if not child:
-        fetch_x(hub, tmp_path)
-        os._exit(0)
-    while not (room.exists() and any(p.stat().st_size > 500_000 for p in room.iterdir())):
+    child = multiprocessing.get_context("fork").Process(target=fetch_x, args=(hub, tmp_path))
+    child.start()
+    while not any(path.stat().st_size > 500_000 for path in tmp_path.glob(".x.part/*")):
         time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    child.kill()
+    child.join()
     hub.seconds_per_block = 0
     assert fetch_x(hub, tmp_path) == CONTENT and hub.asked[0][1] == 0 and hub.asked[-1][1] > 500_000
 

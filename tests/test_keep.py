@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -11,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from failing_drive import FailingDrive
+from failing_drive import FailingDrive, is_killed
 
 from helpers import files
 from helpers.colab import keep
@@ -190,15 +189,6 @@ def _session(home: Path, cloud: Path, seed: int, kill_at: int, log: Path) -> Non
                 file.writelines(done)
 
 
-def _killed(target, *arguments: object) -> bool:
-    """True when the process was killed, False when it came to its end before."""
-    process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
-    process.start()
-    process.join()
-    assert process.exitcode in (0, -9), process.exitcode
-    return process.exitcode == -9
-
-
 @pytest.mark.parametrize("seed", range(8))
 def test_whenever_a_session_ends_the_next_machine_has_all_that_was_kept(tmp_path: Path, cloud: Path, seed: int) -> None:
     """Three machines in a row, each killed at a random moment; then a fresh one restores through failures."""
@@ -206,7 +196,7 @@ def test_whenever_a_session_ends_the_next_machine_has_all_that_was_kept(tmp_path
     log.touch()
     machines = [(tmp_path / f"machine{n}", cloud, seed + n, draw.randrange(1, 500), log) for n in range(3)]
     machines += [(tmp_path / "machine3", cloud, seed, 0, log)] * (seed % 2)  # every second life ends in peace
-    n_killed = sum(_killed(_session, *machine) for machine in machines)
+    n_killed = sum(is_killed(_session, *machine) for machine in machines)
     promised = {unit: int(version) for unit, version in map(str.split, log.read_text().splitlines())}
     fresh = tmp_path / "fresh"
     with FailingDrive(cloud, seed=seed, rate=0.1).installed() as disk:
