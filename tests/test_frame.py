@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import torch
 
 from helpers import files, profiles, results, runner
 from helpers.caching import cached_arrays
+from helpers.data.manifest import Dataset
 from helpers.records import Prediction, Sample, Scored
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
@@ -110,23 +112,14 @@ def test_a_file_is_the_old_or_the_new_one(tmp_path: Path) -> None:
     assert files.sha256_json({"a": 1, "b": [2]}) == files.sha256_json(json.loads('{"b": [2], "a": 1}'))
 
 
-class FewPictures:
+def few_pictures(folder: Path, dataset_hash: str = "a" * 64) -> Dataset:
     """What results need of a dataset: two paintings, one of them with a single source, all files alike."""
-
-    def __init__(self, folder: Path, dataset_hash: str = "a" * 64) -> None:
-        self.folder, self.hash, self.categories = folder, dataset_hash, ("girl", "mona")
-        self.limits = {"girl": "Only one genuine picture: optimistic."}
-        places = [(name, split) for name in self.categories for split in ("calibration", "test")]
-        self.samples = [self._sample(*place, i) for place in places for i in range(5)]
-
-    def _sample(self, name: str, split: str, i: int) -> Sample:
-        kind, path = "box" if i % 2 and split == "test" else "good", self.folder / name / split / f"{i}.png"
-        group = f"{name}{0 if name == 'girl' else i}"
-        return Sample(path, name, kind != "good", split=split, kind=kind, group=group, sha256="f" * 64)
-
-    def select(self, *, split=None, category=None, is_anomalous=None) -> list[Sample]:
-        wanted = {"split": split, "category": category, "is_anomalous": is_anomalous}
-        return [s for s in self.samples if all(v is None or getattr(s, n) == v for n, v in wanted.items())]
+    samples = []
+    for name, split, i in itertools.product(("girl", "mona"), ("calibration", "test"), range(5)):
+        kind, group = "box" if i % 2 and split == "test" else "good", f"{name}{0 if name == 'girl' else i}"
+        made = {"split": split, "kind": kind, "group": group, "sha256": "f" * 64}
+        samples.append(Sample(folder / name / split / f"{i}.png", name, kind != "good", **made))
+    return Dataset(folder, samples, dataset_hash, limits={"girl": "Only one genuine picture: optimistic."})
 
 
 class Scorer:
@@ -142,7 +135,7 @@ class Scorer:
         return [Scored(n / 3, np.full((2, 2), n, np.float32), answer=["nan", "Yes"][n > 2]) for n in self.calls[-1][1]]
 
 
-def predict(tmp_path: Path, dataset: FewPictures, score, **changes) -> results.MethodResult:
+def predict(tmp_path: Path, dataset: Dataset, score, **changes) -> results.MethodResult:
     normals = {"girl": [0.1, 0.2, 0.3], "mona": [1.0, 2.0, 3.0]}
     options = {
         "method": "aligned", "alpha": 0.25, "profile": "mini", "settings": {"sizes": (1, 2)}, "batch_size": 2,
@@ -152,7 +145,7 @@ def predict(tmp_path: Path, dataset: FewPictures, score, **changes) -> results.M
 
 
 def test_predictions_resume_and_say_what_their_thresholds_rest_on(tmp_path: Path) -> None:
-    dataset, folder = FewPictures(tmp_path / "data"), tmp_path / "results" / "aligned"
+    dataset, folder = few_pictures(tmp_path / "data"), tmp_path / "results" / "aligned"
     for die_after in (2, 2):
         with pytest.raises(KeyboardInterrupt):
             predict(tmp_path, dataset, Scorer(die_after))
@@ -187,14 +180,14 @@ def test_predictions_resume_and_say_what_their_thresholds_rest_on(tmp_path: Path
 
 
 def test_a_run_of_other_settings_or_another_dataset_starts_over(tmp_path: Path) -> None:
-    dataset, folder = FewPictures(tmp_path / "data"), tmp_path / "results" / "aligned"
+    dataset, folder = few_pictures(tmp_path / "data"), tmp_path / "results" / "aligned"
     predict(tmp_path, dataset, Scorer())
     with pytest.raises(KeyboardInterrupt):
         predict(tmp_path, dataset, Scorer(1), checkpoint_hash="c")
     kept = results.read(folder, dataset.samples, dataset.folder, dataset.hash)
     assert kept.manifest["checkpoint_hash"] == "", "the complete run stays until the next is complete"
     scorer = Scorer()
-    predict(tmp_path, FewPictures(tmp_path / "data", "b" * 64), scorer)
+    predict(tmp_path, few_pictures(tmp_path / "data", "b" * 64), scorer)
     assert len(scorer.calls) == 6
     aside = tmp_path / "results" / "other_datasets" / ("a" * 12) / "aligned"
     assert files.read_json(aside / results.MANIFEST)["dataset_hash"] == dataset.hash
