@@ -20,6 +20,7 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 _ERRORS = (errno.ENOTCONN, errno.ENOENT, errno.EIO)
 _CALLS = [(os, name) for name in ("replace", "listdir", "unlink", "remove", "mkdir", "rmdir", "stat")]
@@ -52,14 +53,11 @@ class FailingDrive:
     @contextlib.contextmanager
     def installed(self) -> Iterator[FailingDrive]:
         """Puts itself between the program and the disk for the length of the block."""
-        before = [(owner, name, getattr(owner, name)) for owner, name in _CALLS]
-        for owner, name, real in before:
-            setattr(owner, name, self._guarded(real, name))
-        try:
+        with contextlib.ExitStack() as stack:
+            for owner, name in _CALLS:
+                guarded = self._guarded(getattr(owner, name), name)
+                stack.enter_context(mock.patch.object(owner, name, guarded))
             yield self
-        finally:
-            for owner, name, real in before:
-                setattr(owner, name, real)
 
     def _guarded(self, real: Callable, name: str) -> Callable:
         def call(*arguments: Any, **options: Any) -> Any:

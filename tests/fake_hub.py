@@ -14,22 +14,14 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Hub:
-    """What the hub holds, what it does, and what it was asked.
+    """What the hub holds, what it does, and what it was asked."""
 
-    Attributes:
-        repositories: content by repository and file; files under ``"plain"`` are served at ``/plain/<file>``.
-        gated: repositories that ask for the token ``"hf_right"``.
-        cut_every: every so many files are cut in half, the first time they are asked for.
-        status, seconds_per_block: answer to everything, where it is not 200; pause after each 20 kB.
-        asked: path and first byte of each file that was asked for.
-    """
-
-    repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    gated: set[str] = field(default_factory=set)
-    cut_every: int = 0
-    status: int = 200
-    seconds_per_block: float = 0.0
-    asked: list[tuple[str, int]] = field(default_factory=list)
+    repositories: dict[str, dict[str, bytes]]  # file -> content; those of "plain" are served at /plain/<file>
+    gated: set[str] = field(default_factory=set)  # repositories that ask for the token "hf_right"
+    cut_every: int = 0  # every so many files are cut in half, the first time they are asked for
+    status: int = 200  # the answer to everything, where it is another
+    seconds_per_block: float = 0.0  # pause after each 20 kB
+    asked: list[tuple[str, int]] = field(default_factory=list)  # path and first byte of each file that was asked for
     cut: set[str] = field(default_factory=set)
     url: str = ""
 
@@ -49,9 +41,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None: ...
 
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
     def do_GET(self) -> None:
         path, hub = self.path.split("?")[0], self.hub
         repository, _, name = path.removeprefix("/").rpartition("/" if path.startswith("/plain/") else "/resolve/main/")
@@ -67,30 +56,33 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             self.send_file(path, hub.repositories[repository][name])
 
-    def answer(self, status: int, body: bytes = b"", n_bytes: int | None = None, **headers: str) -> None:
+    do_HEAD = do_GET
+
+    def answer(self, status: int, body: bytes = b"", end: int | None = None, **headers: str) -> None:
+        """Announce the whole body, and send it up to ``end``."""
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(body) if n_bytes is None else n_bytes), **headers}.items():
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
+        sent = body[:end] if self.command == "GET" else b""
         with contextlib.suppress(ConnectionError):
-            for position in range(0, len(body) if self.command == "GET" else 0, 20_000):
-                self.wfile.write(body[position : position + 20_000])
+            for position in range(0, len(sent), 20_000):
+                self.wfile.write(sent[position : position + 20_000])
                 time.sleep(self.hub.seconds_per_block)
 
     def send_file(self, path: str, content: bytes) -> None:
-        wanted, hub = self.headers.get("Range", ""), self.hub
+        wanted, hub, end = self.headers.get("Range", ""), self.hub, None
         start = int(wanted.removeprefix("bytes=").split("-")[0]) if wanted else 0
-        body = content[start:]
         if self.command == "GET":
             hub.asked.append((path, start))
-            order = list(dict.fromkeys(p for p, _ in hub.asked)).index(path) + 1
+            order = list(dict.fromkeys(path for path, _ in hub.asked)).index(path) + 1
             if hub.cut_every and path not in hub.cut and order % hub.cut_every == 0:
                 hub.cut.add(path)
-                body = body[: len(body) // 2]
+                end = (len(content) - start) // 2
         headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": "0" * 40}
         if wanted:
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        self.answer(206 if wanted else 200, body, len(content) - start, **headers)
+        self.answer(206 if wanted else 200, content[start:], end, **headers)
 
 
 @contextlib.contextmanager
