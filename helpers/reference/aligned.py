@@ -199,7 +199,8 @@ def fit(images: Sequence[np.ndarray], sources: Sequence[str], *, settings: Setti
     """Learn how genuine pictures of an artwork, uint8 RGB ``(H, W, 3)``, differ when they are laid on each other.
 
     ``sources`` names the true source of each: pictures of one are never compared with each other, unless there is no
-    other. ``alpha`` is the false-alarm rate that the limit aims at. ``ValueError``: no picture.
+    other. ``alpha`` is the false-alarm rate that the limit aims at; where the sources are too few for it, each counts
+    with its highest score. ``ValueError``: no picture.
     """
     if not len(images):
         raise ValueError("The aligned comparison needs at least one genuine picture of the artwork.")
@@ -233,15 +234,20 @@ def fit(images: Sequence[np.ndarray], sources: Sequence[str], *, settings: Setti
         coarse = levels / model.level
         model.coarse = float(np.quantile(coarse, 0.9))
         model.peak = max(float(np.quantile(tops / np.maximum(coarse, 1), 0.9)), 1e-6)
-    model.scores = [model.score(*parts[n]) if n in parts else 2 * UNREGISTERED for n in genuine]
-    model.groups = [sources[n] for n in genuine]
+    scores = pd.Series({n: model.score(*parts[n]) for n in parts}, index=genuine, dtype=float)
+    own = pd.Series({n: sources[n] for n in genuine})
+    is_few = n_sources + 1 < 1 / alpha
+    if is_few:  # these say little about the next one, however many photographs there are of each
+        scores = scores.groupby(own).max()
+        own = scores.index
+    model.scores, model.groups = scores.fillna(2 * UNREGISTERED).tolist(), own.tolist()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said in the notes
         model.limit = conformal_threshold(model.scores, alpha)
-    least = 1 / (len(genuine) + 1)
     notes = {
         "Only one genuine source: the limit rests on its own re-photographs and is optimistic.": n_sources == 1,
-        f"{len(genuine)} genuine scores promise a false-alarm rate of {least:.0%} at best.": least > alpha,
+        f"The limit is the highest genuine score of all {n_sources} sources; so few promise a false-alarm rate of "
+        f"{1 / (n_sources + 1):.0%} at best.": is_few,
         "Too few genuine pictures lie on each other: trust the rows of DINOv2 for this artwork.": not model.is_usable,
     }
     model.notes = [words for words, applies in notes.items() if applies]
