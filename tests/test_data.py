@@ -87,7 +87,7 @@ def test_what_was_noticed_in_files_is_said_once(mvtec: Path) -> None:
     put(base / "ground_truth" / "box" / "001.png", 255 - mask())
     put(base / "ground_truth" / "box" / "002.png", mask()[::2, ::2])
     reading = data.read_folder(mvtec)
-    notes = "\n".join(reading.notes)
+    notes = reading.describe()
     for words in ("a.tif, b.tif: its values fill 12 of 16", "000.jpg: drawn before", "001.png: more than half"):
         assert words in notes
     box = [s for s in reading.samples if (s.category, s.kind) == ("mona_lisa", "box")]
@@ -113,9 +113,9 @@ def test_copies_in_one_split_or_of_another_artwork_are_reported(mvtec: Path) -> 
     shutil.copy(good / "001.png", good / "again.png")
     shutil.copy(good / "002.png", other / "wrong.png")  # another painting is a fair anomaly
     reading = data.read_folder(mvtec)
-    notes = " ".join(reading.notes)
-    assert re.search(r"more than once: .*001\.png.* = .*again\.png.*, .*002\.png.* = .*wrong\.png", notes)
-    assert "One scan" not in notes  # copies of two artworks are not one scan in two splits
+    notes = reading.describe()
+    assert re.search(r"001\.png.* = .*again\.png.*, .*002\.png.* = .*wrong\.png.* more than once", notes)
+    assert "one scan" not in notes  # copies of two artworks are not one scan in two splits
     groups = {s.image_path.name: s.group for s in reading.samples if s.image_path.parent == good}
     assert groups["001.png"] == groups["again.png"] != groups["002.png"]
 
@@ -127,8 +127,7 @@ def test_near_duplicates_across_splits_share_a_group(mvtec: Path, size: tuple, g
     photo = np.asarray(Image.fromarray(scan).resize(size)) if size else scan[3:-3, 4:-4]  # a crop of 2 % a side
     put(base / "test" / "good" / f"photo{suffix}", (photo * gain).astype(np.uint8))
     reading = data.read_folder(mvtec)
-    (note,) = (note for note in reading.notes if "One scan in two splits" in note)
-    assert re.search(rf"002\.png.* = .*photo\{suffix}", note)
+    assert re.search(rf"002\.png.* = .*photo\{suffix}.*: one scan in two splits", reading.describe())
     groups = {f"{s.split}/{s.image_path.name}": s.group for s in reading.samples if s.category == "mona_lisa"}
     assert groups["train/002.png"] == groups[f"test/photo{suffix}"]
     frozen = data.open_dataset(data.build_manifest(mvtec).parent)
@@ -138,14 +137,14 @@ def test_near_duplicates_across_splits_share_a_group(mvtec: Path, size: tuple, g
 def test_pictures_of_one_colour_or_of_a_fixed_camera_are_no_copies(mvtec: Path) -> None:
     for place, grey in (("train/good/black.png", 0), ("test/good/grey.png", 90)):
         put(mvtec / "mona_lisa" / place, np.full((20, 20, 3), grey, np.uint8))
-    assert not any("One scan" in note for note in data.read_folder(mvtec).notes)
+    assert "one scan" not in data.read_folder(mvtec).describe()
     rng = np.random.default_rng(0)
     for index in range(12):
         noise = rng.normal(0, 1, (72, 96, 3))
         put(mvtec / "belt" / f"{index}.png", np.clip(picture(1, (72, 96)) + noise, 0, 255).astype(np.uint8))
     reading = data.read_folder(mvtec / "belt")
     assert len({s.group for s in reading.samples}) == 12
-    assert any("look the same" in note for note in reading.notes)
+    assert "look the same" in reading.describe()
 
 
 def test_round_trip_keeps_every_field(mvtec: Path, tmp_path: Path) -> None:
@@ -207,9 +206,8 @@ def test_a_source_picture_in_two_splits_needs_a_limit(mvtec: Path) -> None:
 def test_refused_and_interrupted_writes_leave_no_dataset(mvtec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data.build_manifest(mvtec)
     samples = list(data.read_folder(mvtec).samples)
-    for wrong, words in (([], "No pictures"), ([*samples, samples[0]], "named 2 times")):
-        with pytest.raises(data.DatasetError, match=words):
-            data.write_manifest(mvtec, wrong)
+    with pytest.raises(data.DatasetError, match="No pictures"):
+        data.write_manifest(mvtec, [])
     monkeypatch.setattr("helpers.files.write_json", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         data.write_manifest(mvtec, samples[:3])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, ImageSequence, UnidentifiedImageError
 
 from helpers import files
 
@@ -21,10 +21,11 @@ IMAGE_SUFFIXES = set(".jpg .jpeg .jpe .jfif .png .bmp .gif .tif .tiff .webp .avi
 MAX_PIXELS = 80_000_000
 """Largest picture decoded whole: 240 MB as RGB. Bigger baseline JPEGs are decoded at 1/2, 1/4 or 1/8 instead."""
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit would refuse JPEGs that can be shrunk
-# Formats whose decoders run inside the process. EPS, for one, would start Ghostscript on a stranger's file.
-_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF", "JPEG2000", "HEIF")
 with suppress(ImportError):  # not required: it reads what iPhones save
     importlib.import_module("pillow_heif").register_heif_opener()
+Image.init()
+# Formats whose decoders run inside the process. EPS, for one, would start Ghostscript on a stranger's file.
+_FORMATS = [*({"JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF", "JPEG2000", "HEIF"} & {*Image.OPEN})]
 _SRGB = ImageCms.createProfile("sRGB")
 
 
@@ -35,9 +36,8 @@ class ImageError(ValueError):
 def load_image(path: Path | str, *, max_side: int | None = None, notes: list[str] | None = None) -> np.ndarray:
     """Read a picture as uint8 RGB ``(H, W, 3)``: upright, opaque on white, in sRGB, the largest page or first frame.
 
-    The content decides about the format. A longer side above ``max_side`` pixels is shrunk to it; ``notes`` gets a
-    sentence for every choice that was made. ``ImageError``: no such file, empty, truncated, no picture, or too large.
-    """
+    A longer side above ``max_side`` pixels is shrunk to it; ``notes`` gets a sentence for every choice that was made.
+    ``ImageError``: no such file, empty, truncated, no picture, or too large."""
     path, notes = Path(path), [] if notes is None else notes
     with _refused_in_words(path):
         image = _decoded(path, max_side, notes)
@@ -50,8 +50,15 @@ def load_image(path: Path | str, *, max_side: int | None = None, notes: list[str
                 notes.append("all of it is transparent; its colours are used as if it were not")
             else:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        array = np.array(_in_srgb(image, profile, notes))
-    return array if max_side is None else resize(array, max_side)
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile)) if profile else _SRGB
+            if profile and "srgb" not in ImageCms.getProfileDescription(source).lower():
+                image = image if image.mode in ("RGB", "L", "CMYK", "LAB") else image.convert("RGB")
+                image = ImageCms.profileToProfile(image, source, _SRGB, outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError, ValueError):
+            notes.append("its colour profile cannot be applied; colours may be off")
+        array = np.array(image.convert("RGB"))
+    return resize(array, max_side or max(array.shape))
 
 
 def load_mask(
@@ -59,12 +66,10 @@ def load_mask(
 ) -> np.ndarray:
     """Read a mask, bool ``(H, W)``: True where the picture is anomalous.
 
-    Whatever is not background is anomalous, in label images of any depth: 0 is background, or the value along most of
-    the border where nothing is 0. Only grey-scale masks (JPEG noise, soft edges) count from half of their range on.
-
-    ``shape`` is the size wanted, to match a resized picture: masks shrink by area, so that hairlines stay. A mask that
-    was drawn before the EXIF rotation of the file ``picture`` is turned with it. ``notes`` gets a sentence for every
-    choice that was made. ``ImageError``: the file cannot be read, or mask and picture differ in proportions."""
+    Whatever is not background is anomalous, in label images of any depth; only grey-scale masks (JPEG noise, soft
+    edges) count from half of their range on. ``shape`` is the size wanted: masks shrink by area, so that hairlines
+    stay. A mask that was drawn before the EXIF rotation of the file ``picture`` is turned with it. ``notes`` as above.
+    ``ImageError``: the file cannot be read, or mask and picture differ in proportions."""
     path, notes = Path(path), [] if notes is None else notes
     with _refused_in_words(path):
         is_lossy = path.read_bytes()[:2] == b"\xff\xd8"  # JPEG
@@ -73,13 +78,16 @@ def load_mask(
         notes.append("more than half of the picture is marked; look whether it is inverted")
     if shape is None:
         return mask
-    turned = _turned_like(picture, mask)
+    turned = Image.fromarray(mask)
+    with suppress(OSError, KeyError, SyntaxError, ValueError), Image.open(picture or "", formats=_FORMATS) as image:
+        turned.getexif()[0x112] = image.getexif()[0x112]
+    turned = np.array(ImageOps.exif_transpose(turned))
     if not np.array_equal(turned, mask) and _fits(turned.shape, shape):
-        is_upright = _fits(mask.shape, shape)
-        was_turned = "drawn before its picture's EXIF rotation, so it was turned like the picture"
-        perhaps = "its picture is turned by EXIF and the mask is not; look whether it lies right"
-        notes.append(perhaps if is_upright else was_turned)
-        mask = mask if is_upright else turned
+        if _fits(mask.shape, shape):
+            notes.append("its picture is turned by EXIF and the mask is not; look whether it lies right")
+        else:
+            notes.append("drawn before its picture's EXIF rotation, so it was turned like the picture")
+            mask = turned
     if not _fits(mask.shape, shape):
         sizes = f"{mask.shape}, its picture is {tuple(shape)} (rows, columns)"
         raise ImageError(f"Mask {path} is {sizes}: the proportions differ. Save the mask in its picture's size.")
@@ -97,10 +105,8 @@ def save_png(path: Path | str, array: np.ndarray) -> None:
     if array.dtype != np.uint8 or array.shape[2:] not in ((), (3,)) or array.size == 0:
         raise ValueError(f"Cannot save {array.dtype} {array.shape} as {Path(path).name}: no picture or mask.")
     # Level 1 and one filter: 12 ms instead of 30 for a 512 x 512 photograph of a painting, and 2 % larger.
-    options = [cv2.IMWRITE_PNG_COMPRESSION, 1]
-    if hasattr(cv2, "IMWRITE_PNG_FILTER"):  # OpenCV 4.12 and later
-        is_grey = array.ndim == 2
-        options += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE if is_grey else cv2.IMWRITE_PNG_FILTER_AVG]
+    png_filter = cv2.IMWRITE_PNG_FILTER_NONE if array.ndim == 2 else cv2.IMWRITE_PNG_FILTER_AVG
+    options = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_FILTER, png_filter]
     bgr = np.ascontiguousarray(array[:, :, ::-1]) if array.ndim == 3 else array
     files.write_bytes(Path(path), cv2.imencode(".png", bgr, options)[1].tobytes())
 
@@ -140,30 +146,22 @@ def _refused_in_words(path: Path) -> Iterator[None]:
         raise ImageError(f"{path} cannot be read as a picture ({path.stat().st_size} bytes; {why}). {way}.") from error
 
 
-def _opened(path: Path) -> Image.Image:
-    Image.init()
-    return Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN])
-
-
 def _decoded(path: Path, max_side: int | None, notes: list[str]) -> Image.Image:
     """The picture as stored, in its own mode, upright; a JPEG at reduced size where that suffices."""
-    with _opened(path) as image:
-        n_pages, pixels = getattr(image, "n_frames", 1), {0: 0}
-        if n_pages > 1:  # a TIFF may begin with its thumbnail
-            for page in range(min(n_pages, 32) if image.format == "TIFF" else 1):
-                image.seek(page)
-                pixels[page] = image.width * image.height
-            image.seek(max(pixels, key=pixels.get))
-            notes.append(f"it has {n_pages} pages or frames; number {image.tell() + 1} was read")
+    with Image.open(path, formats=_FORMATS) as image:
+        if getattr(image, "n_frames", 1) > 1:  # a TIFF may begin with its thumbnail
+            pages = ImageSequence.Iterator(image) if image.format == "TIFF" else [image]
+            image.seek(int(np.argmax([page.width * page.height for page in pages])))
+            notes.append(f"it has {image.n_frames} pages or frames; number {image.tell() + 1} was read")
         width, height = image.size
-        scale = 1.0 if max_side is None else max_side / max(width, height)
-        if width * height > MAX_PIXELS:
-            if image.format != "JPEG" or image.info.get("progressive"):  # which keeps all coefficients in memory
-                way = "Save a smaller copy, or a baseline JPEG, which is read at reduced size"
-                raise ImageError(f"{path} has {width} x {height} pixels; at most {MAX_PIXELS:,} are decoded. {way}.")
-            scale = min(scale, (MAX_PIXELS / (width * height)) ** 0.5 / 2)  # a draft may be twice what is asked for
-        if scale <= 0.5:
+        scale, is_huge = (max_side or max(image.size)) / max(image.size), width * height > MAX_PIXELS
+        if is_huge:  # a draft may be twice what is asked for
+            scale = min(scale, (MAX_PIXELS / (width * height)) ** 0.5 / 2)
+        if scale <= 0.5 and not (is_huge and image.info.get("progressive")):  # which keeps all coefficients in memory
             image.draft(None, (max(1, round(width * scale)), max(1, round(height * scale))))
+        if image.width * image.height > MAX_PIXELS:
+            way = "Save a smaller copy, or a baseline JPEG, which is read at reduced size"
+            raise ImageError(f"{path} has {width} x {height} pixels; at most {MAX_PIXELS:,} are decoded. {way}.")
         image.load()
         with suppress(Exception):  # a broken EXIF block does not lose the picture
             return ImageOps.exif_transpose(image)
@@ -194,69 +192,41 @@ def _eight_bits(values: np.ndarray, notes: list[str]) -> np.ndarray:
     return ((values.astype(np.uint32) * 255 + top // 2) // top).astype(np.uint8)
 
 
-def _in_srgb(image: Image.Image, profile: bytes | None, notes: list[str]) -> Image.Image:
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile)) if profile else _SRGB
-        if profile and "srgb" not in ImageCms.getProfileDescription(source).lower():
-            image = image if image.mode in ("RGB", "L", "CMYK", "LAB") else image.convert("RGB")
-            return ImageCms.profileToProfile(image, source, _SRGB, outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError):
-        notes.append("its colour profile cannot be applied; colours may be off")
-    return image.convert("RGB")
-
-
 def _labels(image: Image.Image, path: Path) -> np.ndarray:
     """What a mask file holds ``(H, W)``, 0 = background: label numbers, numbers of its few colours, or grey values."""
     deep = _deep_values(image, path)
     if deep is not None:
         values = np.maximum(np.nan_to_num(deep if deep.ndim == 2 else deep.max(axis=2)), 0)
         return np.rint(values * 255) if image.mode == "F" and values.max(initial=0) <= 1 else values
-    if image.mode in ("1", "L"):
-        return np.asarray(image.convert("L"))
-    image = image if image.has_transparency_data else image.convert("RGB")
     *colours, alpha = np.moveaxis(np.asarray(image.convert("RGBA"), np.int32), 2, 0)
-    values = np.maximum.reduce(colours) * (alpha > 0)
-    if np.ptp(values) == 0 and np.ptp(alpha) > 0:
-        return alpha  # painted on a transparent layer, perhaps in black: the mask is where the paint is
-    codes = np.tensordot((1 << 16, 1 << 8, 1), colours, 1)
+    if np.ptp(alpha) > 0:
+        return alpha  # painted on a transparent layer, in any colour: the mask is where the paint is
+    values, codes = np.maximum.reduce(colours), np.tensordot((1 << 16, 1 << 8, 1), colours, 1)
     # Red on white, say: the largest of three colours is 255 everywhere.
-    return codes if values.min() > 0 and len(np.unique(codes)) <= 32 else values
+    is_coloured = image.mode not in ("1", "L") and values.min() > 0 and len(np.unique(codes)) <= 32
+    return codes if is_coloured else values
 
 
 def _marked(values: np.ndarray, is_lossy: bool, notes: list[str]) -> np.ndarray:
-    """Which values of a mask, bool ``(H, W)``, are not background."""
-    highest, background = values.max(), 0
-    if is_lossy or _is_grey_scale(values):
-        if not is_lossy or ((values > 0.04 * highest) & (values < 0.96 * highest)).mean() > 0.5:
-            notes.append("a mask of grey values, counted from half of the range on; look whether it is a photograph")
-        return values > (127 if 127 < highest <= 255 else highest / 2)
-    if 0 < values.min() < highest:
-        levels, n_pixels = np.unique([*values[[0, -1]].ravel(), *values[:, [0, -1]].ravel()], return_counts=True)
-        background = levels[n_pixels.argmax()]
-        notes.append("a mask without zeros; the value along most of its border counts as background")
-    return values != background
+    """Which values of a mask, bool ``(H, W)``, are not background: 0, or what lies along most of the border.
 
-
-def _is_grey_scale(values: np.ndarray) -> bool:
-    """True for soft edges and noise, whose grey values differ from pixel to pixel; labels come in even patches."""
+    Soft edges and noise differ from pixel to pixel, labels come in even patches."""
     levels = np.unique(values)
-    if len(levels) <= 2 or not (127 < levels[-1] <= 255 or 32767 < levels[-1] <= 65535):
-        return False
     is_between = (values > 0) & (values < levels[-1])
     here, diagonal = (part[is_between[1:, 1:]].astype(float) for part in (values[1:, 1:], values[:-1, :-1]))
     steps = np.abs(here - diagonal)
+    has_range = len(levels) > 2 and (127 < levels[-1] <= 255 or 32767 < levels[-1] <= 65535)
     is_wide_brush = len(levels) > 16 and np.median(steps[steps > 0]) <= 2
-    return bool((steps > 0).mean() > 0.75 or is_wide_brush)
+    if is_lossy or (has_range and ((steps > 0).mean() > 0.75 or is_wide_brush)):
+        notes.append("a mask of grey values, counted from half of the range on; look whether it is a photograph")
+        return values > (127 if 127 < levels[-1] <= 255 else levels[-1] / 2)
+    if 0 in levels or len(levels) == 1:
+        return values != 0
+    notes.append("a mask without zeros; the value along most of its border counts as background")
+    border, n_pixels = np.unique([*values[[0, -1]].ravel(), *values[:, [0, -1]].ravel()], return_counts=True)
+    return values != border[n_pixels.argmax()]
 
 
 def _fits(shape: tuple[int, int], other: tuple[int, int]) -> bool:
     """Whether two sizes have equal proportions, up to a pixel of rounding on either side."""
     return abs(shape[0] * other[1] - shape[1] * other[0]) <= max(shape) + max(other)
-
-
-def _turned_like(picture: Path | None, mask: np.ndarray) -> np.ndarray:
-    """The mask, turned as the EXIF block of a picture asks."""
-    turned = Image.fromarray(mask)
-    with suppress(OSError, KeyError, SyntaxError, ValueError), _opened(Path(picture or "")) as image:
-        turned.getexif()[0x112] = image.getexif()[0x112]
-    return np.array(ImageOps.exif_transpose(turned))

@@ -9,6 +9,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -32,13 +33,14 @@ _MASK_STEM = re.compile(
 @dataclass
 class FolderReading:
     """What was understood of a folder or table: readable pictures (``group`` joins copies of one), files that are not
-    used and why, and sentences on everything else. Without splits and labels all pictures count as genuine."""
+    used and why, and sentences with the files, folders or columns that each is about. Without splits and labels all
+    pictures count as genuine."""
 
     source: Path
     layout: str
     samples: list[Sample] = field(default_factory=list)
     left_out: list[tuple[Path, str]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    notes: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     count_real: bool = False  # for a dataset, its anomalous pictures count towards the number asked for
     identity: str = ""  # what a frozen dataset is compared by, instead of pictures, labels, masks and groups
 
@@ -48,9 +50,9 @@ class FolderReading:
         table = pd.DataFrame(rows, columns=["artwork", "split", "kind", "masks"]).groupby(["artwork", "split", "kind"])
         lines = [f"{self.source}: {self.layout}"]
         lines += [table["masks"].agg(pictures="size", masks="sum").to_string()] if rows else ["no picture can be used"]
-        lines += [f"Note: {note}" for note in self.notes]
+        lines += [f"Note: {few(items)}: {note}." for note, items in self.notes.items() if items]
         lines += [f"Files left out: {len(self.left_out)}"] if self.left_out else []
-        lines += [f"  {self.short(path)}: {reason}" for path, reason in self.left_out[:12]]
+        lines += [f"  {one['path']}: {one['reason']}" for one in self.listed()[:12]]
         return "\n".join(lines + ["  ... (all: manifest.json)"] * (len(self.left_out) > 12))
 
     def short(self, path: Path) -> str:
@@ -63,29 +65,33 @@ class FolderReading:
         return [{"path": self.short(path), "reason": reason} for path, reason in self.left_out]
 
 
-def few(items: Sequence[object]) -> str:
+def few(items: Sequence[str]) -> str:
     """The first six of many, and how many more there are."""
-    return ", ".join(map(str, items[:6])) + (f" and {len(items) - 6} more" if len(items) > 6 else "")
+    return ", ".join(items[:6]) + (f" and {len(items) - 6} more" if len(items) > 6 else "")
 
 
+@dataclass
 class File:
     """A picture and what is said of it, by the names of the folders above it or the cells of its row in a table.
 
     ``head`` and ``tail`` are other names above and below the first split or label, which is ``first``: the split, True
     for a normal label, False for an anomalous one; None where there is neither."""
 
-    def __init__(
-        self, path: Path, said: Sequence[Meaning], *, where: str = "", mask: Path | None = None, group: str = ""
-    ) -> None:
-        said = [one for one in said if any(one)]
+    path: Path
+    said: Sequence[Meaning]
+    where: str = ""  # the row
+    mask: Path | None = None
+    group: str = ""
+
+    def __post_init__(self) -> None:
+        said = [one for one in self.said if any(one)]
         at = next((i for i, one in enumerate(said) if one.split or one.kind), len(said))
-        self.path, self.where, self.mask, self.group = path, where, mask, group
-        self.told = {names.plain(one.told) for one in said} - {""}
-        self.splits, self.kinds = {one.split for one in said if one.split}, [one.kind for one in said if one.kind]
-        self.first = next((one.split or one.kind == NORMAL_KIND for one in said[at:]), None)
         titles = ["" if one.kind else one.told for one in said]
         self.head, self.tail = tuple(filter(None, titles[:at])), tuple(filter(None, titles[at:]))
-        self.child = "".join(titles[at + 1 : at + 2])
+        self.first = next((one.split or one.kind == NORMAL_KIND for one in said[at:]), None)
+        self.child = "".join(titles[at + 1 : at + 2])  # directly below the first
+        self.splits, self.kinds = {one.split for one in said if one.split}, [one.kind for one in said if one.kind]
+        self.told = {names.plain(one.told) for one in said} - {""}
 
 
 class Tree:
@@ -167,14 +173,13 @@ def read(source: Path) -> FolderReading:
         return read_table(source)
     reading, tables = read_tree(source), []
     if reading.layout == GENUINE_ONLY:  # folders with labels say more than a table that was not asked for
-        for path in sorted(source.glob("*.[ct]sv")):
-            frame, unknown = _frame(path, FolderReading(path, ""))
-            if "image_path" in frame and {"category", "label", "kind", "split"} & {*frame} and "sha256" not in unknown:
-                tables.append(path)
+        for path in sorted({*source.glob("*.[ct]sv")} - {source / name for name in _OURS}):
+            with suppress(DatasetError):
+                tables.append(read_table(path))
     if tables[1:]:
-        found = few([path.name for path in tables])
+        found = ", ".join(table.layout for table in tables)
         raise DatasetError(f"{source} holds several tables of pictures: {found}. Give the path of one.")
-    return read_table(tables[0]) if tables else reading
+    return tables[0] if tables else reading
 
 
 def read_tree(root: Path) -> FolderReading:
@@ -197,7 +202,7 @@ def read_tree(root: Path) -> FolderReading:
     if not tree.is_labelled:
         reading.layout = GENUINE_ONLY
         inner = sorted({"/".join(file.head[:2]) for file in files if file.head[1:]})
-        reading.notes += [f"Not artworks of their own: {few(inner)}."] if inner[1:] else []
+        reading.notes["not artworks of their own"] = inner if inner[1:] else []
     return reading
 
 
@@ -217,20 +222,20 @@ def _meanings(folders: set[str]) -> dict[str, Meaning | None]:
 
 def _match_masks(masks: Sequence[File], files: Sequence[File], reading: FolderReading) -> None:
     """Give each anomalous picture its mask; leave out masks that fit none, or several, or are several."""
-    by_stem, found, lost = defaultdict(list), defaultdict(list), []
+    by_stem, found = defaultdict(list), defaultdict(list)
     for index, file in enumerate(files):
-        by_stem[file.path.stem].append((index, file.told))
+        if reading.samples[index].is_anomalous:
+            by_stem[file.path.stem].append(index)
     for mask in masks:
-        near = [one for stem in {mask.path.stem, _bare(mask.path.stem)} for one in by_stem[stem]]
-        same = [i for i, told in near if told == mask.told] or [i for i, told in near if told > mask.told]
-        owners = [i for i in same if reading.samples[i].is_anomalous]
-        (found[owners[0]] if len(owners) == 1 else lost).append(mask.path)
+        near = [index for stem in {mask.path.stem, _bare(mask.path.stem)} for index in by_stem[stem]]
+        fits = [i for i in near if files[i].told == mask.told] or [i for i in near if files[i].told > mask.told]
+        found[fits[0] if len(fits) == 1 else None].append(mask.path)
     for index, paths in found.items():
-        if len(paths) == 1:
+        if index is not None and len(paths) == 1:
             reading.samples[index] = replace(reading.samples[index], mask_path=paths[0])
         else:
-            lost += paths
-    reading.left_out += [(path, "a mask, but not the one mask of one anomalous picture: not used") for path in lost]
+            why = "a mask, but not the one mask of one anomalous picture: not used"
+            reading.left_out += [(path, why) for path in paths]
 
 
 def _bare(stem: str) -> str:
@@ -241,23 +246,21 @@ def _bare(stem: str) -> str:
 
 def _listed(root: Path, reading: FolderReading) -> list[Path]:
     """Pictures by their suffix, broken links among them; other files are left out. Links are followed."""
-    pictures, n_hidden, seen = [], 0, set()
+    pictures, hidden, seen = [], reading.notes["hidden files, thumbnails and the like, ignored"], set()
     for here, folders, files in os.walk(root, followlinks=True):
         if os.path.realpath(here) in seen:  # a linked folder that leads back into itself
             folders.clear()
             continue
         seen.add(os.path.realpath(here))
-        shown = [name for name in sorted(files) if not names.is_hidden(name)]
-        n_hidden += len(files) - len(shown) + sum(map(names.is_hidden, folders))
+        hidden += [name for name in sorted([*files, *folders]) if names.is_hidden(name)]
         folders[:] = sorted(name for name in folders if not names.is_hidden(name))
-        for path in (Path(here, name) for name in shown if name not in _OURS):
+        for path in (Path(here, name) for name in sorted(files) if not names.is_hidden(name) and name not in _OURS):
             if path.suffix.lower() not in IMAGE_SUFFIXES:
                 reading.left_out.append((path, "no picture of a format that is read (an archive: unpack it)"))
             elif reading.short(path) != path.relative_to(root).as_posix():
                 reading.left_out.append((path, "its name is not valid UTF-8: rename it"))
             else:
                 pictures.append(path)
-    reading.notes += [f"Hidden files, thumbnails and the like were ignored: {n_hidden}."] if n_hidden else []
     return pictures
 
 
@@ -267,45 +270,45 @@ def read_table(table: Path) -> FolderReading:
     ``DatasetError``: no column names the pictures, or others are there but none is understood as a label."""
     reading, files = FolderReading(table.parent, f"CSV table {table.name}"), []
     frame, unknown = _frame(table, reading)
-    has_labels, problem = bool({"label", "kind"} & {*frame}), ""
+    columns, has_labels = f"{table} has the columns {', '.join([*frame, *unknown])}", {"label", "kind"} & {*frame}
     if "image_path" not in frame:
-        problem = f"one must name the picture: {', '.join(names.vocabulary()['column image_path'])}"
-    elif not has_labels and (unknown or "mask_path" in frame):
+        raise DatasetError(
+            f"{columns}; one must name the picture: {', '.join(names.vocabulary()['column image_path'])}."
+        )
+    if not has_labels and (unknown or "mask_path" in frame):
         way = "add a column label (normal or anomaly), or remove the others if all pictures are genuine"
-        problem = f"none of them is understood as a label: {way}"
-    if problem:
-        raise DatasetError(f"{table} has the columns {', '.join([*frame.columns, *unknown])}; {problem}.")
-    reading.notes += [] if has_labels else [f"{table.name} has no column label: all pictures count as genuine."]
-    reading.notes += [f"Columns of {table.name} that were not read: {', '.join(unknown)}."] if unknown else []
-    if "label" not in frame:
-        frame["kind"] = [kind or NORMAL_KIND for kind in frame.get("kind", [""] * len(frame))]
-    elif "kind" not in frame and NORMAL_KIND in {*map(_stated, frame["label"])}:  # labels like good, crack, tear
-        frame = frame.rename(columns={"label": "kind"})
-    for number, row in enumerate(frame.reindex(columns=_COLUMNS, fill_value="").to_dict("records"), start=2):
+        raise DatasetError(f"{columns}; none of them is understood as a label: {way}.")
+    reading.notes["no column label: all pictures count as genuine"] = [] if has_labels else [table.name]
+    reading.notes["columns that were not read"] = unknown
+    rows = frame.reindex(columns=_COLUMNS, fill_value="")
+    says_kinds = {"kind", *(["label"] * ("kind" not in frame and NORMAL_KIND in {*map(_stated, rows["label"])}))}
+    allowed = "allowed are normal, anomaly, good, 0, 1, true, false, and train, calibration, test"
+    for number, row in enumerate(rows.to_dict("records"), start=2):
+        where, title = f"row {number} of {table.name}: ", Meaning(told=row["category"] or table.parent.name)
         path, mask = (_resolved(table.parent, row[name]) for name in ("image_path", "mask_path"))
-        where, mask = f"row {number} of {table.name}: ", mask if row["mask_path"] else None
-        title = Meaning(told=row["category"] or table.parent.name)
         try:
-            files.append(File(path, [title, *_said(row)], where=where, mask=mask, group=row["group"]))
+            stated = {name: _stated(row[name]) for name in ("kind", "label") if row[name]}
+            stated |= {name: names.kind_of(row[name]) for name in says_kinds if name in stated and not stated[name]}
+            kinds, split = (
+                [*stated.values()] or ["label" not in frame and NORMAL_KIND],
+                names.meaning_of(row["split"]).split,
+            )
+            if not all(kinds) or (row["split"] and not split):
+                raise DatasetError(f"label is {row['label']!r}, split is {row['split']!r}; {allowed}")
+            said = [title, Meaning(split), *(Meaning(kind=kind) for kind in kinds)]
+            files.append(File(path, said, where, mask if row["mask_path"] else None, row["group"]))
         except DatasetError as error:
             reading.left_out.append((path, f"{where}{error}"))
     Tree(files).read_into(reading)
     return reading
 
 
-def _stated(value: str) -> str | None:
-    cells = {label: names.vocabulary()[f"cell {label}"] for label in (NORMAL_KIND, ANOMALY_KIND)}
-    return next((label for label in cells if value.casefold() in cells[label]), names.meaning_of(value).kind)
-
-
-def _said(row: dict[str, str]) -> list[Meaning]:
-    split = names.meaning_of(row["split"]).split
-    kinds = [_stated(row["kind"]) or names.kind_of(row["kind"])] if row["kind"] else []
-    kinds += [_stated(row["label"])] if row["label"] or not kinds else []
-    if None in kinds or (row["split"] and not split):
-        allowed = "allowed are normal, anomaly, good, 0, 1, true, false, and train, calibration, test"
-        raise DatasetError(f"label is {row['label']!r}, split is {row['split']!r}; {allowed}")
-    return [Meaning(split), *(Meaning(kind=kind) for kind in kinds)]
+def _stated(cell: str) -> str | None:
+    """The kind that a cell states, where folders would say more: ``0`` and ``no`` are *good*, ``1`` is *anomaly*."""
+    for label in (NORMAL_KIND, ANOMALY_KIND):
+        if cell.casefold() in names.vocabulary()[f"cell {label}"]:
+            return label
+    return names.meaning_of(cell).kind
 
 
 def _frame(table: Path, reading: FolderReading) -> tuple[pd.DataFrame, list[str]]:
@@ -315,7 +318,7 @@ def _frame(table: Path, reading: FolderReading) -> tuple[pd.DataFrame, list[str]
         text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError:
         text = content.decode("cp1252", errors="replace")
-        reading.notes.append(f"{table.name} is not UTF-8; read as Windows-1252. Check names with accents.")
+        reading.notes["not UTF-8; read as Windows-1252, so check names with accents"] = [table.name]
     separator = max(",;\t|", key="".join(text.splitlines()[:1]).count)
     long: list[list[str]] = []
     options = {"dtype": str, "keep_default_na": False, "index_col": False, "on_bad_lines": long.append}

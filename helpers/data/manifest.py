@@ -21,9 +21,9 @@ COLUMNS = "image_path sha256 category split is_anomalous kind mask_path group vi
 
 @dataclass(frozen=True)
 class Dataset:
-    """A complete dataset on disk: absolute paths; ``hash`` of pictures, labels, masks, splits and groups, which results
-    name; ``kinds_held_out``, kinds of damage that no training may use, so that a test on them is one of new kinds;
-    ``limits``, a sentence for each artwork with few genuine pictures (there alone, splits may share sources)."""
+    """A complete dataset on disk, with absolute paths and the ``hash`` that results name. No training may use the
+    ``kinds_held_out``; ``limits`` is a sentence for each artwork with few genuine pictures: there alone, splits may
+    share sources."""
 
     folder: Path
     samples: tuple[Sample, ...]
@@ -52,16 +52,13 @@ class Dataset:
 
 
 def write_manifest(path: Path | str, samples: Sequence[Sample], *, info: Mapping[str, Any] | None = None) -> Path:
-    """Write ``manifest.csv`` and, last, ``manifest.json``: its presence means that the dataset is complete.
+    """Write ``manifest.csv`` (its path, which is returned, or its folder) and, last, ``manifest.json``: its presence
+    means that the dataset is complete. Missing hashes of ``samples`` are computed; without any: ``DatasetError``.
 
-    Args:
-        path: the CSV file, which is returned, or the folder for it.
-        samples: absolute paths; missing hashes are computed. None, or one named twice, is a ``DatasetError``.
-        info: further JSON values; of them, ``kinds_held_out`` and ``limits`` come back in :class:`Dataset`."""
-    path, most = _table_in(path), Counter((s.image_path, s.category) for s in samples).most_common(1)
-    if not samples or most[0][1] > 1:
-        why = f"{most[0][0][0]} is named {most[0][1]} times in {most[0][0][1]}" if most else "No pictures to write"
-        raise DatasetError(f"{why} ({path}). Run notebook 02, or check the folder of pictures.")
+    ``info`` holds further JSON values; of them, ``kinds_held_out`` and ``limits`` come back in :class:`Dataset`."""
+    path = _table_in(path)
+    if not samples:
+        raise DatasetError(f"No pictures to write to {path}. Run notebook 02, or check the folder of pictures.")
     samples = [s if s.sha256 else replace(s, sha256=files.sha256_file(s.image_path)) for s in samples]
     table = pd.DataFrame([asdict(sample) for sample in samples], columns=COLUMNS, dtype=object)
     for column in ("image_path", "mask_path"):
@@ -78,8 +75,6 @@ def load_manifest(path: Path | str) -> list[Sample]:
     path, samples = _table_in(path), []
     parsers = {"is_anomalous": {"True": True, "False": False}.__getitem__, "visibility": float, "synthesis_seed": int}
     parsers |= dict.fromkeys(("image_path", "mask_path"), path.parent.joinpath)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist. Run notebook 02 to make the dataset.")
     try:
         for row in pd.read_csv(path, dtype=str, keep_default_na=False, usecols=COLUMNS).to_dict("records"):
             samples.append(Sample(**{name: parsers.get(name, str)(cell) for name, cell in row.items() if cell}))
@@ -124,14 +119,11 @@ def dataset_hash(samples: Iterable[Sample]) -> str:
 
 def mask_of(sample: Sample, shape: tuple[int, int] | None = None) -> np.ndarray | None:
     """Pixel ground truth of a picture, bool ``(H, W)``: all False for a normal picture, None when no mask is known.
-    ``shape`` is needed for a normal picture (else ``ValueError``); an anomalous one's mask is brought to it, or keeps
-    its file's size. ``ImageError``: the mask cannot be read or has other proportions."""
-    if sample.is_anomalous:
-        path = sample.mask_path
-        return None if path is None else images.load_mask(path, shape, picture=sample.image_path)
-    if shape is None:
-        raise ValueError(f"{sample.image_path} is normal and has no mask file: give shape=(H, W) for its empty mask.")
-    return np.zeros(shape, bool)
+    ``shape`` is needed for a normal picture; an anomalous one's mask is brought to it, or keeps its file's size.
+    ``ImageError``: the mask cannot be read or has other proportions."""
+    if not sample.is_anomalous:
+        return np.zeros(shape, bool)
+    return sample.mask_path and images.load_mask(sample.mask_path, shape, picture=sample.image_path)
 
 
 def _table_in(path: Path | str) -> Path:

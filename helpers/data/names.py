@@ -4,6 +4,7 @@ A name is understood when all its words are: a part of it decides nothing. What 
 import functools
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -63,11 +64,7 @@ def meaning_of(name: str) -> Meaning:
 
 def kind_of(name: str) -> str:
     """The kind that a name states: ``"good"``, ``"anomaly"``, or the name itself, safe in paths. ``DatasetError``: part
-    of the name says normal; it would be guessed wrong either way.
-
-    >>> kind_of("genuine"), kind_of("face swap")
-    ('good', 'face_swap')
-    """
+    of the name says normal; it would be guessed wrong either way."""
     kind, words = meaning_of(name).kind, plain(name).split("_")
     if kind is None and any(_is("good", word.rstrip("0123456789")) or _is("not", word) for word in words):
         raise DatasetError(f"{name!r} may mean normal pictures or a kind of anomaly: call it good, or by another name")
@@ -121,18 +118,15 @@ def is_hidden(name: str) -> bool:
 
 
 def spoken_of(texts: Sequence[str], artworks: Sequence[str]) -> str | None:
-    """Which artwork names of folders or files speak of, by its whole name or a word that no other has; None for none.
-
-    >>> names = ["girl_with_a_pearl_earring", "mona_lisa"]
-    >>> spoken_of(["MonaLisa-07"], names), spoken_of(["crack", "fake pearl 3"], names)
-    ('mona_lisa', 'girl_with_a_pearl_earring')
-    """
-    all_words = [word for artwork in artworks for word in {*plain(artwork).split("_")} - {*vocabulary()["filler"]}]
+    """The artwork that the first telling text speaks of, by its whole name or a word that no other artwork has."""
+    n_artworks = Counter(word for artwork in artworks for word in {*plain(artwork).split("_")})
     for text in texts:
         said = plain(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", text))
+        telling = {word for word in re.findall(r"[^\W\d_]{3,}", said) if n_artworks[word] == 1} - {
+            *vocabulary()["filler"]
+        }
         hits = [a for a in artworks if plain(a).replace("_", "") in said.replace("_", "")]
         hits = [a for a in hits if not any(a != other and plain(a) in plain(other) for other in hits)]
-        telling = {word for word in re.findall(r"[^\W\d_]{3,}", said) if all_words.count(word) == 1}
         hits = hits or [a for a in artworks if telling & {*plain(a).split("_")}]
         if len(hits) == 1:
             return hits[0]

@@ -1,20 +1,18 @@
 """Any folder -> samples: every picture is decoded once, so that bad files and copies are known before anything runs."""
 
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from helpers import files
-from helpers.data import images, layouts, names
+from helpers.data import images, layouts, manifest, names
 from helpers.data.layouts import FolderReading, few
-from helpers.data.manifest import MANIFEST_CSV, MANIFEST_JSON, shared_groups, write_manifest
 from helpers.data.names import DatasetError
 from helpers.records import SPLITS, Sample
 
@@ -34,28 +32,29 @@ def read_folder(folder: Path | str) -> FolderReading:
     source = Path(os.path.abspath(Path(folder).expanduser()))
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist. Give the folder (or CSV file) of your pictures.")
-    reading, spelling = layouts.read(source), {}  # kinds that differ in case or separators only become one
+    reading, spelling, looks = layouts.read(source), {}, []  # kinds that differ in case or separators become one
     samples = [replace(s, kind=spelling.setdefault(names.plain(s.kind), s.kind)) for s in reading.samples]
     samples.sort(key=lambda s: (s.category, SPLITS.index(s.split), s.is_anomalous, s.kind))
     # Decoders release the interpreter lock; four at a time keep the memory of four largest pictures below 1 GB.
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        work = pool.map(_checked, samples)
-        checks = list(tqdm(work, total=len(samples), desc="reading pictures", unit="file", delay=3))
-    reading.left_out += [problem for *_, problems, _ in checks for problem in problems]
-    reading.samples = samples = [sample for sample, *_ in checks if sample]
-    if all(sample.is_anomalous for sample in samples):
+    checks = thread_map(_checked, samples, max_workers=4, desc="reading pictures", unit="file", delay=3)
+    reading.samples = []
+    for sample, look, left_out, notes in checks:
+        reading.left_out += left_out
+        for name, note in notes:
+            reading.notes[note].append(name)
+        if look is not None:
+            reading.samples.append(sample)
+            looks.append(look)
+    normal = [s for s in reading.samples if not s.is_anomalous]
+    if not normal:
         way = "No normal picture is left, and detectors learn from normal ones: add some as train/good."
         expected = Path(__file__).with_name("layouts.txt").read_text(encoding="utf-8")
         raise DatasetError(f"{reading.describe()}\n{way}\n{expected}")
-    noted: dict[str, list[str]] = defaultdict(list)
-    for name, note in (one for *_, notes in checks for one in notes):
-        noted[note].append(name)
-    forged = [s.image_path.name for s in samples if not s.is_anomalous and names.says_forged(s.image_path.stem)]
-    noted["taken for genuine, though their names say otherwise"] = forged
-    kinds = dict.fromkeys(s.kind for s in samples if names.meaning_of(s.kind).kind is None)
-    noted["anomalous by the names of their folders; genuine ones belong into good/"] = list(kinds)
-    reading.notes += [f"{few(found)}: {note}." for note, found in noted.items() if found]
-    _group([look for sample, look, *_ in checks if sample], reading)
+    forged = [s.image_path.name for s in normal if names.says_forged(s.image_path.stem)]
+    reading.notes["taken for genuine, though their names say otherwise"] = forged
+    kinds = [kind for kind in spelling.values() if names.meaning_of(kind).kind is None]
+    reading.notes["anomalous by the names of their folders; genuine ones belong into good/"] = kinds
+    _group(looks, reading)
     return reading
 
 
@@ -64,24 +63,23 @@ def build_manifest(folder: Path | str) -> Path:
 
     Errors as :func:`read_folder`; a ``manifest.csv`` that was not made by this function is left as it is."""
     source = Path(os.path.abspath(Path(folder).expanduser()))
-    target = (source if source.is_dir() else source.parent) / MANIFEST_CSV
-    mark = target.with_name(MANIFEST_JSON)
+    target = (source if source.is_dir() else source.parent) / manifest.MANIFEST_CSV
+    mark = target.with_name(manifest.MANIFEST_JSON)
     if target.exists() and "layout" not in (files.read_json(mark) if mark.exists() else {}):
         raise DatasetError(f"{target} is a frozen dataset, or a table of yours, and is left as it is. Rename it first.")
     reading = read_folder(source)
     print(f"{reading.describe()}\nManifest: {target}")
     why = "pictures show one scan in two splits (near duplicates): optimistic numbers"
-    limits = {category: f"{n} {why}." for category, n in shared_groups(reading.samples).items()}
+    limits = {category: f"{n} {why}." for category, n in manifest.shared_groups(reading.samples).items()}
     info = {"layout": reading.layout, "notes": reading.notes, "left_out": reading.listed(), "limits": limits}
-    return write_manifest(target, reading.samples, info=info)
+    return manifest.write_manifest(target, reading.samples, info=info)
 
 
 def perceptual_hash(image: np.ndarray) -> np.ndarray:
     """Signs of the lowest 16 x 16 frequencies of a picture (uint8 RGB ``(H, W, 3)``), for :func:`near_duplicates`.
 
     Returns int8 ``(4, 256)``, of the whole and of three middle parts: -1, 1, or 0 for a frequency too weak to have a
-    sign (in a smooth picture many are, in an almost uniform one all). Source: the "pHash" of Zauner, "Implementation
-    and Benchmarking of Perceptual Image Hash Functions", 2010."""
+    sign (in a smooth picture many are, in an almost uniform one all). Source: the "pHash" of Zauner, 2010."""
     grey, hashes = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), []
     size = grey.shape[::-1]
     for zoom in _ZOOMS:
@@ -112,55 +110,45 @@ def _differing(hashes: np.ndarray, one: np.ndarray) -> np.ndarray:
     return np.where(n_both >= np.maximum(1, 0.7 * n_strong), (n_both - hashes @ one) / 2 / np.maximum(1, n_both), 1)
 
 
-def _checked(sample: Sample) -> tuple[Sample | None, np.ndarray | None, list, list]:
-    """The sample (None when it cannot be used), its look, files left out with why, sentences about files."""
-    path, mask_path, notes, mask_notes, problems = sample.image_path, sample.mask_path, [], [], []
+def _checked(sample: Sample) -> tuple[Sample, np.ndarray | None, list, list]:
+    """The sample, its look (None when it cannot be used), files left out with why, sentences about files."""
+    path, mask_path, notes, mask_notes, left_out = sample.image_path, sample.mask_path, [], [], []
     try:
         image = images.load_image(path, max_side=128, notes=notes)
         shorter, longer = sorted(image.shape[:2])
         if longer > 30 * shorter or (shorter < 24 and longer < 128):
             raise images.ImageError("is too small or too slender: give a larger picture, or cut it into parts")
     except images.ImageError as error:
-        return None, None, [(path, str(error).replace(f"{path} ", ""))], []
+        return sample, None, [(path, str(error).replace(f"{path} ", ""))], []
     try:
         if mask_path and not images.load_mask(mask_path, image.shape[:2], picture=path, notes=mask_notes).any():
             raise images.ImageError("the mask is empty although the picture is anomalous")
     except images.ImageError as error:
-        problems, mask_path = [(mask_path, f"{error} (mask not used)".replace(f"{mask_path} ", ""))], None
+        left_out, mask_path = [(mask_path, f"{error} (mask not used)".replace(f"{mask_path} ", ""))], None
     said = [(path.name, note) for note in notes] + [(f"mask of {path.name}", note) for note in mask_notes]
     sample = replace(sample, mask_path=mask_path, sha256=files.sha256_file(path))
-    return sample, perceptual_hash(image), problems, said
+    return sample, perceptual_hash(image), left_out, said
 
 
 def _group(looks: Sequence[np.ndarray], reading: FolderReading) -> None:
-    """Give samples their groups, as a table states, else by file name, joined over copies; tell of copies."""
+    """Give samples their groups, as a table states, else one of each file, joined over copies; tell of copies."""
     samples, pairs = reading.samples, near_duplicates(looks)
-    short = [reading.short(s.image_path) for s in samples]
+    places = [f"{reading.short(s.image_path)} ({s.split}, {s.kind})" for s in samples]
     equal = [(i, j) for i, j in pairs if samples[i].sha256 == samples[j].sha256]
     pairs = [(i, j) for i, j in pairs if samples[i].category == samples[j].category]
     use = [(s.split, s.is_anomalous) for s in samples]
     apart = [(i, j) for i, j in pairs if use[i] != use[j]]
-
-    def told(pairs: Sequence[tuple[int, int]]) -> str:
-        places = [f"{name} ({s.split}, {s.kind})" for name, s in zip(short, samples)]
-        return few([f"{places[i]} = {places[j]}" for i, j in pairs])
-
-    if wrong := sorted({*equal} & {*apart}):
+    told = {pair: f"{places[pair[0]]} = {places[pair[1]]}" for pair in (*equal, *apart)}
+    if wrong := [told[pair] for pair in equal if pair in apart]:
         why = "Equal files stand in two splits or have two labels, so a test would be on what was learnt"
-        raise DatasetError(f"{why}: {told(wrong)}. Delete one of each pair.")
-    reading.notes += [f"The same file more than once: {told(equal)}."] if equal else []
-    reading.notes += [f"One scan in two splits or with two labels: {told(apart)}."] if apart else []
-    # MVTec calls a picture 000 in every folder: the stem where no other picture has it, else the path.
-    n_stems = Counter((s.category, s.image_path.stem) for s in samples)
-    keys = []
-    for s, path in zip(samples, short):
-        name = s.image_path.stem if n_stems[s.category, s.image_path.stem] == 1 else path
-        keys.append((s.category, s.group or f"{s.category}/{name}"))
+        raise DatasetError(f"{why}: {few(wrong)}. Delete one of each pair.")
+    reading.notes["the same file more than once"] = [told[pair] for pair in equal]
+    reading.notes["one scan in two splits or with two labels"] = [told[pair] for pair in apart]
     n_twins, n_pictures = Counter(index for pair in pairs for index in pair), Counter(s.category for s in samples)
     alike = {samples[i].category for i, n in n_twins.items() if n >= 7 and n > n_pictures[samples[i].category] / 2}
-    if alike:
-        why = "most pictures look the same to the duplicate test (a fixed camera, perhaps), so each counts on its own"
-        reading.notes.append(f"{few(sorted(alike))}: {why}. Give a CSV with a column `group` if some are copies.")
+    why = "most pictures look the same to the duplicate test (a fixed camera, perhaps), so each counts on its own"
+    reading.notes[f"{why}; give a CSV with a column `group` if some are copies"] = sorted(alike)
+    keys = [(s.category, s.group or f"{s.category}/{reading.short(s.image_path)}") for s in samples]
     for i, j in pairs:
         if samples[i].category not in alike:
             keys = [keys[i] if key == keys[j] else key for key in keys]

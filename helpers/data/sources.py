@@ -1,11 +1,10 @@
 """Pictures to start from: two embedded paintings (offline), Wikimedia Commons and Kaggle (network)."""
 
-import functools
 import re
 import time
 import urllib.parse
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +36,21 @@ _OFFLINE = "Without network: ART_PROFILE=mini, or put pictures into a folder and
 
 
 class SourceError(RuntimeError):
-    """Pictures cannot be had; the message says why and what to do instead."""
+    """Pictures, or one of them, cannot be had; the message says why."""
 
 
 def embedded_artworks(target: Path, *, max_side: int, seed: int) -> FolderReading:
     """Two paintings that ship with the suite (see the card in ``helpers/assets``), without any download.
 
-    The original is photographed with other crops, stands, light and cameras; each photograph is a source of its own. A
-    replica is the motif painted again by another hand, a reinterpretation another work after it; they are photographed
-    alike, at 85 to 100 % of ``max_side`` pixels. A picture that is there is not made again."""
+    Each photograph of an original, by another camera, is a source of its own. A replica is the motif painted again by
+    another hand, a reinterpretation another work after it; photographed alike, at 85 to 100 % of ``max_side`` pixels.
+    A picture that is there is not made again."""
     layout = "two painted pictures that ship with the suite, photographed by simulated cameras"
     source = FolderReading(target, layout, count_real=True, identity=f"embedded {max_side} {seed}")
     for canvas in sorted(PAINTINGS.glob("*/*/*.webp")):
         category, kind = canvas.parts[-3:-1]
         painting, split = images.load_image(canvas), "train" if kind == NORMAL_KIND else "test"
-        stems = [f"photograph_{number:03d}" for number in range(N_GENUINE)] if split == "train" else [canvas.stem]
-        for stem in stems:
+        for stem in [f"photograph_{n:03d}" for n in range(N_GENUINE)] if split == "train" else [canvas.stem]:
             path = target.absolute() / f"{max_side} px, seed {seed}" / category / split / kind / f"{stem}.png"
             sample = Sample(path, category, split == "test", None, split, kind, f"{category}/{stem}")
             source.samples.append(sample)
@@ -65,7 +63,7 @@ def embedded_artworks(target: Path, *, max_side: int, seed: int) -> FolderReadin
 
 def titles() -> list[list[str]]:
     """Painting, kind and title of files on Commons, seen in public use in 2026 (the first genuine one of a painting is
-    its main scan; one that is gone is left out with a line), and of categories whose members may be genuine, too."""
+    its main scan), and of categories whose members may be genuine, too."""
     return pd.read_csv(Path(__file__).with_name("commons.csv")).values.tolist()
 
 
@@ -73,9 +71,8 @@ def wikimedia(target: Path, difference: Difference) -> FolderReading:
     """Pictures of :func:`titles` from Wikimedia Commons, and members of categories in which ``difference`` finds none
     and which are no copies; every other file is left out with the reason. A line is printed for each file.
 
-    The API is asked for renderings (originals can have hundreds of megapixels; addresses made by hand fail since August
-    2026). Licences must be free; with the authors they stand in ``manifest.json``, which is written last: with it,
-    nothing is asked again. A stopped call goes on. ``SourceError``: no network, a refusal, or no genuine picture."""
+    Licences must be free; with the authors they stand in ``manifest.json``, which is written last: with it, nothing is
+    asked again. A stopped call goes on. ``SourceError``: no network, a refusal, or no genuine picture."""
     identity = files.sha256_json(titles())  # not what came: what Commons holds may drift
     folder = target / identity[:8]
     if not (folder / MANIFEST_JSON).exists():
@@ -107,14 +104,11 @@ def best_artworks(*, limit: int) -> list[Sample]:
     paths = {repaired(f"{path.parent.name}/{path.stem}"): path for path in folder.glob("images/images/*/*.jpg")}
     if not paths:
         raise SourceError(f"{folder} does not hold images/images/<Artist>/*.jpg, as {name} does.")
-    found = pd.DataFrame(sorted(paths.items()), columns=["group", "path"])
-    found["artist"] = found["group"].str.partition("/")[0]
-    taken = found.groupby("artist").head(limit).itertuples()
-    return [Sample(row.path, row.artist, False, split="train", group=row.group) for row in taken]
-
-
-class _Skip(Exception):
-    """Why one file is left out; the others go on."""
+    by_artist = defaultdict(list)
+    for group, path in sorted(paths.items()):
+        artist = group.partition("/")[0]
+        by_artist[artist].append(Sample(path, artist, False, split="train", group=group))
+    return [sample for samples in by_artist.values() for sample in samples[:limit]]
 
 
 def _fetched(folder: Path, difference: Difference) -> Iterator[dict[str, str]]:
@@ -122,27 +116,30 @@ def _fetched(folder: Path, difference: Difference) -> Iterator[dict[str, str]]:
     seen, scans = set(), defaultdict(list)
     for category, kind, title in titles():
         mine, is_member = scans[category], kind == "member"
-        place = folder / category / (f"test/{kind}" if kind not in (NORMAL_KIND, "member") else f"train/{NORMAL_KIND}")
+        place = folder / category / (f"train/{NORMAL_KIND}" if kind in (NORMAL_KIND, "member") else f"test/{kind}")
         for file, entry in _asked(title, is_member):
             known = entry.get("sha1", file)
             if known in seen or (is_member and not 0 < len(mine) < MOST_GENUINE):
                 continue
             seen.add(known)
-            licence, author = _plain(entry, "LicenseShortName"), _plain(entry, "Artist")
-            row = {"file": file, "licence": licence, "author": author, "page": entry.get("descriptionurl", "")}
+            row = {"file": file, "page": entry.get("descriptionurl", ""), "left_out": ""}
+            for name, key in (("licence", "LicenseShortName"), ("author", "Artist")):
+                value = str(entry.get("extmetadata", {}).get(key, {}).get("value", ""))
+                row[name] = " ".join(re.sub(r"<[^>]*>", "", value).split())
             try:
-                check = functools.partial(_check_member, scans=mine, difference=difference)
-                path = _download(place, file, entry, check if is_member else images.load_image)
+                path = _downloaded(place, file, entry, row["licence"], mine if is_member else [], difference)
                 mine += [path] if place.name == NORMAL_KIND else []
-                print(f"{category} {place.name}: {file} ({licence})")
-                yield row | {"left_out": ""}
-            except (_Skip, images.ImageError) as error:
+                print(f"{category} {place.name}: {file} ({row['licence']})")
+            except (SourceError, images.ImageError) as error:
                 print(f"left out {file}: {error}")
-                yield row | {"left_out": str(error)}
+                row["left_out"] = str(error)
+            yield row
 
 
 def _asked(title: str, is_category: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A file, or all of a category, page by page: name, and what Commons says of it (nothing when it is gone)."""
+    """A file, or all of a category, page by page: name, and what Commons says of it (nothing when it is gone).
+
+    Renderings are asked for: originals can have hundreds of megapixels, and addresses made by hand fail since 2026."""
     members = {"generator": "categorymembers", "gcmtitle": title, "gcmtype": "file", "gcmlimit": "50"}
     query = {"action": "query", "format": "json", "formatversion": "2", "redirects": "1", "prop": "imageinfo"}
     query |= {"iiprop": "url|size|sha1|mime|extmetadata", "iiurlwidth": str(WIDTH)}
@@ -157,34 +154,33 @@ def _asked(title: str, is_category: bool) -> Iterator[tuple[str, dict[str, Any]]
         query = query | reply["continue"] if "continue" in reply else {}
 
 
-def _download(folder: Path, file: str, entry: Mapping[str, Any], check: Callable[[Path], object]) -> Path:
-    licence, address = _plain(entry, "LicenseShortName"), entry.get("thumburl")
+def _downloaded(
+    folder: Path, file: str, entry: dict[str, Any], licence: str, scans: list[Path], difference: Difference
+) -> Path:
+    """A rendering of a file, in ``folder``. Beside ``scans`` it must be no copy of one, nor differ from the first."""
+    address = entry.get("thumburl")
     if not entry:
-        raise _Skip("no file of this name on Commons any more")
+        raise SourceError("no file of this name on Commons any more")
     if not _FREE_LICENCE.fullmatch(licence):
-        raise _Skip(f"its licence is {licence or 'not stated'!r}, which is not known to be free")
+        raise SourceError(f"its licence is {licence or 'not stated'!r}, which is not known to be free")
     if not str(entry.get("mime")).startswith("image/") or not address:
-        raise _Skip(f"Commons has no picture of it ({entry.get('mime')}, {entry.get('thumberror', 'no rendering')})")
+        why = f"{entry.get('mime')}, {entry.get('thumberror', 'no rendering')}"
+        raise SourceError(f"Commons has no picture of it ({why})")
     suffix = Path(urllib.parse.urlsplit(address).path).suffix.lower()  # a rendering of a TIFF is a JPEG
     # The original's hash in the name: a new version on Commons is another file.
     path = folder / f"{clean(Path(file).stem)}_{entry['sha1'][:8]}{suffix}"
     if not path.exists():
         with files.atomic_path(path) as temporary:
             temporary.write_bytes(_get(address).content)
-            check(temporary)
+            *known, picture = (images.load_image(one, max_side=WIDTH) for one in (*scans, temporary))
+            pairs = reading.near_duplicates([reading.perceptual_hash(one) for one in (*known, picture)])
+            twins = [f"it is the scan of {scans[i].name} once more" for i, j in pairs if j == len(scans)]
+            if reason := twins[0] if twins else known and difference(known[0], picture):
+                raise SourceError(reason)
     return path
 
 
-def _check_member(path: Path, scans: list[Path], difference: Difference) -> None:
-    """Refuse a picture that shows one of a painting's scans once more, or differs from its main scan, the first one."""
-    pictures = [images.load_image(one, max_side=WIDTH) for one in (*scans, path)]
-    pairs = reading.near_duplicates([reading.perceptual_hash(picture) for picture in pictures])
-    twins = [f"it is the scan of {scans[i].name} once more" for i, j in pairs if j == len(scans)]
-    if reason := twins[0] if twins else difference(pictures[0], pictures[-1]):
-        raise _Skip(reason)
-
-
-def _get(url: str, query: Mapping[str, str] | None = None) -> requests.Response:
+def _get(url: str, query: dict[str, str] | None = None) -> requests.Response:
     """One polite request: introduced, patient when asked to wait. A file that cannot be had is left out."""
     time.sleep(PAUSE)
     with requests.Session() as session:
@@ -192,11 +188,6 @@ def _get(url: str, query: Mapping[str, str] | None = None) -> requests.Response:
         session.get_adapter(url).max_retries = retry
         reply = session.get(url, params=query, timeout=60, headers={"User-Agent": USER_AGENT})
     if not reply.ok and reply.status_code != 403 and query is None:
-        raise _Skip(f"the server answered {reply.status_code} {reply.reason}")
+        raise SourceError(f"the server answered {reply.status_code} {reply.reason}")
     reply.raise_for_status()
     return reply
-
-
-def _plain(entry: Mapping[str, Any], name: str) -> str:  # a field of ``extmetadata``, without its HTML
-    value = str(entry.get("extmetadata", {}).get(name, {}).get("value", ""))
-    return " ".join(re.sub(r"<[^>]*>", "", value).split())
