@@ -21,6 +21,7 @@ SMALL = te.EvaluationSettings(
     shots=(0, 1), n_draws=2, row_shots=1, wording="short", n_sentences=3, n_controls=4,
     max_new_tokens=4, batch_size=4, alpha=0.25,
 )  # fmt: skip
+LEAN = dataclasses.replace(SMALL, shots=(0,), n_controls=0)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def test_shots_draws_controls_and_sentences_are_all_there(tested):
 def test_an_empty_answer_is_an_unclear_one(model, dataset, tmp_path):
     silent = dataclasses.replace(model.language.tokens, decode=lambda ids: "")
     mute = dataclasses.replace(model, language=dataclasses.replace(model.language, tokens=silent))
-    found = run(mute, dataset, tmp_path / "r")
+    found = run(mute, dataset, tmp_path / "r", LEAN)
     assert set(found.answers["says"]) == {"unclear"} and set(found.answers["answer"]) == {""}
     assert (te.answer_table(found.answers.query("control == ''"), "painting", "shots")["unclear"] == 7).all()
     assert not found.answers["is_right"].any() and set(found.result.manifest["answers_say"].values()) == {None}
@@ -126,18 +127,18 @@ def test_few_genuine_pictures_are_tested_with(model, dataset, tmp_path):
     dropped = [s for s in dropped if s.group not in ("one/train/0", "one/calibration/0")]
     few = data.Dataset(dataset.folder, tuple(s for s in dataset.samples if s not in dropped), "few")
     with pytest.warns(UserWarning, match="1 calibration normals"):
-        found = run(model, few, tmp_path / "r", dataclasses.replace(SMALL, shots=(0,), row_shots=4, n_controls=0))
+        found = run(model, few, tmp_path / "r", dataclasses.replace(LEAN, row_shots=4))
     assert len(found.result.predictions) == 14 and found.result.manifest["calibration"]["one"]["n_sources"] == 1
 
 
 def test_maps_of_another_method_are_scored_and_spoken_about_and_noticed_when_they_change(model, dataset, tmp_path):
     for factor in (1.0, 0.5):
         maps = tiny.GivenMaps(factor)
-        found = run(model, dataset, tmp_path / "r", maps_from=maps, method="anomalygpt_aligned")
+        found = run(model, dataset, tmp_path / "r", LEAN, maps_from=maps, method="anomalygpt_aligned")
         for prediction in found.result.predictions:
             expected = maps.unit_map(images.load_image(prediction.sample.image_path), "")[0, 0]
             assert prediction.anomaly_score == pytest.approx(expected)
         assert found.result.method == "anomalygpt_aligned" and set(found.maps["shots"]) == {1}
     del maps.asked[:]
-    run(model, dataset, tmp_path / "r", maps_from=maps, method="anomalygpt_aligned")
+    run(model, dataset, tmp_path / "r", LEAN, maps_from=maps, method="anomalygpt_aligned")
     assert not maps.asked  # the same maps: the complete run is kept

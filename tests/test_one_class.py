@@ -100,7 +100,6 @@ def test_false_alarms_on_exchangeable_normals_stay_near_alpha(method, n=30):
         marks = Rows.of(samples, draw(n, 3, "a", number), kinds)
         rows = Rows.join([Rows.of(samples, everything.take(range(n))), marks])
         detector = clone(QUICK[method]).set_params(augment=False)
-        detector.set_params(**({"n_trees": 20} if hasattr(detector, "n_trees") else {}))
         detector, scores = tuning.calibrate(detector, rows, seed=number)
         threshold = statistics.conformal_threshold(scores[np.isfinite(scores)], 0.1)
         alarms.append(np.mean(detector.score(everything.take(range(n, n + 40))) > threshold))

@@ -39,8 +39,8 @@ def models(cache_dir: Path) -> Models:
 KINDS = ("box", "line", "letter", "stain", "tear", "global")
 QUICK = {
     "clip_resnet50": one_class.Cosine(),
-    "clip_cross_entropy": one_class.Head(n_hidden=32, n_components=16, max_epochs=40),
-    "clip_isolation_forest": one_class.Forest(n_trees=50),
+    "clip_cross_entropy": one_class.Head(n_hidden=32, n_components=16, max_epochs=15),
+    "clip_isolation_forest": one_class.Forest(n_trees=30),
     "clip_lof": one_class.Lof(),
     "clip_patch_knn": one_class.PatchKnn(),
 }
