@@ -213,14 +213,16 @@ SMALL = {
 
 
 def write_random(path: Path, shapes: Shapes, *, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """A torch file with seeded numbers; dots in AnomalyCLIP's prefix become its nested dict."""
-    generator = torch.Generator().manual_seed(0)
-    state = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
-    for name in state:
+    """A torch file with seeded numbers, small, exact in float16 but for scalars, and around one where a norm scales;
+    dots in AnomalyCLIP's prefix become its nested dict."""
+    generator, state = torch.Generator().manual_seed(0), {}
+    for name, shape in shapes.items():
+        is_norm = len(shape) == 1 and name.endswith(".weight")
+        drawn = 0.1 * torch.randn(shape, generator=generator) + is_norm
+        state[name] = drawn.half().to(dtype) if shape else drawn
         if "tokenized" in name:
-            state[name] = torch.randint(0, 49408, shapes[name], generator=generator, dtype=torch.int32)
+            state[name] = torch.randint(0, 49408, shape, generator=generator, dtype=torch.int32)
     path.parent.mkdir(parents=True, exist_ok=True)
-    prefix = "prompt_learner."
-    nested = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    torch.save({"prompt_learner": nested} if f"{prefix}ctx_pos" in state else state, path)
+    nested = {name.removeprefix("prompt_learner."): tensor for name, tensor in state.items()}
+    torch.save({"prompt_learner": nested} if "ctx_pos" in nested else state, path)
     return state
