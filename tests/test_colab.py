@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,15 +19,13 @@ from helpers.colab import keep, preflight, session
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
 
-class FakeDrive(ModuleType):
+class FakeDrive(SimpleNamespace):
     """``google.colab`` with ``drive`` and ``runtime``: My Drive is a link; mounting fails as often as a test says."""
 
     def __init__(self, cloud: Path) -> None:
-        super().__init__("google.colab")
-        self.cloud, self.errors, self.calls = cloud, [], []
-        self.drive = self.runtime = self
-        self.flush_and_unmount = lambda: self.calls.append("flush")
-        self.unassign = lambda: self.calls.append("unassign")
+        calls: list[str] = []
+        super().__init__(cloud=cloud, errors=[], calls=calls, drive=self, runtime=self)
+        self.flush_and_unmount, self.unassign = (partial(calls.append, name) for name in ("flush", "unassign"))
 
     def mount(self, mountpoint: str, force_remount: bool = False) -> None:
         self.calls.append("mount(force)" if force_remount else "mount")
@@ -111,8 +110,6 @@ def test_what_a_cell_finishes_is_kept_when_it_ends_and_comes_back(monkeypatch, t
     assert len([line for line in lines if line.startswith("kept: results/clip_lof")]) == 1, "two set-ups keep once"
     session.checkpoint_keeper()(profile.home)
     monkeypatch.setenv("ART_HOME", str(tmp_path / "fresh"))
-    session.start(log=lines.append)
-    monkeypatch.setenv("ART_DRIVE_LIMIT_GB", "15")
     fresh = session.start(log=lines.append)
     assert (fresh.home / "results" / "clip_lof" / "manifest.json").exists()
     assert any("restored" in line for line in lines)
@@ -167,14 +164,14 @@ def test_a_fresh_machine_with_pandagpt_but_no_vicuna_is_not_done_with_01(monkeyp
 
 
 def test_costs_are_estimates_with_the_rate_of_the_gpu(monkeypatch) -> None:
-    assert {path.stem for path in (profiles.REPOSITORY / "notebooks").glob("*.ipynb")} == preflight.STAGES.keys()
+    stages = preflight.STAGES
+    assert {path.stem for path in (profiles.REPOSITORY / "notebooks").glob("*.ipynb")} == stages.keys()
     mini = preflight.costs(profiles.active())
-    assert set(mini["compute units"]) == {"none"} and mini["minutes"][2] == round(
-        preflight.STAGES["03_clip"][0] / 60, 1
-    )
+    assert set(mini["compute units"]) == {"none"} and mini["minutes"][2] == round(stages["03_clip"][0] / 60, 1)
     monkeypatch.setenv("ART_PROFILE", "full")
-    profile, minutes = profiles.active(), preflight.STAGES["06_anomalygpt_train"].l4_minutes
+    profile = profiles.active()
     row = preflight.costs(profile, "NVIDIA L4").set_index("notebook").loc["06_anomalygpt_train"]
-    assert (row["compute units"], row["state"]) == (f"{1.71 * minutes / 60:.1f}", "to do")
+    units = f"{1.71 * stages['06_anomalygpt_train'].l4_minutes / 60:.1f}"
+    assert (row["compute units"], row["state"]) == (units, "to do")
     assert set(preflight.costs(profile, "Unknown GPU")["compute units"]) == {"unknown"}
     assert "7.52 units an hour (users, 2026-03-10)" in preflight.cost_note(profile, "NVIDIA A100-SXM4-80GB")
