@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,7 +23,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def write_folder(
     target: Path, tensors: Mapping[str, Tensor], write_small: Callable[[Path], None], *, component: str,
-    settings: Mapping[str, Any], source: Mapping[str, Any], notes: tuple[str, ...] = (), shard_bytes: int = SHARD_BYTES,
+    settings: Mapping[str, Any], source: Mapping[str, Any], notes: Sequence[str] = (), shard_bytes: int = SHARD_BYTES,
 ) -> Path:  # fmt: skip
     """Write tensors as safetensors shards, then the small files, then ``READY.json``; inputs are only ever read.
 

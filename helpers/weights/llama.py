@@ -47,12 +47,11 @@ _SENTENCEPIECE = _SPECIAL | {
 
 @dataclass(frozen=True)
 class Model:
-    """A LLaMA on disk in either form: tensors by Hugging Face key, in the order of the file; configuration; remarks."""
+    """A LLaMA on disk in either form: tensors by Hugging Face key, in the order of the file, and its configuration."""
 
     folder: Path
     tensors: dict[str, Tensor]
     config: dict[str, Any]
-    notes: tuple[str, ...] = ()
 
     @property
     def size(self) -> str:
@@ -72,8 +71,8 @@ def convert_llama(source: Path, target: Path, *, shard_bytes: int = SHARD_BYTES,
             target belongs to another job; the disk is too small.
     """
     model = open_meta(Path(source), allow_unknown=allow_unknown)
-    tokenizers = [model.folder, model.folder.parent]
-    return _write(model, target, "llama", tokenizers, {"meta": str(source)}, shard_bytes)
+    beside = [model.folder, model.folder.parent]
+    return _write(model.tensors, model.config, target, "llama", beside, {"meta": str(source)}, shard_bytes)
 
 
 def merge_delta(
@@ -100,9 +99,9 @@ def merge_delta(
     print(f"delta {kind} on {left.size}: {ratio:.2f} of the base in size")
     sums = {name: _sum(left.tensors[name], tensor) for name, tensor in right.tensors.items()}
     config = left.config | {"vocab_size": right.config["vocab_size"]}
-    merged = Model(Path(target), sums, config, (*left.notes, *right.notes, *notes))
     origin = {"base": str(base), "delta": str(delta), "version": kind, "delta_to_base": round(ratio, 3)}
-    return _write(merged, target, "vicuna", [right.folder, left.folder, left.folder.parent], origin, shard_bytes)
+    beside = [right.folder, left.folder, left.folder.parent]
+    return _write(sums, config, target, "vicuna", beside, origin, shard_bytes, notes)
 
 
 def adopt_merged(source: Path, target: Path, *, shard_bytes: int = SHARD_BYTES, allow_unknown: bool = False) -> Path:
@@ -110,23 +109,22 @@ def adopt_merged(source: Path, target: Path, *, shard_bytes: int = SHARD_BYTES, 
     model = open_folder(Path(source), allow_unknown=allow_unknown)
     _refuse_llama_2(model)
     halves = {name: replace(tensor, dtype=torch.float16) for name, tensor in model.tensors.items()}
-    return _write(
-        replace(model, tensors=halves), target, "vicuna", [model.folder], {"merged": str(source)}, shard_bytes
-    )
+    return _write(halves, model.config, target, "vicuna", [model.folder], {"merged": str(source)}, shard_bytes)
 
 
 def _write(
-    model: Model, target: Path, component: str, tokenizers: Sequence[Path], source: Mapping[str, Any], shard_bytes: int
-) -> Path:
-    names = ("tokenizer.model", "tokenizer.json")
-    beside = [folder for folder in tokenizers if any((folder / name).exists() for name in names)]
-    if not beside:
-        raise FileNotFoundError(f"no tokenizer.model in {', '.join(map(str, tokenizers))}. Copy LLaMA's there.")
-    dtype = str(next(iter(model.tensors.values())).dtype).removeprefix("torch.")
-    small = partial(_write_small, config=model.config, dtype=dtype, tokenizer=beside[0])
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], target: Path, component: str, beside: Sequence[Path],
+    source: Mapping[str, Any], shard_bytes: int, notes: Sequence[str] = (),
+) -> Path:  # fmt: skip
+    """A model's folder, with the tokenizer of the first folder ``beside`` that has one."""
+    found = [path for folder in beside for path in folder.glob("tokenizer.*") if path.suffix in (".model", ".json")]
+    if not found:
+        raise FileNotFoundError(f"no tokenizer.model in {', '.join(map(str, beside))}. Copy LLaMA's there.")
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    small = partial(_write_small, config=config, dtype=dtype, tokenizer=found[0].parent)
     return folders.write_folder(
-        target, model.tensors, component=component, settings={"config": model.config}, source=source,
-        write_small=small, notes=model.notes, shard_bytes=shard_bytes,
+        target, tensors, small, component=component, settings={"config": config}, source=source, notes=notes,
+        shard_bytes=shard_bytes,
     )  # fmt: skip
 
 
@@ -228,14 +226,9 @@ def halves_first(rows: torch.Tensor, head: int) -> torch.Tensor:
 
 def open_folder(folder: Path, *, allow_unknown: bool = False) -> Model:
     """A Hugging Face folder of safetensors or ``.bin`` files; reads tables of contents only."""
-    names, listed = _weight_files(folder)
+    names = _weight_files(folder)
     raw = _read_settings(folder / "config.json", _CONFIG)
     stored = {key: item for name in names for key, item in _read(folder / name).items()}
-    listed = {key: name for key, name in listed.items() if not _IGNORED.search(key)}
-    if absent := [f"{key} (expected in {name})" for key, name in listed.items() if key not in stored]:
-        raise WeightFileError(f"{folder}: tensors are missing: {', '.join(absent[:5])}. Fetch these files again.")
-    unlisted = [key for key in stored if listed and key not in listed]
-    note = f"{folder.name}: the index does not list {', '.join(unlisted[:3])}; taken from the files."
     config = {key: raw[key] for key in _CONFIG} | {
         "num_key_value_heads": raw.get("num_key_value_heads") or raw["num_attention_heads"],
         "vocab_size": stored[EMBEDDINGS[0]].shape[0] if EMBEDDINGS[0] in stored else raw.get("vocab_size", 0),
@@ -245,8 +238,7 @@ def open_folder(folder: Path, *, allow_unknown: bool = False) -> Model:
     shapes = shapes_of(config)
     found = {key: item.shape for key, item in stored.items()}
     account(f"LLaMA model in {folder}", found, shapes, allow_unknown=allow_unknown)
-    kept = {key: item for key, item in stored.items() if key in shapes}
-    return Model(folder, kept, config, (note,) if unlisted else ())
+    return Model(folder, {key: item for key, item in stored.items() if key in shapes}, config)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -263,13 +255,12 @@ def _read_settings(path: Path, wanted: Sequence[str]) -> dict[str, Any]:
     return content
 
 
-def _weight_files(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """Names of a folder's weight files in order, and its index (empty without one)."""
+def _weight_files(folder: Path) -> list[str]:
+    """Names of a folder's weight files in order, from its index where there is one."""
     for stem in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{stem}.index.json"
         if index.exists():
-            listed = files.read_json(index).get("weight_map", {})
-            names = sorted(set(listed.values()))
+            names = sorted(set(files.read_json(index).get("weight_map", {}).values()))
             if not names:
                 raise WeightFileError(f"{index} lists no tensors: an earlier tool failed. Fetch it again.")
             if absent := [name for name in names if not (folder / name).exists()]:
@@ -277,9 +268,9 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str]]:
                 raise FileNotFoundError(
                     f"{folder} lacks {', '.join(absent)} (it holds {', '.join(there) or 'none'}). Fetch or rename them."
                 )
-            return names, listed
+            return names
         if (folder / stem).exists():
-            return [stem], {}
+            return [stem]
     raise FileNotFoundError(f"{folder} holds no model.safetensors or pytorch_model.bin, whole or with an index.")
 
 
