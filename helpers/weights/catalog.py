@@ -24,22 +24,15 @@ _CATALOG = pd.read_csv(Path(__file__).with_suffix(".csv"), keep_default_na=False
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One file, or one folder of files, that a route needs.
+    """One file, or one folder of files, that a route needs."""
 
-    Attributes:
-        component, path: what it becomes, for example ``"vicuna"``, and where it must lie.
-        source: ``hub:<repository>[/<file>]``, ``https://...``, ``manual``, ``LLAMA_FOLDER`` or ``mini``.
-        n_bytes, licence: about how large, computed from shapes; its terms.
-        is_folder, published_hash: a whole repository; ``<kind>:<value>``, or empty.
-    """
-
-    component: str
-    path: Path
-    source: str
-    n_bytes: int
+    component: str  # what it becomes, for example "vicuna"
+    path: Path  # where it must lie
+    source: str  # hub:<repository>[/<file>], https://..., manual, LLAMA_FOLDER or mini
+    n_bytes: int  # about how large, computed from shapes
     licence: str
-    is_folder: bool = False
-    published_hash: str = ""
+    is_folder: bool = False  # a whole repository
+    published_hash: str = ""  # <kind>:<value>
 
     @property
     def is_by_hand(self) -> bool:
@@ -64,24 +57,19 @@ class WeightFile:
 
 @dataclass(frozen=True)
 class Route:
-    """A way to the weights: see :func:`route`; ``llama_dir`` is LLaMA's folder as published, ``files`` all it needs."""
+    """A way to the weights: see :func:`route`."""
 
     weights_dir: Path
     settings: WeightsSettings
     base: str
     version: str
-    llama_dir: Path
-    files: tuple[WeightFile, ...]
+    llama_dir: Path  # LLaMA as published
+    files: tuple[WeightFile, ...]  # all it needs
     delete_raw: bool
     allow_unknown: bool
 
-    @property
-    def raw_dir(self) -> Path:
-        return self.weights_dir / "raw"
-
-    @property
-    def delta_dir(self) -> Path:
-        return self.raw_dir / f"vicuna-{self.settings.size}-delta-{self.version}"
+    raw_dir = property(lambda self: self.weights_dir / "raw")
+    delta_dir = property(lambda self: self.raw_dir / f"vicuna-{self.settings.size}-delta-{self.version}")
 
     def is_ready(self, component: str) -> bool:
         """Whether a component is complete in ``weights_dir``."""
@@ -149,9 +137,9 @@ def route(
         llama_dir, choices = Path(llama_folder).expanduser(), choices - {base} | {"merged"}
         if base != "merged":
             base = "meta" if (llama_dir / "params.json").exists() else "huggingface"
-    columns = ["component", "path", "source", "n_bytes", "licence", "is_folder", "published_hash"]
-    rows = table[table["choice"].isin(choices)].assign(is_folder=lambda rows: rows["path"].str.endswith("/"))
-    needed = [WeightFile(**row | {"path": raw_dir / row["path"]}) for row in rows[columns].to_dict("records")]
+    rows = table[table["choice"].isin(choices)].drop(columns=["size", "choice"])
+    rows["is_folder"] = rows["path"].str.endswith("/")
+    needed = [WeightFile(**row | {"path": raw_dir / row["path"]}) for row in rows.to_dict("records")]
     if llama_folder:
         needed[0] = replace(needed[0], path=llama_dir, source="LLAMA_FOLDER")
     return Route(Path(weights_dir), settings, base, version, llama_dir, tuple(needed), delete_raw, allow_unknown)
@@ -160,10 +148,9 @@ def route(
 def check_disk(route: Route) -> str:
     """What the route needs and what this machine has, in words; OSError where the disk is too small."""
     n_free, n_needed = files.free_bytes(route.weights_dir), route.disk_bytes
-    n_reserve = min(SHARD_BYTES, n_needed)
+    missing = (n_needed + min(SHARD_BYTES, n_needed) - n_free) / 1e9
     needs = f"needs {n_needed / 1e9:.1f} GB of disk, {n_free / 1e9:.1f} GB are free; memory: a little over 1 GB"
-    if n_needed + n_reserve > n_free:
-        missing = (n_needed + n_reserve - n_free) / 1e9
+    if missing > 0:
         raise OSError(28, f"{needs}. Free {missing:.1f} GB, or set ART_HOME to a larger disk; nothing was fetched")
     if route.base == "merged" or route.version != "v0":
         needs += "\nPandaGPT and AnomalyGPT were trained with Vicuna v0: with another version answers may be worse"

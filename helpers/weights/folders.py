@@ -49,8 +49,11 @@ def write_folder(
     plan = files.sha256_json([settings, known_inputs, layout])
     try:
         with FileLock(target / LOCK, timeout=0):
+            known = [files.read_json(target / name) for name in (READY, JOURNAL) if (target / name).exists()]
+            if any(one.get("plan") != plan for one in known):
+                way = "Delete it or take another."
+                raise WeightFileError(f"{target} was made, or begun, from other inputs or settings. {way}")
             if (target / READY).exists():
-                _check_same(target, read_ready(target), plan)
                 print(f"{component}: already complete in {target}")
                 return check(target)
             done = _write_shards(target, shards, plan)
@@ -70,18 +73,11 @@ def write_folder(
     return target
 
 
-def _check_same(target: Path, found: Mapping[str, Any], plan: str) -> None:
-    if found.get("plan") != plan:
-        raise WeightFileError(f"{target} was made, or begun, from other inputs or settings. Delete it or take another.")
-
-
 def _write_shards(target: Path, shards: Mapping[str, Mapping[str, Tensor]], plan: str) -> dict[str, Any]:
     """Write the shards that are not there yet; returns ``{file: {"bytes", "sha256"}}`` of all."""
     journal, done = target / JOURNAL, {}
     if journal.exists():
-        known = files.read_json(journal)
-        _check_same(target, known, plan)
-        for name, entry in known["shards"].items():
+        for name, entry in files.read_json(journal)["shards"].items():
             if (target / name).is_file() and file_hash(target / name) == entry["sha256"]:
                 done[name] = entry
         print(f"resuming at {len(done)}/{len(shards)} shards")

@@ -38,10 +38,10 @@ _TOKENIZER_FILES = (
     "merges.txt", "chat_template.jinja",
 )  # fmt: skip
 _CONFIG = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
-_SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-_SENTENCEPIECE = _SPECIAL | {
+_SENTENCEPIECE = {
     "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True,
-    "clean_up_tokenization_spaces": False, "model_max_length": 2048,
+    "clean_up_tokenization_spaces": False, "model_max_length": 2048, "bos_token": "<s>", "eos_token": "</s>",
+    "unk_token": "<unk>",
 }  # fmt: skip
 
 
@@ -339,7 +339,6 @@ def _write_small(target: Path, *, config: Mapping[str, Any], dtype: str, tokeniz
         "rope_parameters": {"rope_type": "default", "rope_theta": config["rope_theta"]},
     }  # fmt: skip
     files.write_json(target / "config.json", text | dict(config))
-    files.write_json(target / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
     is_sentencepiece = (tokenizer / "tokenizer.model").exists()
     for name in ("tokenizer.model",) if is_sentencepiece else _TOKENIZER_FILES:
         if (tokenizer / name).exists():
@@ -348,4 +347,3 @@ def _write_small(target: Path, *, config: Mapping[str, Any], dtype: str, tokeniz
     if is_sentencepiece:
         # Old folders carry empty or wrong special tokens (decapoda, early v0 deltas): ours are written instead.
         files.write_json(target / "tokenizer_config.json", _SENTENCEPIECE)
-        files.write_json(target / "special_tokens_map.json", _SPECIAL)

@@ -125,7 +125,6 @@ def write_tokenizer(folder: Path, fields: Mapping[str, Any]) -> None:
         "clean_up_tokenization_spaces": False, "chat_template": fields["tokenizer.chat_template"],
     }  # fmt: skip
     files.write_json(folder / "tokenizer_config.json", settings | names)
-    files.write_json(folder / "special_tokens_map.json", names)
 
 
 def _imagebind() -> dict[str, torch.Tensor]:

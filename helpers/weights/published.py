@@ -182,14 +182,13 @@ def _anomalyclip(shapes: Shapes) -> Layout:
     n_context, width = _shape(shapes, f"{prefix}ctx_pos", 4)[2:]
     n_text = _shape(shapes, f"{prefix}tokenized_prompts_pos", 3)[2]
     n_replaced = _shape(shapes, f"{prefix}compound_prompts_text.0", 2)[0]
-    kept: dict[str, tuple[int, ...]] = {}
-    for side in ("pos", "neg"):
-        kept[f"ctx_{side}"] = (1, 1, n_context, width)
-        kept[f"token_prefix_{side}"] = (1, 1, 1, width)
-        kept[f"token_suffix_{side}"] = (1, 1, n_text - 1 - n_context, width)
-        kept[f"tokenized_prompts_{side}"] = (1, 1, n_text)
-    for i in range(_count(shapes, re.escape(prefix) + r"compound_prompts_text\.(\d+)$")):
-        kept[f"compound_prompts_text.{i}"] = (n_replaced, width)
+    sides = {
+        "ctx": (1, 1, n_context, width), "token_prefix": (1, 1, 1, width),
+        "token_suffix": (1, 1, n_text - 1 - n_context, width), "tokenized_prompts": (1, 1, n_text),
+    }  # fmt: skip
+    kept = {f"{name}_{side}": shape for side in ("pos", "neg") for name, shape in sides.items()}
+    n_deep = _count(shapes, re.escape(prefix) + r"compound_prompts_text\.(\d+)$")
+    kept |= {f"compound_prompts_text.{i}": (n_replaced, width) for i in range(n_deep)}
     unused = {name: shape for name, shape in shapes.items() if name.startswith(f"{prefix}compound_prompt_projections")}
     return {name: prefix + name for name in kept}, {prefix + name: shape for name, shape in kept.items()}, {}, unused
 

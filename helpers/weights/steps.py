@@ -112,9 +112,6 @@ def check(route: Route) -> None:
                 f"AnomalyGPT files exist for 7B only."
             )
     print(f"✓ they fit each other: language model {hidden} wide, image vector {joint}, image tower {width}")
-    source = folders.read_ready(folder["vicuna"])["source"]
-    if "delta_to_base" in source:
-        print(f"✓ Vicuna is LLaMA + delta {source['version']}; the delta is {source['delta_to_base']} of LLaMA in size")
 
 
 def _get(route: Route, file: WeightFile) -> None:
