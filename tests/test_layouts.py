@@ -193,6 +193,8 @@ LABELS = [
     ("image,kind", "{f},{l}", "n/a", "face swap", "face_swap"),
     ("image,label", "{f},{l}", "good", "bent", "bent"),
     ("image,is_defect", "{f},{l}", "no", "yes", "anomaly"),
+    ("image,genuine", "{f},{l}", "yes", "no", "anomaly"),
+    ("image,is_authentic", "{f},{l}", "1", "0", "anomaly"),
     ("image,fake", "{f},{l}", 0, 1, "anomaly"),
     (" Image , Label ,label", "{f}, {l} ,x", "genuine", "forgery", "forgery"),
 ]
@@ -212,6 +214,12 @@ NO_LABELS = [
 def test_labels_of_tables(pictures: Path, header: str, row: str, good: str, bad: str, kind: str, encoding: str) -> None:
     counts = found(table(pictures, header, row, good, bad, encoding=encoding))[0]
     assert counts == {"set/train/good": 4, f"set/test/{kind}": 2}
+
+
+def test_a_folder_inside_that_says_nothing_is_named(tmp_path: Path) -> None:
+    tree(tmp_path, "mona 3, mona/odd 2")
+    counts, _, reading = found(tmp_path)
+    assert counts == {"mona/train/good": 5} and ["mona/odd"] in reading.notes.values()
 
 
 @pytest.mark.parametrize("header, row, words", NO_LABELS)

@@ -202,7 +202,7 @@ def read_tree(root: Path) -> FolderReading:
     if not tree.is_labelled:
         reading.layout = GENUINE_ONLY
         inner = sorted({"/".join(file.head[:2]) for file in files if file.head[1:]})
-        reading.notes["not artworks of their own"] = inner if inner[1:] else []
+        reading.notes["not artworks of their own"] = inner if len({file.head[:2] for file in files}) > 1 else []
     return reading
 
 
@@ -334,6 +334,10 @@ def _frame(table: Path, reading: FolderReading) -> tuple[pd.DataFrame, list[str]
     aliases["label"] += [name for name in columns if names.meaning_of(name.removeprefix("is_")).kind]  # is_defect
     known = {meaning: columns[name] for meaning, found in aliases.items() for name in found[::-1] if name in columns}
     unknown = [name for name in map(str, frame) if name not in known.values() and not name.startswith("Unnamed")]
+    label, (yes, no) = known.get("label", ""), (names.vocabulary()[f"cell {kind}"] for kind in (ANOMALY_KIND, NORMAL_KIND))
+    if names.meaning_of(names.plain(str(label)).removeprefix("is_")).kind == NORMAL_KIND:  # "genuine: yes" is no anomaly
+        turned = dict.fromkeys(yes, NORMAL_KIND) | dict.fromkeys(no, ANOMALY_KIND)
+        frame[label] = frame[label].map(lambda cell: turned.get(cell.casefold(), cell))
     return frame[[*known.values()]].set_axis([*known], axis=1), unknown
 
 
