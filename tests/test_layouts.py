@@ -217,7 +217,7 @@ def test_labels_of_tables(pictures: Path, header: str, row: str, good: str, bad:
 
 
 def test_a_folder_inside_that_says_nothing_is_named(tmp_path: Path) -> None:
-    tree(tmp_path, "mona 3, mona/odd 2")
+    tree(tmp_path, "mona 3", "mona/odd 2")
     counts, _, reading = found(tmp_path)
     assert counts == {"mona/train/good": 5} and ["mona/odd"] in reading.notes.values()
 

@@ -334,9 +334,10 @@ def _frame(table: Path, reading: FolderReading) -> tuple[pd.DataFrame, list[str]
     aliases["label"] += [name for name in columns if names.meaning_of(name.removeprefix("is_")).kind]  # is_defect
     known = {meaning: columns[name] for meaning, found in aliases.items() for name in found[::-1] if name in columns}
     unknown = [name for name in map(str, frame) if name not in known.values() and not name.startswith("Unnamed")]
-    label, (yes, no) = known.get("label", ""), (names.vocabulary()[f"cell {kind}"] for kind in (ANOMALY_KIND, NORMAL_KIND))
-    if names.meaning_of(names.plain(str(label)).removeprefix("is_")).kind == NORMAL_KIND:  # "genuine: yes" is no anomaly
-        turned = dict.fromkeys(yes, NORMAL_KIND) | dict.fromkeys(no, ANOMALY_KIND)
+    label, cells = known.get("label", ""), names.vocabulary()
+    if names.meaning_of(names.plain(str(label)).removeprefix("is_")).kind == NORMAL_KIND:  # "genuine: yes": no anomaly
+        turned = dict.fromkeys(cells[f"cell {ANOMALY_KIND}"], NORMAL_KIND)
+        turned |= dict.fromkeys(cells[f"cell {NORMAL_KIND}"], ANOMALY_KIND)
         frame[label] = frame[label].map(lambda cell: turned.get(cell.casefold(), cell))
     return frame[[*known.values()]].set_axis([*known], axis=1), unknown
 
