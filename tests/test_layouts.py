@@ -73,6 +73,7 @@ def test_trees_are_understood(tmp_path: Path, places: str, words: str, n_masks: 
 # Folders and pictures -> a word of the refusal, when nothing genuine is left. What may be read two ways is not guessed.
 REFUSED = {
     "0 2, 1 2": "may be labels or paintings",
+    "mona/before 2, mona/after 2": "may be labels or paintings",
     "mona/class_0 2, mona/class_1 2": "may be labels or paintings",
     "images 2, masks m2": "no folder says what it is",
     "test/lesion 2, ground_truth/lesion m2": "lesion +2 +2",
@@ -99,6 +100,8 @@ LEFT_OUT = {
     "train/mona 2, train/mona/fake 1": ("train/mona/fake/000.png", "normal pictures only"),
     "good 2, good/old_copies 1": ("good/old_copies/000.png", "says otherwise"),
     "good 2, bad/good 1": ("bad/good/000.png", "two things"),
+    "x.png, y.png, fake_1.png": ("fake_1.png", "says otherwise"),
+    "train/mona 2, train/mona/mona forgery.png": ("train/mona/mona forgery.png", "says otherwise"),
     "mona_fake 1, pearl 3": ("mona_fake/000.png", "says otherwise"),
     "bad ones of mona 1, pearl 3": ("bad ones of mona/000.png", "says otherwise"),
     "train/mona 3, train/mona_forgeries 1, test/good/mona.png": ("train/mona_forgeries/000.png", "says otherwise"),

@@ -143,8 +143,10 @@ class Tree:
             raise DatasetError("anomalous, so not used: detectors learn from normal pictures only")
         if is_anomalous and not file.where and _MASK_STEM.search(file.path.stem):
             raise DatasetError("named like a mask, but its picture is not beside it")
-        if not is_anomalous and any(map(names.says_forged, (*unlabelled, *tail))):
-            raise DatasetError("would be taken for genuine, but a folder above it says otherwise: rename or move that")
+        stems = () if labels or file.where else (file.path.stem,)
+        if not is_anomalous and any(map(names.says_forged, (*unlabelled, *tail, *stems))):
+            way = "rename that, or move genuine ones into good/"
+            raise DatasetError(f"would be taken for genuine, but its name or a folder above it says otherwise: {way}")
         return head, Sample(file.path, "", is_anomalous, file.mask if is_anomalous else None, split, kind, file.group)
 
     def read_into(self, reading: FolderReading) -> list[File]:
@@ -191,7 +193,7 @@ def read_tree(root: Path) -> FolderReading:
     for path in paths:
         said, bare = [meanings[name] for name in path.relative_to(root).parts[:-1]], _bare(path.stem)
         if None in said:
-            why = "0/ and 1/ (yes/ and no/ ...) may be labels or paintings: say good/ and bad/"
+            why = "0/ and 1/ (before/ and after/ ...) may be labels or paintings: say good/ and bad/"
             reading.left_out.append((path, why))
         elif any(one.is_mask for one in said) or (bare != path.stem and (path.parent, bare) in stems):
             masks.append(File(path, said))
