@@ -7,13 +7,8 @@ from pathlib import Path
 
 import pytest
 
-GOLDEN = Path(__file__).parent / "golden"
-
-
-@pytest.fixture(scope="session")
-def parity_fixtures() -> Path:
-    """Folder of the reference numbers: ``PARITY_FIXTURES``, by default the copy in ``tests/golden``."""
-    return Path(os.environ.get("PARITY_FIXTURES") or GOLDEN)
+FIXTURES = Path(os.environ.get("PARITY_FIXTURES") or Path(__file__).parent / "golden")
+"""Folder of the reference numbers."""
 
 
 @pytest.fixture

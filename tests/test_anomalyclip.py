@@ -7,11 +7,11 @@ import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import open_clip
 import pytest
+import tiny_clip
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -20,34 +20,25 @@ from tiny_dataset import write_dataset, write_pictures
 from helpers import data, files
 from helpers.anomalyclip import detector, model, training
 from helpers.anomalyclip.model import PromptLearner
-from helpers.clip.backbones import square_preprocess
+from helpers.clip.backbones import Network
 from helpers.data import images
 from helpers.judge.statistics import conformal_threshold
 from helpers.records import Sample
 from helpers.training import TrainingStopped
 
 
-def tiny_clip(*, seed: int = 0, quick_gelu: bool = True) -> SimpleNamespace:
-    torch.manual_seed(seed)
-    vision = {"image_size": 24, "patch_size": 8, "width": 64, "layers": 4, "head_width": 32}
-    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 3}
-    towers = open_clip.CLIP(24, vision, text, quick_gelu=quick_gelu).eval().requires_grad_(False)
-    tokenizer, preprocess = open_clip.get_tokenizer("ViT-B-32"), square_preprocess(32)
-    return SimpleNamespace(model=towers, tokenizer=tokenizer, preprocess=preprocess, model_id=f"tiny/seed {seed}/32")
+@pytest.fixture(scope="module")
+def clip() -> Network:
+    return tiny_clip.clip()
 
 
 @pytest.fixture(scope="module")
-def clip() -> SimpleNamespace:
-    return tiny_clip()
-
-
-@pytest.fixture(scope="module")
-def learner(clip: SimpleNamespace) -> PromptLearner:
+def learner(clip: Network) -> PromptLearner:
     return PromptLearner(clip.model, clip.tokenizer, seed=1)
 
 
 @pytest.fixture(scope="module")
-def ours(clip: SimpleNamespace, learner: PromptLearner) -> detector.Detector:
+def ours(clip: Network, learner: PromptLearner) -> detector.Detector:
     return detector.build_detector(clip, learner, sigma=1.0)
 
 
@@ -74,14 +65,14 @@ def test_what_does_not_fit_is_refused(clip, learner: PromptLearner) -> None:
     with pytest.raises(ValueError, match="do not fit"):
         PromptLearner(clip.model, clip.tokenizer, n_deep=3)
     with pytest.raises(ValueError, match="quick GELU"):
-        detector.build_detector(tiny_clip(quick_gelu=False), learner)
+        detector.build_detector(tiny_clip.clip(quick_gelu=False), learner)
     resnet = open_clip.CLIP(16, {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}, {"width": 32, "heads": 2})
     with pytest.raises(ValueError, match="vision transformer"):
         model.check_clip(resnet)
 
 
 def test_without_dual_blocks_it_is_plain_clip_and_their_number_matters(clip, ours: detector.Detector) -> None:
-    visual, pixels = clip.model.visual, torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(2))
+    visual, pixels = clip.model.visual, torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     maps = [replace(ours, first_dual_block=n).detect(pixels)[1] for n in (0, 1, 4)]
     assert all(np.abs(one - maps[2]).max() > 1e-4 for one in maps[:2]) and maps[0].dtype == np.float32
     feature, (tokens,) = model.dual_path(visual, pixels, first_dual_block=4, taps=[4])
@@ -96,9 +87,7 @@ def test_random_prompts_leave_the_random_state_alone(clip) -> None:
     assert torch.equal(torch.get_rng_state(), state) and torch.equal(one.ctx_pos, two.ctx_pos)
 
 
-def test_prompts_survive_the_file_belong_to_one_clip_and_wrong_ones_are_refused_by_name(
-    clip, learner, tmp_path
-) -> None:
+def test_prompts_survive_the_file_belong_to_one_clip_and_wrong_ones_are_refused(clip, learner, tmp_path) -> None:
     path = tmp_path / "model.safetensors"
     files.write_bytes(path, model.as_bytes(learner))
     loaded, state = model.load_prompts(path, clip), load_file(path)
@@ -106,7 +95,7 @@ def test_prompts_survive_the_file_belong_to_one_clip_and_wrong_ones_are_refused_
     assert model.prompts_hash(loaded) == model.prompts_hash(learner)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     with pytest.raises(ValueError, match="another CLIP"):
-        model.load_prompts(path, tiny_clip(seed=3))
+        model.load_prompts(path, tiny_clip.clip(seed=3))
     with pytest.raises(FileNotFoundError, match="01_prepare_weights"):
         model.load_prompts(tmp_path / "none.safetensors", clip)
     for name, tensor in (

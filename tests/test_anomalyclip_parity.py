@@ -7,7 +7,6 @@ fixture holds inputs, weights, intermediate and final values. Another folder of 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from helpers.anomalyclip import detector, model, training
-from tests.conftest import GOLDEN
+from tests.conftest import FIXTURES
 
-FOLDER = Path(os.environ.get("PARITY_FIXTURES") or GOLDEN)
+FILES = sorted(FIXTURES.glob("anomalyclip_seed*.safetensors"))
 
 
 class Reference:
@@ -64,10 +63,10 @@ class Reference:
 
 
 def test_there_are_fixtures() -> None:
-    assert list(FOLDER.glob("anomalyclip_seed*.safetensors")), f"none in {FOLDER}"
+    assert FILES, f"no anomalyclip_seed*.safetensors in {FIXTURES}"
 
 
-@pytest.fixture(scope="module", params=sorted(FOLDER.glob("anomalyclip_seed*.safetensors")), ids=lambda path: path.stem)
+@pytest.fixture(scope="module", params=FILES, ids=lambda path: path.stem)
 def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return Reference(request.param, tmp_path_factory.mktemp("prompts"))
 

@@ -7,8 +7,6 @@ the differences that a correct implementation showed (specification, Appendix A)
 from __future__ import annotations
 
 import dataclasses
-import os
-from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -19,13 +17,13 @@ import torch
 from helpers.anomalygpt import conversations, imagebind, language
 from helpers.anomalygpt import model as anomalygpt
 from helpers.anomalygpt import training as t
+from tests.conftest import FIXTURES
 
-FOLDER = Path(os.environ.get("PARITY_FIXTURES") or Path(__file__).parent / "golden")
-FILES = sorted(FOLDER.glob("anomalygpt_seed*.safetensors"))
+FILES = sorted(FIXTURES.glob("anomalygpt_seed*.safetensors"))
 
 
 def test_there_is_a_fixture():
-    assert FILES, f"no anomalygpt_seed*.safetensors in {FOLDER}"
+    assert FILES, f"no anomalygpt_seed*.safetensors in {FIXTURES}"
 
 
 @pytest.fixture(scope="module", params=FILES, ids=lambda path: path.stem)
@@ -44,9 +42,8 @@ def close(found, expected, atol):
 def test_preprocessing_is_identical(chain, picture, mode, key):
     model, _, fixture = chain
     pixels = fixture["in.rect_u8"].numpy() if picture == "rect" else tiny.image(fixture, picture)
-    close(
-        imagebind.preprocess(pixels, model.image_tower.image_size, mode=mode)[:, ::7, ::7], fixture[f"pre.{key}_s7"], 0
-    )
+    found = imagebind.preprocess(pixels, model.image_tower.image_size, mode=mode)
+    close(found[:, ::7, ::7], fixture[f"pre.{key}_s7"], 0)
 
 
 def test_image_embedding_and_taps(chain):
@@ -59,19 +56,13 @@ def test_image_embedding_and_taps(chain):
 
 
 @pytest.mark.parametrize("name", ["bottle", "object"])
-def test_text_pair(chain, name):
+def test_sentences_are_tokenised_and_embedded_as_published(chain, name):
     _, clip, fixture = chain
     tokens = [fixture[f"text.tokens_{name}_{state}"].long() for state in ("normal", "abnormal")]
     close(imagebind.encode_text_pair(clip, tokens), fixture[f"text.feats_{name}"][0], 6e-7)
-
-
-@pytest.mark.parametrize("name", ["bottle", "object"])
-def test_sentences_are_tokenised_as_published(chain, name):
-    _, _, fixture = chain
-    used = fixture["text.clip_ids_used"].long()
-    for state, sentences in zip(("normal", "abnormal"), imagebind.sentences(name), strict=True):
-        published = used[fixture[f"text.tokens_{name}_{state}"].long()]
-        assert torch.equal(open_clip.get_tokenizer("ViT-H-14")(sentences), published)
+    for published, sentences in zip(tokens, imagebind.sentences(name), strict=True):
+        found = open_clip.get_tokenizer("ViT-H-14")(sentences)
+        assert torch.equal(found, fixture["text.clip_ids_used"].long()[published])
 
 
 def test_raw_text_embedding_carries_the_logit_scale(chain):
@@ -95,22 +86,17 @@ def test_decoder(chain):
     assert look.scores == pytest.approx(float(fixture["dec.map"].max()), abs=1.4e-5)
 
 
-def test_one_shot(chain):
+def test_one_shot_and_two(chain):
     model, _, fixture = chain
-    query, normal = tiny.image(fixture, "query"), tiny.image(fixture, "normal0")
+    query, normal, other = (tiny.image(fixture, name) for name in ("query", "normal0", "normal1"))
     features = model.image_tower.embed_images([query])
     bank = model.bank([normal])
     close(anomalygpt.bank_similarity(features.taps, bank)[:, 0].unflatten(1, (16, 16)), fixture["fs.sim16_1shot"], 8e-6)
     look = model.look(features, references=bank)
     close(look.maps[:, None], fixture["fs.map_1shot"], 8e-6)
     close(look.prompts, fixture["pl.out_1shot"], 1.2e-5)
-
-
-def test_two_shots(chain):
-    model, _, fixture = chain
-    normals = [tiny.image(fixture, "normal0"), tiny.image(fixture, "normal1")]
-    look = model.look([tiny.image(fixture, "query"), normals[0]], references=normals)
-    close(look.maps[0, ::7, ::7], fixture["fs.map_2shot_s7"], 8e-6)
+    two = model.look([query, normal], references=[normal, other])
+    close(two.maps[0, ::7, ::7], fixture["fs.map_2shot_s7"], 8e-6)
 
 
 def test_rotated_bank(chain):
@@ -206,6 +192,7 @@ def test_losses_and_gradients(chain, case):
 
 def test_conversation_targets_are_the_published_ones(chain):
     model, _, fixture = chain
+    assert conversations.question("bottle") == tiny.QUESTION
     answers = [conversations.answer(False), conversations.answer(True, ["bottom right"])]
     texts = [t.question_and_answer(model.language.tokens, tiny.QUESTION, a) for a in answers]
     ids, targets = t.pad_texts(texts, model.language.tokens.pad_id)
@@ -213,7 +200,3 @@ def test_conversation_targets_are_the_published_ones(chain):
     assert torch.equal(targets, fixture["train.target_ids"].long())
     mask = (ids != model.language.tokens.pad_id).int()
     assert torch.equal(mask, fixture["train.attention_mask"].int())
-
-
-def test_the_question_equals_the_fixture_s():
-    assert conversations.question("bottle") == tiny.QUESTION

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -57,7 +59,10 @@ def test_what_cannot_be_opened_gets_a_sentence(tmp_path: Path) -> None:
             chat.receive_picture("../../evil.png", content)
 
 
-def test_a_path_may_be_quoted_and_an_upload_is_the_picture_unless_it_is_large(made, monkeypatch) -> None:
+def test_a_path_may_be_quoted_an_upload_is_the_picture_unless_it_is_large_and_samples_show_all(made, monkeypatch):
+    assert list(chat.sample_pictures(made[1])) == [
+        "One: box", "One: replica", "One: genuine", "Two: box", "Two: replica", "Two: genuine"
+    ]  # fmt: skip
     sample = made[1].samples[0]
     content = sample.image_path.read_bytes()
     assert chat.open_picture(f' "{sample.image_path}" ').sha256 == sample.sha256
@@ -69,22 +74,14 @@ def test_a_path_may_be_quoted_and_an_upload_is_the_picture_unless_it_is_large(ma
         chat.receive_picture("a.png", content)
 
 
-def test_samples_show_every_painting_genuine_and_not(made) -> None:
-    samples = chat.sample_pictures(made[1])
-    assert list(samples) == ["One: box", "One: replica", "One: genuine", "Two: box", "Two: replica", "Two: genuine"]
-
-
 def test_questions_are_cleaned_or_refused() -> None:
-    assert (
-        chat.clean_question(" Is it\n whole?\x00 ") == "Is it whole?"
-        and chat.clean_question("完整吗 🎨") == "完整吗 🎨"
-    )
+    assert chat.clean_question(" Is it\n whole?\x00 完整吗 🎨") == "Is it whole? 完整吗 🎨"
     for text in ("", " \n\t", "\x00\x07", "why? " * 2000):
         with pytest.raises(BadInput):
             chat.clean_question(text)
 
 
-def test_verdicts_are_those_of_the_results(made, talk: chat.ChatSession) -> None:
+def test_verdicts_are_those_of_the_results_and_missing_detectors_are_named_with_the_notebook(made, talk) -> None:
     _, dataset, home = made
     for method in ("anomalygpt", "anomalyclip"):
         result = results.read(home / "results" / method, dataset.samples, dataset.folder, dataset.hash)
@@ -95,9 +92,6 @@ def test_verdicts_are_those_of_the_results(made, talk: chat.ChatSession) -> None
             assert found.anomaly_score == pytest.approx(prediction.anomaly_score, rel=1e-4)
             assert found.threshold == prediction.threshold and found.is_anomalous == prediction.is_predicted_anomalous
             assert found.p_value == pytest.approx(prediction.p_value)
-
-
-def test_detectors_that_are_missing_are_named_with_the_notebook(talk: chat.ChatSession, made) -> None:
     talk.choose(picture(made, "box"))
     table = detectors.table(talk.verdicts)
     assert len(table) == len(detectors.NOTEBOOKS)
@@ -108,9 +102,7 @@ def test_detectors_that_are_missing_are_named_with_the_notebook(talk: chat.ChatS
 def test_a_detector_that_fails_or_has_learnt_the_picture_says_so(made) -> None:
     model, dataset, home = made
 
-    def broken(category: str, pictures: list) -> list:
-        raise ValueError("too small")
-
+    broken = Mock(side_effect=ValueError("too small"))
     found = detectors.load(dataset, home / "results", {"anomalyclip": lambda: broken})
     talk = chat.ChatSession(model, found, settings=tiny.SETTINGS)
     talk.choose(picture(made, "box"))
@@ -120,21 +112,18 @@ def test_a_detector_that_fails_or_has_learnt_the_picture_says_so(made) -> None:
     assert detectors.LEARNT in [one.note for one in talk.verdicts]
 
 
-def test_an_unknown_painting_and_missing_results_are_refused(made, talk: chat.ChatSession, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="one, two"):
-        talk.choose(picture(made, "box"), category="three")
-    found = detectors.load(made[1], tmp_path, {})
-    with pytest.raises(ValueError, match="07_anomalygpt_test"):
-        chat.ChatSession(made[0], found, settings=tiny.SETTINGS)
-
-
-def test_an_own_picture_is_compared_with_the_chosen_painting(made, talk: chat.ChatSession) -> None:
+def test_an_own_picture_is_compared_with_the_chosen_painting_and_an_unknown_one_is_refused(made, talk, tmp_path):
     own = replace(picture(made, "replica", "two"), category=None)
     talk.choose(own, category="two")
     assert talk.category == "two"
     first = talk.own.anomaly_score
     talk.choose(own, category="one")
     assert talk.category == "one" and talk.own.anomaly_score != first
+    with pytest.raises(BadInput, match="one, two"):
+        talk.choose(picture(made, "box"), category="three")
+    found = detectors.load(made[1], tmp_path, {})
+    with pytest.raises(ValueError, match="07_anomalygpt_test"):
+        chat.ChatSession(made[0], found, settings=tiny.SETTINGS)
 
 
 def test_place_and_certainty_come_from_the_numbers(made, talk: chat.ChatSession, monkeypatch) -> None:
@@ -184,15 +173,20 @@ def test_detectors_against_map_and_words_are_said_and_free_answers_are_marked_as
     assert free.comment.startswith("Words that nothing has checked. Probably anomalous") and talk.words_say is False
 
 
-def test_fixed_questions_have_no_history_and_free_ones_only_free_turns(made, talk, monkeypatch) -> None:
+def test_fixed_questions_have_no_history_free_ones_only_free_turns_and_the_context_is_json(made, talk, monkeypatch):
     asked = says(monkeypatch, talk, "Yes, there is an anomaly in the image.")
     talk.choose(picture(made, "box"))
     for question in (ASKED, "What is in the middle?", WHERE, "Why?", ASKED):
         talk.ask(question)
     assert [len(one["history"]) for one in asked] == [0, 0, 1, 0]
     assert asked[2]["history"][0][0].endswith("What is in the middle?") and "painting one" in asked[2]["prompt"]
+    talk.threshold = talk.own.anomaly_score * 2
+    context = json.loads(json.dumps(talk.context()))
+    assert context["is_predicted_anomalous"] and not talk.map_says, "the words are judged"
+    assert context["category"] == "one" and context["answer"]
     talk.start_over()
     assert talk.history == [] and talk.words_say is None
+    assert chat.describe_place(np.zeros((9, 9)), 1.0) == "nothing exceeds the limit"
 
 
 def test_the_real_model_streams_its_answer_until_the_conversation_is_too_long(made, talk: chat.ChatSession) -> None:
@@ -205,29 +199,16 @@ def test_the_real_model_streams_its_answer_until_the_conversation_is_too_long(ma
         talk.ask("And now?")
 
 
-def test_the_context_is_json_and_says_what_was_judged(made, talk: chat.ChatSession, monkeypatch) -> None:
-    says(monkeypatch, talk, "No, there is no anomaly in the image.")
-    talk.choose(picture(made, "box"))
-    talk.ask(ASKED)
-    context = talk.context()
-    assert context["is_predicted_anomalous"] is False and context["category"] == "one" and context["answer"]
-    assert chat.describe_place(np.zeros((9, 9)), 1.0) == "nothing exceeds the limit"
-
-
 @pytest.fixture
-def ui(made, tmp_path: Path) -> widgets.ChatUI:
-    talk = tiny.session(*made)
-    log, transcripts = tmp_path / "feedback.jsonl", tmp_path / "chat"
-    return widgets.ChatUI(talk, chat.sample_pictures(made[1]), log=log, transcripts=transcripts)
+def ui(made, talk, tmp_path: Path) -> widgets.ChatUI:
+    places = {"log": tmp_path / "feedback.jsonl", "transcripts": tmp_path / "chat"}
+    return widgets.ChatUI(talk, chat.sample_pictures(made[1]), **places)
 
 
-def test_a_picture_is_there_from_the_start(ui: widgets.ChatUI) -> None:
+def test_a_picture_is_there_from_the_start_another_is_chosen_compared_and_the_threshold_moved(ui) -> None:
     assert ui.session.picture is not None and bytes(ui.image.value).startswith(b"\x89PNG")
     assert "of 2 detectors" in ui.line.value and "AnomalyCLIP" in ui.table.value
     assert ui.threshold.value == pytest.approx(ui.session.threshold, abs=1e-3)
-
-
-def test_choosing_comparing_and_moving_the_threshold(ui: widgets.ChatUI) -> None:
     ui.sample.value = "Two: replica"
     assert ui.session.category == ui.compared_with.value == "two"
     ui.compared_with.value = "one"
@@ -272,22 +253,23 @@ def test_no_text_becomes_markup(ui: widgets.ChatUI, monkeypatch) -> None:
     ui.send.click()
     ui.path.value = f"/{tiny.HOSTILE}"
     ui.save.click()
-    (page,) = (ui._transcripts).iterdir()
+    (page,) = ui._transcripts.iterdir()
     for text in (ui.talk.value, ui.message.value, ui.line.value, ui.table.value, page.read_text("utf-8")):
         assert "<script" not in text and "<img src=x" not in text
     assert "&lt;script" in ui.talk.value and "Written" in ui.message.value
 
 
 def test_an_exception_is_shown_and_kept(ui: widgets.ChatUI, monkeypatch) -> None:
-    def fail(*_given, **_options):
-        raise RuntimeError("<b>out of luck</b>")
-
+    fail = Mock(side_effect=RuntimeError("<b>out of luck</b>"))
     monkeypatch.setattr(type(ui.session.model), "ask", fail)
     ui.quick[0].click()
     assert ui.session.errors == ["RuntimeError: <b>out of luck</b>"]
     assert "&lt;b&gt;out of luck" in ui.message.value and "Traceback" in ui.message.value
     ui.quick[1].click()
     assert len(ui.session.history) == 1, "the chat goes on"
+    ui._busy = True
+    ui.quick[1].click()
+    assert len(ui.session.history) == 1, "an action during an action is ignored"
 
 
 def test_judgements_are_saved(ui: widgets.ChatUI) -> None:
@@ -301,9 +283,3 @@ def test_judgements_are_saved(ui: widgets.ChatUI) -> None:
     ui.verdict.value, ui.label.value, ui.region.value = "wrong", "genuine", "top"
     ui.give.click()
     assert "Clear one" in ui.message.value and ui.session.errors == []
-
-
-def test_an_action_during_an_action_is_ignored(ui: widgets.ChatUI) -> None:
-    ui._busy = True
-    ui.quick[0].click()
-    assert ui.session.history == []

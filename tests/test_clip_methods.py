@@ -28,7 +28,8 @@ ALL = one_class.METHODS
 def given(tmp_path_factory) -> SimpleNamespace:
     """A dataset, its networks and features, and what may be learnt from."""
     folder = tmp_path_factory.mktemp("clip")
-    dataset, models = tiny_clip.write_dataset(folder / "data"), tiny_clip.models(folder / "features")
+    dataset = tiny_clip.write_dataset(folder / "data")
+    models = features.Models(tiny_clip.clip(), tiny_clip.cnn(), folder / "features")
     embedded = features.embed_samples(dataset.samples, models)
     rows = methods.learning_rows(dataset, embedded, models, n_anomalies=36, seed=1)
     return SimpleNamespace(dataset=dataset, models=models, embedded=embedded, rows=rows)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import skimage.data
 import timm
+import tiny_clip
 import torch
 from tiny_clip import draw
 
@@ -28,13 +29,8 @@ def clip() -> backbones.Network:
 
 @pytest.fixture
 def models(clip, tmp_path) -> Models:
-    """With a real small CNN; the trained one is tested below and is too slow for every test here."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        pool = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
-        net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=4), torch.nn.ReLU(), *pool)
-    cnn = backbones.Network(net.eval().requires_grad_(False), backbones.square_preprocess(32), "small/seed 3/32")
-    return Models(clip, cnn, tmp_path / "cache", 3)
+    """With a small CNN; the trained one is tested below and is too slow for every test here."""
+    return Models(clip, tiny_clip.cnn(), tmp_path / "cache", 3)
 
 
 @pytest.fixture

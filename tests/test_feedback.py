@@ -111,7 +111,7 @@ def test_the_threshold_moves_into_the_gap_but_not_beyond_its_limits() -> None:
 
 def test_clip_detectors_learn_and_are_measured_on_the_test_set(tmp_path: Path) -> None:
     dataset = tiny_clip.write_dataset(tmp_path / "data")
-    models = tiny_clip.models(tmp_path / "cache")
+    models = features.Models(tiny_clip.clip(), tiny_clip.cnn(), tmp_path / "cache")
     embedded = features.embed_samples(dataset.samples, models)
     learn_from = methods.learning_rows(dataset, embedded, models, n_anomalies=0, seed=0)
     log = tmp_path / "feedback" / "simulated.jsonl"
@@ -139,10 +139,8 @@ def test_the_head_of_anomalygpt_learns_and_other_feedback_is_another_run(tmp_pat
     feedback.simulate_user(log, dataset, n_pictures=2, seed=1)
     confirmed, _, _ = feedback.sort_out(log, dataset)
     settings = pairs.HeadTraining(n_epochs=1, batch_size=4, max_pairs=4, n_tuning=0, wording="short")
-    about, before = (
-        {"settings": settings, "evaluation": tiny_chat.SETTINGS},
-        model.head.prompt_learner.base_prompts.clone(),
-    )
+    about = {"settings": settings, "evaluation": tiny_chat.SETTINGS}
+    before = model.head.prompt_learner.base_prompts.clone()
     table = feedback.teach_anomalygpt(model, dataset, confirmed, folder=tmp_path / "head", **about)
     assert table.index.tolist() == ["AnomalyGPT's words"] and 0 < table["p"].item() <= 1
     assert not before.equal(model.head.prompt_learner.base_prompts)

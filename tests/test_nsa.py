@@ -9,6 +9,7 @@ from numpy.random import RandomState
 from safetensors.numpy import load_file
 
 from helpers.synthesis import nsa
+from tests.conftest import FIXTURES
 
 
 def off_background(picture):
@@ -24,9 +25,9 @@ CASES = {  # the published settings of MVTec AD's carpet and bottle; the module'
 
 
 @pytest.fixture(scope="module")
-def reference(parity_fixtures):
+def reference():
     """The published samples, and pictures: each stored pixel repeated 2 x 2."""
-    stored = load_file(parity_fixtures / "anomalygpt_nsa.safetensors")
+    stored = load_file(FIXTURES / "anomalygpt_nsa.safetensors")
     pictures = {key[3:-3]: stored[key].repeat(2, axis=0).repeat(2, axis=1) for key in stored if key.startswith("in.")}
     return stored | pictures
 

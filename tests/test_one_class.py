@@ -32,9 +32,6 @@ def defaults(method: str) -> dict:
     return {name: getattr(QUICK[method], name) for name in SPACES[method]}
 
 
-# ------------------------------------------------------------------------------------------------------- detectors
-
-
 @pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
 def test_fused_products_are_mixed_cosines(weight):
     a, b = draw(5, 0, "a", 3), draw(4, 1, "b", 4)
@@ -51,12 +48,11 @@ def test_cosine_forest_and_lof_are_the_plain_loop_and_sklearns_with_the_sign_tur
         plain = [1 - np.mean(sorted(row)[-k:]) for row in similarity.astype(np.float64)]
         np.testing.assert_allclose(Cosine(cnn_weight=0.25, k=k).fit(rows).score(test), plain, atol=1e-6)
     learnt, queries = np.unique(one_class.fuse(normals, 0.5), axis=0), one_class.fuse(test, 0.5)
-    forest = IsolationForest(n_estimators=50, max_features=0.5, random_state=4).fit(learnt)
-    found = Forest(n_trees=50, max_features=0.5, seed=4).fit(rows).score(test)
-    np.testing.assert_allclose(found, -forest.score_samples(queries))
-    lof = LocalOutlierFactor(n_neighbors=7, novelty=True, metric="cosine").fit(learnt)
-    found = Lof(n_neighbors=7, metric="cosine").fit(rows).score(test)
-    np.testing.assert_allclose(found, -lof.score_samples(queries))
+    forest = IsolationForest(n_estimators=50, max_features=0.5, random_state=4)
+    lof = LocalOutlierFactor(n_neighbors=7, novelty=True, metric="cosine")
+    ours = Forest(n_trees=50, max_features=0.5, seed=4), Lof(n_neighbors=7, metric="cosine")
+    for one, plain in zip(ours, (forest, lof)):
+        np.testing.assert_allclose(one.fit(rows).score(test), -plain.fit(learnt).score_samples(queries))
 
 
 def test_patch_knn_is_the_plain_triple_loop():
@@ -157,9 +153,6 @@ def test_copies_do_not_blow_up_lof_and_it_cuts_its_neighbours_to_the_pictures_it
     assert Lof(n_neighbors=5).fit(rows).score(draw(10, 0, "t", 3)).max() < 100
     rows = Rows.of([sample_of(i) for i in range(4)], draw(4, 0, "n", 1))
     assert np.isfinite(Lof(n_neighbors=20).fit(rows).score(draw(3, 0, "t", 2))).all()
-
-
-# -------------------------------------------------------------------------------------------- search and calibration
 
 
 @dataclasses.dataclass(eq=False, repr=False)

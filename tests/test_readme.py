@@ -43,21 +43,15 @@ THEIRS = {
 """Messages of Colab, Drive, the hub and the system; all others in the troubleshooting table are our own."""
 
 
-def _troubles() -> list[str]:
+def test_troubleshooting_knows_what_users_meet_and_quotes_our_messages_as_they_are() -> None:
     section = README.partition("## Troubleshooting")[2].partition("\n## ")[0]
     rows = [line.split(" | ")[0] for line in section.splitlines() if line.startswith("| ")]
-    return [text for row in rows for text in re.findall(r"`([^`]+)`", row)]
-
-
-def test_troubleshooting_knows_what_users_meet() -> None:
-    assert len(_troubles()) >= 15 and set(_troubles()) >= THEIRS
-
-
-def test_our_messages_are_quoted_as_they_are() -> None:
+    troubles = {text for row in rows for text in re.findall(r"`([^`]+)`", row)}
+    assert len(troubles) >= 15 and troubles >= THEIRS
     files = [*sorted((profiles.REPOSITORY / "helpers").rglob("*.py")), profiles.REPOSITORY / "colab_setup.sh"]
     source = "\n".join(path.read_text(encoding="utf-8") for path in files)
     source = re.sub(r'"\n\s*f?"', "", source)  # a message goes on in the next line
-    for text in set(_troubles()) - THEIRS:
+    for text in troubles - THEIRS:
         assert all(part.strip() in source for part in re.split(r"\.\.\.|'", text)), text
 
 
@@ -83,12 +77,10 @@ def test_minutes_and_units_are_those_of_the_cost_table(stem: str) -> None:
     assert units.rstrip(" |") == f"{RATES['L4'] * stage.l4_minutes / 60:.1f}"
 
 
-def test_every_setting_of_the_environment_is_explained() -> None:
-    files = (profiles.REPOSITORY / "helpers").rglob("*.py")
-    asked = {name for path in files for name in re.findall(r'environ\.get\("(ART_[A-Z_]+)"', path.read_text("utf-8"))}
+def test_every_setting_of_the_environment_and_every_room_is_explained() -> None:
+    helpers = profiles.REPOSITORY / "helpers"
+    text = "\n".join(path.read_text(encoding="utf-8") for path in helpers.rglob("*.py"))
+    asked = set(re.findall(r'environ\.get\("(ART_[A-Z_]+)"', text))
     assert asked and all(f"| `{name}` |" in README for name in asked)
-
-
-def test_every_room_stands_in_the_map_of_the_code() -> None:
-    rooms = [path for path in (profiles.REPOSITORY / "helpers").iterdir() if (path / "__init__.py").exists()]
+    rooms = [path for path in helpers.iterdir() if (path / "__init__.py").exists()]
     assert len(rooms) > 5 and all(f"`{room.name}/`" in README for room in rooms)

@@ -10,8 +10,9 @@ import open_clip
 import tiny_dataset
 import torch
 
-from helpers.clip import backbones, one_class
-from helpers.clip.features import Features, Models
+from helpers.clip import one_class
+from helpers.clip.backbones import Network, square_preprocess
+from helpers.clip.features import Features
 from helpers.clip.one_class import VIEW, Rows
 from helpers.records import Sample
 
@@ -19,22 +20,22 @@ PLAN = {"train": ["good"] * 8, "calibration": ["good"] * 4, "test": ["good"] * 3
 write_dataset = partial(tiny_dataset.write_dataset, categories=("harbour", "portrait"), plan=PLAN, shape=(40, 32))
 
 
-def models(cache_dir: Path) -> Models:
-    """A CLIP of 32 px and 4 x 4 patches and a CNN."""
-    vision = {"layers": 4, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32}
-    text = {"context_length": 8, "vocab_size": 16, "width": 16, "heads": 2, "layers": 1}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        net = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 5, stride=4), torch.nn.ReLU(), torch.nn.Flatten())
-        nets = open_clip.CLIP(16, vision, text), net
-    clip, cnn = (
-        backbones.Network(one.eval().requires_grad_(False), backbones.square_preprocess(side), name)
-        for one, side, name in zip(nets, (32, 20), ("tiny", "small"))
-    )
-    return Models(clip, cnn, cache_dir, 64)
+def clip(*, seed: int = 0, quick_gelu: bool = True) -> Network:
+    """A CLIP of 32 px and 4 x 4 patches."""
+    torch.manual_seed(seed)
+    vision = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 4, "head_width": 32}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 3}
+    towers = open_clip.CLIP(24, vision, text, quick_gelu=quick_gelu).eval().requires_grad_(False)
+    return Network(towers, square_preprocess(32), f"tiny/{seed}/32", open_clip.get_tokenizer("ViT-B-32"))
 
 
-# ------------------------------------------------------------------------------------------------- made-up features
+def cnn(*, seed: int = 3) -> Network:
+    """A CNN of 8 pooled features of 32 px."""
+    torch.manual_seed(seed)
+    pool = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=4), torch.nn.ReLU(), *pool)
+    return Network(net.eval().requires_grad_(False), square_preprocess(32), f"small/{seed}/32")
+
 
 KINDS = ("box", "line", "letter", "stain", "tear", "global")
 QUICK = {
