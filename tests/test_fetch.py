@@ -1,4 +1,4 @@
-"""Downloads from a hub on this machine that cuts, lies and refuses; folders that were cut between two files."""
+"""Downloads from a hub on this machine that cuts, lies and refuses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import torch
 from fake_hub import Hub, serve
 
 from helpers.weights import WeightFileError, fetch
-from helpers.weights.catalog import WeightFile
 from helpers.weights.fetch import DownloadError
 
 CONTENT = np.random.default_rng(0).integers(0, 256, 1_500_000, dtype=np.uint8).tobytes()
@@ -91,26 +90,6 @@ def test_content_that_stays_wrong_never_gets_the_name_and_refusals_say_what_to_d
     for hub.status in (401, 404, 503):
         with pytest.raises(DownloadError, match=rf"{hub.status}(.|\n)*put the file at .*x yourself"):
             fetch_x(hub, tmp_path)
-
-
-def test_a_folder_cut_between_any_two_files_is_completed(hub, tmp_path, monkeypatch):
-    check, n_files = fetch._check, 5  # the README is not needed
-    for n_whole in range(n_files):
-        file = WeightFile("vicuna", tmp_path / str(n_whole) / "model", "hub:some/model", 1, "MIT", True)
-        left = iter(range(n_whole))
-
-        def interrupted(*args: object, left: Iterator[int] = left) -> None:
-            if next(left, None) is None:
-                raise KeyboardInterrupt
-            check(*args)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(fetch, "_check", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                fetch_folder(hub, file.path, list_path=file.list_path)
-        assert not file.is_present
-        fetch_folder(hub, file.path, list_path=file.list_path)
-        assert file.is_present and len(list(file.path.iterdir())) == n_files
 
 
 def test_files_placed_by_hand_are_used_and_wrong_ones_left(hub, tmp_path):

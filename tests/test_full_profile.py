@@ -6,8 +6,6 @@ shapes without memory; disk is compared with the table of costs. ``gpu_walk.py -
 
 from __future__ import annotations
 
-import dataclasses
-
 import open_clip
 import pytest
 import timm
@@ -27,7 +25,7 @@ def full(monkeypatch: pytest.MonkeyPatch, clean_environment: None) -> profiles.P
     return profiles.active()
 
 
-def test_every_value_is_accepted_by_what_it_is_for(full: profiles.Profile, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_value_is_accepted_by_what_it_is_for(full: profiles.Profile) -> None:
     clip, gpt, prompts = full.clip, full.anomalygpt, full.anomalyclip
     assert (clip.model, clip.pretrained) in open_clip.list_pretrained() and timm.is_model_pretrained(clip.cnn_model)
     patch = open_clip.get_model_config(clip.model)["vision_cfg"]["patch_size"]
@@ -40,11 +38,6 @@ def test_every_value_is_accepted_by_what_it_is_for(full: profiles.Profile, monke
     needed = {f"anomalyclip/{prompts.prompts}", f"anomalygpt/{gpt.checkpoint}", "vicuna", "imagebind", "pandagpt"}
     route = catalog.route(full.weights_dir, full.weights)
     assert needed <= {file.component for file in route.files}
-    monkeypatch.setenv("ART_PROFILE", "mini")
-    other = profiles.active()
-    for field in dataclasses.fields(profiles.Profile):
-        ours, theirs = getattr(full, field.name), getattr(other, field.name)
-        assert ours is None or theirs is None or type(ours) is type(theirs), field.name
     peak, disk = route.disk_bytes / 1e9, {name: stage.disk_gb for name, stage in preflight.STAGES.items()}
     assert peak <= disk["01_prepare_weights"] < peak + 1.5, "the table of costs says what the route needs"
     total = peak + sum(disk.values()) - disk["01_prepare_weights"]

@@ -195,23 +195,15 @@ def test_a_second_run_needs_nothing_and_parts_that_do_not_fit_are_named(hub, tmp
         config.write_text(whole)
 
 
-def test_prompts_need_nobodys_consent_and_raw_files_stay_until_their_part_is_ready(hub, tmp_path, monkeypatch):
+def test_prompts_need_nobodys_consent_and_raw_files_stay_until_their_part_is_ready(hub, tmp_path):
     route = full_route(hub, tmp_path / "weights")
     steps.obtain_free(route)
     ready = [file.component for file in route.files if route.is_ready(file.component)]
     assert ready == ["anomalyclip/trained_on_visa", "anomalyclip/trained_on_mvtec"], "all that notebook 04 needs"
     steps.obtain(route, accept_licences=True)
-    n_raw, write_json = len(raw_files(route)), files.write_json
-
-    def no_ready(path: Path, value: object) -> None:
-        if path.name == folders.READY:
-            raise KeyboardInterrupt
-        write_json(path, value)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(files, "write_json", no_ready)
-        run(route)
-    assert len(raw_files(route)) == n_raw
+    before = raw_files(route)
+    (tmp_path / "deaths").write_text("")
+    assert is_killed(run_or_die, route, tmp_path / "deaths", folders.READY) and raw_files(route) == before
     assert run(route) and raw_files(route) == []
 
 

@@ -6,32 +6,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 from packaging.requirements import Requirement
 
 TESTS = Path(__file__).parent
+LINES = (TESTS.parent / "requirements.txt").read_text(encoding="utf-8").splitlines()
 BROUGHT_BY_US = {"open_clip_torch"}
-
-
-def _lines(path: Path) -> list[str]:
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
-
-
-REQUIREMENTS = [Requirement(line) for line in _lines(TESTS.parent / "requirements.txt")]
 
 
 def test_preinstalled_versions_satisfy_the_requirements_and_only_ours_are_capped() -> None:
     """A cap on a preinstalled package becomes a downgrade on the day Colab ships its next version."""
-    freezes: dict[str, dict[str, str]] = {}
-    for runtime, pin in (line.split() for line in _lines(TESTS / "colab_freeze.txt")):
-        freezes.setdefault(runtime, {}).update([pin.split("==")])
-    for runtime, freeze in freezes.items():
-        for one in REQUIREMENTS:
-            there = freeze.get(one.name)
-            if one.name in BROUGHT_BY_US:
-                assert there is None
-            elif one.specifier:
-                assert there is not None and one.specifier.contains(there), f"{one} has {there} on Colab {runtime}"
-    capped = {r.name for r in REQUIREMENTS if any(part.operator in ("<", "<=", "==", "~=") for part in r.specifier)}
+    columns = {"names": ["runtime", "name", "version"], "sep": " |==", "engine": "python", "dtype": str}
+    pins = pd.read_csv(TESTS / "colab_freeze.txt", comment="#", **columns)
+    requirements = [Requirement(line) for line in LINES if line and not line.startswith("#")]
+    for one in requirements:
+        there = pins[pins["name"] == one.name]
+        if one.name in BROUGHT_BY_US:
+            assert there.empty
+        elif one.specifier:
+            assert set(there["runtime"]) == set(pins["runtime"]), f"{one} is not everywhere"
+            assert all(map(one.specifier.contains, there["version"])), f"{one} is not there:\n{there}"
+    capped = {r.name for r in requirements if any(part.operator in ("<", "<=", "==", "~=") for part in r.specifier)}
     assert capped == BROUGHT_BY_US
 
 
