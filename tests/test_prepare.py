@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,6 +74,8 @@ def hub(site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         },
     }
     monkeypatch.setattr(fetch, "WAIT_SECONDS", 0.0)
+    # 50 ms in each killed process, and no address here begins with https
+    monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", lambda *_, **__: None)
     with serve(Hub(repositories)) as running:
         monkeypatch.setattr(fetch, "fetch_hub", functools.partial(fetch.fetch_hub, endpoint=running.url))
         yield running
