@@ -1,7 +1,5 @@
 """AnomalyCLIP beyond parity: wrong inputs, predictions on disk, auxiliary pictures, training of prompts."""
 
-from __future__ import annotations
-
 import math
 import os
 import pickle

@@ -4,8 +4,6 @@
 fixture holds inputs, weights, intermediate and final values. Another folder of fixtures: ``PARITY_FIXTURES``.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Tests of AnomalyGPT on a tiny dataset: numbers, answers, controls, what an interruption costs, few pictures."""
 
-from __future__ import annotations
-
 import dataclasses
 from types import SimpleNamespace
 

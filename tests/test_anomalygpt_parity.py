@@ -4,8 +4,6 @@
 the differences that a correct implementation showed (specification, Appendix A).
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

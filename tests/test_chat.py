@@ -1,7 +1,5 @@
 """The chat: pictures, verdicts, answers from numbers, words that contradict the map; and its widgets."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

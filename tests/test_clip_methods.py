@@ -1,7 +1,5 @@
 """The CLIP methods on a tiny real dataset on disk: what is learnt from, results, what is loaded, the report of 2024."""
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Questions, trained answers, and the strict reading of answers."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given, settings

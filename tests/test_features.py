@@ -1,8 +1,6 @@
 """Networks with real weights in the right places, and their features: the towers' own outputs, the same numbers from
 the cache, never old ones, and honest seconds."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import time
@@ -14,8 +12,8 @@ import timm
 import tiny_clip
 import torch
 from tiny_clip import draw
+from tiny_dataset import write_pictures
 
-from helpers import files
 from helpers.clip import backbones, features
 from helpers.clip.features import STEPS, Features, Models
 from helpers.data import images
@@ -34,17 +32,13 @@ def models(clip, tmp_path) -> Models:
 
 
 @pytest.fixture
-def pictures() -> list[np.ndarray]:
-    rng = np.random.default_rng(0)
-    return [rng.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8) for i in range(7)]
+def samples(tmp_path) -> list[Sample]:
+    return write_pictures(tmp_path, "art", {"train": ["good"] * 7}, shape=(24, 30))
 
 
 @pytest.fixture
-def samples(pictures, tmp_path) -> list[Sample]:
-    paths = [tmp_path / f"picture {i}.png" for i in range(len(pictures))]
-    for path, picture in zip(paths, pictures, strict=True):
-        images.save_png(path, picture)
-    return [Sample(path, "art", False, split="train", sha256=files.sha256_file(path)) for path in paths]
+def pictures(samples) -> list[np.ndarray]:
+    return [images.load_image(sample.image_path) for sample in samples]
 
 
 def test_features_are_the_towers_own_outputs(models, samples, pictures):

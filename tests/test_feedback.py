@@ -1,7 +1,5 @@
 """Feedback: what is written is read, test pictures are refused, learning is measured on the frozen test set."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,8 +1,6 @@
 """After a comparison: the history of evaluations (what is kept once, which falls are told from luck), and new pictures
 in the inbox (each scored once, labels in the words of any dataset folder, bad ones named)."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
@@ -89,9 +87,6 @@ def test_false_falls_are_rare_over_the_whole_report():
                 frames.append(facts.assign(series=str(method), method="clip_lof", **given))
         n_false += history.changes(pd.concat(frames)).is_fall.any()
     assert n_false / 25 <= 0.1
-
-
-# ------------------------------------------------------------------------------------------------------------ inbox
 
 
 def drop(folder: Path, **scores: int) -> None:

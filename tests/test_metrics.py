@@ -1,7 +1,5 @@
 """Metrics against published numbers, scikit-learn, and plain versions written here from the definitions."""
 
-from __future__ import annotations
-
 import math
 
 import cv2

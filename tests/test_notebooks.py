@@ -1,7 +1,5 @@
 """Every notebook runs in ``mini`` (nbmake collects them), and every notebook is fit to be read and reviewed."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys
@@ -142,9 +140,7 @@ def test_set_up_works_from_a_local_checkout(set_up: SimpleNamespace, capsys: pyt
     assert "✓ weights" in capsys.readouterr().out
 
 
-def test_set_up_clones_on_colab_once_and_installs(
-    set_up: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_set_up_clones_on_colab_once_and_installs(set_up, monkeypatch, tmp_path: Path) -> None:
     """A machine that has only the notebook: clone, then the script; the second time neither."""
     monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace())
     for name in [name for name in sys.modules if name.partition(".")[0] == "helpers"]:

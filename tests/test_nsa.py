@@ -1,7 +1,5 @@
 """Simulated anomalies: parity with the published code's samples, and what training relies on."""
 
-from __future__ import annotations
-
 import cv2
 import numpy as np
 import pytest

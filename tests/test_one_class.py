@@ -1,8 +1,6 @@
 """The five detectors, the search of their settings and their calibration: against plain versions and scikit-learn, what
 they promise, what may be seen by what, and what they must refuse."""
 
-from __future__ import annotations
-
 import dataclasses
 import zlib
 from typing import ClassVar

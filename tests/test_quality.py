@@ -1,7 +1,5 @@
 """The notebooks just run reach the quality of the recorded run: runs after them, on what they wrote."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The README shows the recorded run, and nothing it names is missing."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

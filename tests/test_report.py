@@ -1,10 +1,7 @@
 """report, figures: self-contained, escaped, complete, readable for any names, and honest about what is missing."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
-from collections.abc import Collection
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -51,27 +48,14 @@ class Reader(HTMLParser):
             assert name != "src" or value.startswith("data:image/"), (tag, value[:40])
 
 
-def compare(
-    folder: Path, answer: str = "", maps: Collection[str] = (), limits: dict | None = None, **given
-) -> Comparison:
-    """The comparison of two methods on a tiny dataset (``given`` says which)."""
-    dataset = tiny.make_dataset(folder / "data", **given)
-    dataset = dataclasses.replace(dataset, limits=limits or {})
-    return tiny.compare(folder / "results", dataset, maps=maps, answer=answer)
-
-
 def write(folder: Path, compared: Comparison) -> Path:
     return report.write_report(compared, folder / "index.html", report.draw_all(compared, folder / "figures"))
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
-    return compare(tmp_path_factory.mktemp("compared"), maps=tiny.SCORES)
-
-
-@pytest.fixture(scope="module")
-def page(compared: Comparison, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("page"), compared)
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("page")
+    return write(folder, tiny.compare(folder / "results", tiny.make_dataset(folder / "data"), maps=tiny.SCORES))
 
 
 def test_the_page_asks_nothing_describes_its_pictures_and_filters_without_a_script(page: Path) -> None:
@@ -87,8 +71,8 @@ def test_the_page_asks_nothing_describes_its_pictures_and_filters_without_a_scri
 
 def test_hostile_names_and_answers_stay_text(tmp_path: Path) -> None:
     kinds = tuple(HOSTILE_KIND if kind == "stain" else kind for kind in tiny.KINDS)
-    hostile = compare(tmp_path, HOSTILE_ANSWER, kinds=kinds, categories=(HOSTILE_CATEGORY, "zeta"))
-    reader = Reader(write(tmp_path, hostile))
+    dataset = tiny.make_dataset(tmp_path / "data", kinds=kinds, categories=(HOSTILE_CATEGORY, "zeta"))
+    reader = Reader(write(tmp_path, tiny.compare(tmp_path / "results", dataset, answer=HOSTILE_ANSWER)))
     reader.assert_asks_nothing_and_runs_nothing()
     assert "alert('kind')" in reader.text and HOSTILE_ANSWER in reader.text
     assert "onerror=alert(1)" in reader.text.lower()  # labels begin with capitals
@@ -117,7 +101,8 @@ def test_published_figures_stand_apart_with_their_denominators(page: Path) -> No
 
 def test_limits_of_few_sources_stand_beside_the_numbers(tmp_path: Path) -> None:
     words = "Harbour has one genuine picture: all is optimistic."
-    compared = compare(tmp_path, limits={"harbour": words})
+    dataset = dataclasses.replace(tiny.make_dataset(tmp_path / "data"), limits={"harbour": words})
+    compared = tiny.compare(tmp_path / "results", dataset)
     page = report.write_report(compared, tmp_path / "index.html", {}).read_text(encoding="utf-8")
     assert page.count(words) == 3 and words in report.table_html(compared)  # both tables, the list of limits
 
@@ -137,7 +122,8 @@ def test_odd_test_sets_still_make_a_page(kinds: tuple[str, ...] | None, tmp_path
 
 def test_many_paintings_with_long_and_foreign_names_stay_readable(tmp_path: Path) -> None:
     names = ("洛神赋图", *(f"painting_{n:02d}_{'with_a_very_long_name_' * 4}"[:98] for n in range(6)))
-    compared = compare(tmp_path, kinds=("good", "box", "replica"), categories=names)
+    dataset = tiny.make_dataset(tmp_path / "data", kinds=("good", "box", "replica"), categories=names)
+    compared = tiny.compare(tmp_path / "results", dataset)
     drawn = report.draw_all(compared, tmp_path / "figures")
     assert {"auroc", "auroc_2", "scores", "scores_2", "scores_3"} <= set(drawn)
     assert "洛神赋图" in Reader(report.write_report(compared, tmp_path / "index.html", drawn)).text

@@ -1,7 +1,5 @@
 """Synthetic anomalies: what lies outside a mask never changes, and the same seed gives the same bytes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import subprocess
@@ -55,8 +53,8 @@ def test_pixels_outside_the_mask_are_untouched(kind, shape, picture, seed):
 
 
 def test_what_cannot_be_seen_is_tinted_and_says_so():
-    black, *noise = np.zeros((64, 64, 3), np.uint8), _noise((16, 16)), _noise((33, 33)), _noise((64, 64))
-    cases = [(black, "moved", True), (_painting(), "moved", False), *((one, "poisson", False) for one in noise)]
+    cases = [(np.zeros((64, 64, 3), np.uint8), "moved", True), (_painting(), "moved", False)]
+    cases += [(_noise((side, side)), "poisson", False) for side in (16, 33, 64)]
     for image, kind, tinted in cases:
         for seed in range(5):
             assert synthesis.synthesize(image, kind, np.random.default_rng(seed))[2]["tinted"] == tinted
@@ -119,9 +117,7 @@ def test_visibility_is_difference_times_root_of_area():
     for side in (1, 2):  # one per cent: the value is the difference itself
         mask = (row < 10 * side) & (column < 10 * side)
         assert marks.visibility(original, red, mask) == pytest.approx((one, side * one))
-    striped = np.where(
-        column[..., None] % 2, original, red
-    )  # the mean over all pixels, not over a sample of one column
+    striped = np.where(column[..., None] % 2, original, red)  # the mean over all pixels, not a sample of one column
     assert marks.visibility(original, striped, row >= 0) == pytest.approx((one / 2, 10 * one / 2))
 
 
