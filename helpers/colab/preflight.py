@@ -22,7 +22,7 @@ _CHANGE_GPU = "Runtime > Change runtime type > L4 GPU"
 # GB of free GPU memory, of free memory, and of free disk from the very start.
 NEEDS = {"mini": (0, 3, 2), "full": (profiles.MIN_FULL_GPU_GB, 12, 65)}
 
-RATES = {"T4": 1.19, "L4": 1.71, "A100": 5.40, "A100 80GB": 7.52, "RTX PRO 6000": 8.71}
+RATES = {"A100 80GB": 7.52, "A100": 5.40, "T4": 1.19, "L4": 1.71, "RTX PRO 6000": 8.71}
 """Colab compute units per hour, users' measurements of 2026-03-10. Google changes them: edit this table."""
 
 
@@ -103,7 +103,7 @@ def costs(profile: profiles.Profile, gpu: str = "") -> pd.DataFrame:
     table, is_mini = pd.DataFrame(STAGES.values(), index=list(STAGES)), profile.name == "mini"
     minutes = table.mini_seconds / 60 if is_mini else table.l4_minutes.astype(float)
     found = pd.DataFrame({"state": states(profile.home), "minutes": minutes.round(1)}).rename_axis("notebook")
-    rate = RATES.get(rate_name(gpu))
+    rate = rate_of(gpu)
     units = "unknown" if rate is None else (rate * minutes / 60).map("{:.1f}".format)
     found["compute units"] = "none" if is_mini else units
     found["GB of disk"] = "below 1" if is_mini else table.disk_gb
@@ -114,7 +114,7 @@ def cost_note(profile: profiles.Profile, gpu: str = "") -> str:
     """Where the numbers of :func:`costs` come from."""
     if profile.name == "mini":
         return "Minutes were measured on 2 CPU cores."
-    rate = RATES.get(rate_name(gpu))
+    rate = rate_of(gpu)
     priced = f"{rate:g} units an hour (users, 2026-03-10)" if rate else f"no rate is known for {gpu or 'this machine'}"
     return (
         f"Estimates. Minutes: an L4, from sizes, not measured. Compute units: {priced}. Colab shows the rate in force "
@@ -122,14 +122,14 @@ def cost_note(profile: profiles.Profile, gpu: str = "") -> str:
     )
 
 
-def rate_name(gpu: str) -> str:
-    """Name of a GPU in the table of rates, empty when it is not there.
+def rate_of(gpu: str) -> float | None:
+    """The rate of a GPU by its name, None when it is not in the table.
 
-    >>> rate_name("NVIDIA A100-SXM4-80GB"), rate_name("NVIDIA L4"), rate_name("NVIDIA L40S")
-    ('A100 80GB', 'L4', '')
+    >>> rate_of("NVIDIA A100-SXM4-80GB"), rate_of("NVIDIA L4"), rate_of("NVIDIA L40S")
+    (7.52, 1.71, None)
     """
-    longest_first = sorted(RATES, key=len, reverse=True)
-    return next((name for name in longest_first if all(re.search(rf"\b{word}\b", gpu) for word in name.split())), "")
+    words = set(re.split(r"\W", gpu))
+    return next((rate for name, rate in RATES.items() if words >= set(name.split())), None)
 
 
 def gpu_name(device: str) -> str:

@@ -51,8 +51,7 @@ def write_folder(
         with FileLock(target / LOCK, timeout=0):
             known = [files.read_json(target / name) for name in (READY, JOURNAL) if (target / name).exists()]
             if any(one.get("plan") != plan for one in known):
-                way = "Delete it or take another."
-                raise WeightFileError(f"{target} was made, or begun, from other inputs or settings. {way}")
+                raise WeightFileError(f"{target} was made, or begun, from other inputs or settings. Delete it first.")
             if (target / READY).exists():
                 print(f"{component}: already complete in {target}")
                 return check(target)

@@ -73,8 +73,12 @@ def convert(family: str, source: Path, target: Path, *, allow_unknown: bool = Fa
         tensors |= {name: replace(t, dtype=torch.float16) for name, t in tensors.items() if name != "logit_scale"}
 
     def write_small(folder: Path) -> None:
-        if lora:
-            _write_adapter(folder, lora, config)
+        if lora:  # as peft.PeftModel.from_pretrained reads it
+            short = {name.removeprefix("llama_model.").replace(".default.", "."): t.whole() for name, t in lora.items()}
+            with files.atomic_path(folder / "adapter_model.safetensors") as temporary:
+                save_file(short, temporary, metadata={"format": "pt"})
+            extra = {"peft_type": "LORA", "inference_mode": True, "base_model_name_or_path": None}
+            files.write_json(folder / "adapter_config.json", config | extra)
         elif config:
             files.write_json(folder / "config.json", config)
 
@@ -205,17 +209,6 @@ def _in_our_form(name: str, stored: Tensor) -> Tensor:
     form = _FORMS[name][0]
     shape = tuple(form(torch.empty(stored.shape, device="meta")).shape)
     return replace(stored, shape=shape, rows=lambda start, stop: form(stored.whole())[start:stop])
-
-
-def _write_adapter(folder: Path, stored: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """PandaGPT's LoRA as ``peft.PeftModel.from_pretrained`` reads it."""
-    matrices = {
-        name.removeprefix("llama_model.").replace(".default.", "."): item.whole() for name, item in stored.items()
-    }
-    with files.atomic_path(folder / "adapter_model.safetensors") as temporary:
-        save_file(matrices, temporary, metadata={"format": "pt"})
-    extra = {"peft_type": "LORA", "inference_mode": True, "base_model_name_or_path": None}
-    files.write_json(folder / "adapter_config.json", dict(config) | extra)
 
 
 def _count(shapes: Shapes, pattern: str) -> int:

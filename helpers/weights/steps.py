@@ -36,11 +36,11 @@ def obtain(route: Route, *, accept_licences: bool) -> None:
             f"These files cannot be fetched for you. Put them exactly here, or give their folder as LLAMA_FOLDER, or "
             f"set BASE = 'huggingface', and run this cell again:\n{places}"
         )
-    terms = {f"{file.component} ({file.licence})" for file in missing}
-    restricted = sorted(term for term in terms if "NC" in term or "LLaMA" in term)
+    restricted = [file for file in missing if "NC" in file.licence or "LLaMA" in file.licence]
     if restricted and not accept_licences:
+        terms = sorted({f"{file.component} ({file.licence})" for file in restricted})
         raise PermissionError(
-            f"Not for commercial use: {', '.join(restricted)}. Read the licences at their sources in the table above, "
+            f"Not for commercial use: {', '.join(terms)}. Read the licences at their sources in the table above, "
             f"then set ACCEPT_LICENCES = True and run this cell again."
         )
     for file in missing:

@@ -170,9 +170,8 @@ def check_records(path: Path) -> None:
 
 
 def _shown(path: Path, what: str) -> IO[bytes]:
-    n_bytes = path.stat().st_size
-    title = f"{what} of {path.name}"
-    return tqdm.wrapattr(open(path, "rb"), "read", total=n_bytes, desc=title, disable=n_bytes < 5e8)
+    options = {"total": path.stat().st_size, "desc": f"{what} of {path.name}"}
+    return tqdm.wrapattr(open(path, "rb"), "read", **options, disable=options["total"] < 5e8)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
