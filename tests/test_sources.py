@@ -20,7 +20,7 @@ from PIL import Image
 
 from helpers import synthesis
 from helpers.anomalyclip import training
-from helpers.data import build, images, sources
+from helpers.data import images, sources
 from helpers.reference import genuine
 
 
@@ -50,8 +50,8 @@ def jpeg(picture: int | np.ndarray) -> bytes:
 
 
 SCAN, COPY, JOKE = "Mona_Lisa,_scan.jpg", "Prado copy (é).jpg", "L.H.O.O.Q.jpg"
-TITLES = [["mona_lisa", "good", SCAN], ["mona_lisa", "replica", COPY], ["mona_lisa", "reinterpretation", JOKE]]
-TITLES += [["mona_lisa", "member", "Category:Mona Lisa"]]
+TITLES = [["mona_lisa", "train/good", SCAN], ["mona_lisa", "test/replica", COPY]]
+TITLES += [["mona_lisa", "test/reinterpretation", JOKE], ["mona_lisa", "train/good", "Category:Mona Lisa"]]
 
 
 def unasked(scan: np.ndarray, picture: np.ndarray) -> str:
@@ -156,7 +156,7 @@ def test_wikimedia_writes_a_dataset_with_licences(commons: Commons, tmp_path: Pa
     assert [(row["author"], row["licence"], row["left_out"]) for row in rows] == [about] * 3
     assert commons.agents == {sources.USER_AGENT} and "https://" in sources.USER_AGENT
     commons.asked.clear()
-    again = build.source_for(None, builtin="wikimedia", target=tmp_path, max_side=96, seed=1, difference=unasked)
+    again = sources.wikimedia(tmp_path, unasked)
     assert again.samples == samples and not commons.asked
 
 
@@ -184,8 +184,7 @@ def test_members_of_the_category_are_sorted(commons: Commons, tmp_path: Path, mo
     assert all(reasons[path.stem] in why for path, why in left_out) and len(left_out) == len(reasons)
     assert max(n for name, n in Counter(commons.asked).items() if name != "api") == 1
     commons.asked.clear()
-    options = {"builtin": "wikimedia", "target": tmp_path, "max_side": 96, "seed": 1}
-    again = build.source_for(None, difference=genuine.difference, **options)
+    again = sources.wikimedia(tmp_path, genuine.difference)
     assert len(again.samples) == len(samples) and again.left_out == left_out and not commons.asked
     assert "mirror.jpg: it does not lie on the main scan" in again.describe()
 
@@ -211,7 +210,7 @@ def test_what_cannot_or_may_not_be_used_is_left_out(commons: Commons, tmp_path: 
     commons.trouble = {"bad.jpg": ["status 400"], "lost.jpg": ["status 404"], "busy.jpg": ["html"]}
     words |= {"bad.jpg": "answered 400", "lost.jpg": "answered 404", "busy.jpg": "cannot be read"}
     commons.files |= {name: jpeg(9 + i) for i, name in enumerate(("huge.tif", *commons.trouble))}
-    more = [["mona_lisa", "good", name] for name in list(words)[2:]]
+    more = [["mona_lisa", "train/good", name] for name in list(words)[2:]]
     monkeypatch.setattr(sources, "titles", lambda: TITLES + more)
     source = sources.wikimedia(tmp_path, unasked)
     samples, left_out = source.samples, source.left_out

@@ -1,5 +1,4 @@
 """Source pictures -> one frozen dataset: splits by source picture, re-photographs, anomalies with masks.
-
 Everything is saved as PNG: JPEG would change pixels outside the mask, and a detector could learn the compression."""
 
 import json
@@ -17,33 +16,19 @@ import pandas as pd
 from tqdm.contrib.concurrent import thread_map
 
 from helpers import files, results, synthesis
-from helpers.data import images, manifest, sources
+from helpers.data import images, manifest
 from helpers.data.layouts import FolderReading
 from helpers.data.manifest import Dataset
 from helpers.data.names import DatasetError, clean, unique
-from helpers.data.reading import read_folder
 from helpers.records import NORMAL_KIND, SPLITS, Sample
 
 RECORDS = "synthesis.jsonl"  # how each picture of the dataset came about, in the manifest's order
 ORIGINS = GENUINE, REPHOTOGRAPHED, REAL, SYNTHETIC = "genuine", "rephotographed", "real anomaly", "synthetic anomaly"
 TEST_KINDS = synthesis.LOCAL_KINDS + synthesis.REPORT_VARIATIONS  # of synthetic anomalies in a test set by default
 MIN_SIDE = 64  # pixels of a scroll's shorter side, at up to four times the longer side of the others
-MOST_TIMES = 3  # as many genuine pictures as asked for are used, at most: of more, every second or third ...
 CALIBRATION_SHARE = 0.3  # of the source pictures set thresholds, when there are test pictures of its own
 OWN_TEST_SHARES = (0.2, 0.3)  # of calibration and test when there are none; the rest is learnt from
 _KINDS = (*synthesis.LOCAL_KINDS, *synthesis.ANOMALOUS_VARIATIONS)
-
-
-def source_for(
-    data_source: Path | None, builtin: str, target: Path, *, max_side: int, seed: int, difference: sources.Difference
-) -> FolderReading:
-    """The user's pictures (a folder or CSV file) or, without them, ``builtin`` ones, written to ``target``:
-    :func:`~helpers.data.sources.embedded_artworks` or :func:`~helpers.data.sources.wikimedia`."""
-    if data_source is not None:
-        return read_folder(data_source)
-    if builtin == "embedded":
-        return sources.embedded_artworks(target, max_side=max_side, seed=seed)
-    return sources.wikimedia(target, difference)
 
 
 def build_dataset(
@@ -51,17 +36,12 @@ def build_dataset(
     kinds_held_out: Sequence[str] = synthesis.HELD_OUT_KINDS,
 ) -> Path:  # fmt: skip
     """Make and freeze a dataset in the MVTec layout; returns the path of ``manifest.csv``.
-
-    A frozen one of the same source and settings is kept, whatever library or machine made it; it is made again, and
-    that is said, when source pictures or settings changed or a file is gone. Pictures of one source picture (``group``)
-    stay in one split; with one or two of them splits share one, and ``limits`` in ``manifest.json`` says so. Damage is
-    done to test normals only, to each source picture about equally often; the source's own anomalies are all kept.
-
-    Args:
-        sizes: :class:`helpers.profiles.DataSettings`; the report's five kinds have the largest share of anomalies.
-        kinds, kinds_held_out: what the test set shows, and what of it no training may use (``ValueError``: unknown).
-    Raises:
-        DatasetError: ``target`` holds something else."""
+    A frozen one of the same source and settings is kept, whatever library or machine made it; else it is made again,
+    and that is said. Pictures of one source picture (``group``) stay in one split; with one or two of them splits share
+    one, and ``limits`` in ``manifest.json`` says so. Damage is done to test normals only, and the source's own
+    anomalies are all kept. ``sizes`` is a :class:`helpers.profiles.DataSettings`; ``kinds`` are what the test set
+    shows, ``kinds_held_out`` what of it no training may use (``ValueError``: unknown ones). ``DatasetError``:
+    ``target`` holds something else."""
     unknown = [kind for kind in (*kinds, *kinds_held_out) if kind not in _KINDS]
     if unknown or not kinds:
         raise ValueError(f"Kinds {', '.join(unknown) or 'are none'}: allowed are {', '.join(_KINDS)}.")
@@ -76,10 +56,9 @@ def build_dataset(
         _write(source, target, info)
     made = files.read_json(target / manifest.MANIFEST_JSON)
     # On another machine the same plan may draw pixels a grey level apart.
-    for name, was in made["machine"].items():
-        if was != here.get(name, was):
-            print(f"It was made with {name} {was}, here is {here[name]}, and is kept as it is.")
-    for note in (*made["notes"], *made["limits"].values()):
+    other = [f"{name} {was}, here {here[name]}" for name, was in made["machine"].items() if was != here.get(name, was)]
+    notes = [f"it was made with {'; '.join(other)}, and is kept as it is"] if other else []
+    for note in (*notes, *made["notes"], *made["limits"].values()):
         print(f"Note: {note}")
     return target / manifest.MANIFEST_CSV
 
@@ -113,7 +92,7 @@ class Job(Sample):
 def plan(samples: Sequence[Sample], settings: Mapping[str, Any]) -> tuple[list[Job], list[str], dict[str, str]]:
     """All pictures to make of usable source pictures, notes, and a sentence on the limits of each artwork with few;
     ``settings`` are those of ``manifest.json``, and the same input gives the same plan."""
-    jobs, notes, limits, taken = [], [], {}, set()
+    jobs, notes, limits, folders = [], [], {}, set()
     samples = [replace(s, group=f"{s.category}/{s.group.removeprefix(f'{s.category}/')}") for s in samples]
     for category in sorted({sample.category for sample in samples}):
         mine = sorted((s for s in samples if s.category == category), key=lambda s: (s.group, s.split != "test"))
@@ -123,6 +102,7 @@ def plan(samples: Sequence[Sample], settings: Mapping[str, Any]) -> tuple[list[J
             continue
         copied = {sample.group for sample in real}
         groups = _split(normals, copied, settings["seed"])
+        parts = {split: [s for s in normals if s.group in groups[split]] for split in SPLITS}
         n_train, n_calibration, n_test = map(len, groups.values())
         words = "thresholds and false-alarm rates are rough" if min(n_calibration, n_test) < 3 else ""
         if copied & {*groups["train"], *groups["calibration"]}:
@@ -132,14 +112,12 @@ def plan(samples: Sequence[Sample], settings: Mapping[str, Any]) -> tuple[list[J
         if words:
             found = f"{n_train} to learn from, {n_calibration} for thresholds, {n_test} to test"
             limits[category] = f"{results.category_label(category)} has few genuine pictures ({found}): {words}."
-        parts = {split: [s for s in normals if s.group in groups[split]] for split in SPLITS}
-        jobs += _jobs(parts, real, settings, notes, taken)
+        jobs += _jobs(unique(clean(category), folders), parts, real, settings)
     return jobs, notes, limits
 
 
 def _split(normals: Sequence[Sample], copied: set[str], seed: int) -> dict[str, list[str]]:
     """Source pictures of each split; ``copied`` are those that anomalous pictures show.
-
     What a test picture shows is tested on, if two others are left to learn from. A split without pictures of its own
     takes a share of those to learn from, at least one where one stays."""
     first = min((s.split for s in normals), key=SPLITS.index)  # learnt from, whatever it is called
@@ -161,13 +139,9 @@ def _split(normals: Sequence[Sample], copied: set[str], seed: int) -> dict[str, 
     return {"train": train[n_calibration + n_test :], "calibration": calibration, "test": test}
 
 
-def _jobs(
-    parts: Mapping[str, Sequence[Sample]], real: Sequence[Sample], settings: Mapping[str, Any], notes: list[str],
-    taken: set[str],
-) -> list[Job]:  # fmt: skip
+def _jobs(folder: str, parts: dict[str, list[Sample]], real: list[Sample], settings: Mapping[str, Any]) -> list[Job]:
     """Every picture of one artwork: genuine ones, re-photographs, real anomalies, synthetic anomalies."""
-    category = next(s.category for found in parts.values() for s in found)
-    jobs, folder = [], unique(clean(category), taken)
+    category, jobs, taken = next(s.category for found in parts.values() for s in found), [], set()
 
     def add(made_of: Sample, origin: str, split: str, kind: str, stem: str, mask: Path | None = None) -> None:
         # Calibration normals lie in train/good, as MVTec has no such folder; the manifest knows.
@@ -175,17 +149,13 @@ def _jobs(
         known = (category, kind != NORMAL_KIND, mask, split, kind, made_of.group)
         jobs.append(Job(Path(f"{path}.png"), *known, origin=origin, source_path=made_of.image_path.as_posix()))
 
-    n_asked = {split: settings[name] for split, name in zip(SPLITS, ("n_train", "n_calibration", "n_test_normal"))}
     for split, found in parts.items():
-        used = found[:: -(-len(found) // (MOST_TIMES * n_asked[split])) or 1]
-        if len(used) < len(found):
-            notes.append(f"{category}: {len(used)} of {len(found)} genuine pictures for {split} are used.")
-        for sample in used:
+        for sample in found:
             add(sample, GENUINE, split, NORMAL_KIND, clean(sample.image_path.stem))
     genuine = {split: [job for job in jobs if job.split == split] for split in SPLITS}
     lender = next(found for found in reversed(genuine.values()) if found)  # for a split without a picture of its own
-    for split, found in genuine.items():
-        for index, model in enumerate(_turns(found or lender, n_asked[split] - len(found))):
+    for (split, found), n_asked in zip(genuine.items(), ("n_train", "n_calibration", "n_test_normal")):
+        for index, model in enumerate(_turns(found or lender, settings[n_asked] - len(found))):
             add(model, REPHOTOGRAPHED, split, NORMAL_KIND, f"{model.image_path.stem}~{index:03d}")
     for sample in sorted(real, key=lambda s: (s.kind, s.image_path)):
         add(sample, REAL, "test", sample.kind, clean(sample.image_path.stem), sample.mask_path)

@@ -1,7 +1,5 @@
 """Pictures and masks, from any file a user may have to arrays: uint8 sRGB ``(H, W, 3)`` and bool ``(H, W)``.
-
-Every hostile file has a defined outcome: it is read (turned, flattened, scaled as its header asks, with a note where a
-choice was made) or refused with :class:`ImageError`. PIL's (W, H) and OpenCV's BGR end here."""
+A hostile file is read, with a note where a choice was made, or refused. PIL's (W, H) and OpenCV's BGR end here."""
 
 import hashlib
 import importlib
@@ -35,7 +33,6 @@ class ImageError(ValueError):
 
 def load_image(path: Path | str, *, max_side: int | None = None, notes: list[str] | None = None) -> np.ndarray:
     """Read a picture as uint8 RGB ``(H, W, 3)``: upright, opaque on white, in sRGB, the largest page or first frame.
-
     A longer side above ``max_side`` pixels is shrunk to it; ``notes`` gets a sentence for every choice that was made.
     ``ImageError``: no such file, empty, truncated, no picture, or too large."""
     path, notes = Path(path), [] if notes is None else notes
@@ -43,7 +40,13 @@ def load_image(path: Path | str, *, max_side: int | None = None, notes: list[str
         image = _decoded(path, max_side, notes)
         profile, deep = image.info.get("icc_profile"), _deep_values(image, path)
         if deep is not None:
-            image = Image.fromarray(_eight_bits(deep, notes))
+            low, high = float(deep.min()), float(deep.max())
+            if deep.dtype.kind == "f" or low < 0 or high > 65535:
+                raise ValueError(f"{deep.dtype} values from {low:g} to {high:g}")
+            bits = next(bits for bits in (8, 10, 12, 14, 16) if high < 2**bits)
+            if bits < 16:
+                notes.append(f"its values fill {bits} of 16 bits; they were scaled to the full range")
+            image = Image.fromarray(np.rint(deep * (255 / (2**bits - 1))).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             if image.getchannel("A").getextrema()[1] == 0:
@@ -65,7 +68,6 @@ def load_mask(
     path: Path, shape: tuple[int, int] | None = None, *, picture: Path | None = None, notes: list[str] | None = None
 ) -> np.ndarray:
     """Read a mask, bool ``(H, W)``: True where the picture is anomalous.
-
     Whatever is not background is anomalous, in label images of any depth; only grey-scale masks (JPEG noise, soft
     edges) count from half of their range on. ``shape`` is the size wanted: masks shrink by area, so that hairlines
     stay. A mask that was drawn before the EXIF rotation of the file ``picture`` is turned with it. ``notes`` as above.
@@ -155,11 +157,9 @@ def _decoded(path: Path, max_side: int | None, notes: list[str]) -> Image.Image:
             pages = ImageSequence.Iterator(image) if image.format == "TIFF" else [image]
             image.seek(int(np.argmax([page.width * page.height for page in pages])))
             notes.append(f"it has {image.n_frames} pages or frames; number {image.tell() + 1} was read")
-        width, height = image.size
-        scale, is_huge = (max_side or max(image.size)) / max(image.size), width * height > MAX_PIXELS
-        if is_huge:  # a draft may be twice what is asked for
-            scale = min(scale, (MAX_PIXELS / (width * height)) ** 0.5 / 2)
-        if scale <= 0.5 and not (is_huge and image.info.get("progressive")):  # which keeps all coefficients in memory
+        (width, height), excess = image.size, image.width * image.height / MAX_PIXELS
+        if excess <= 1 or not image.info.get("progressive"):  # which keeps all coefficients in memory
+            scale = min((max_side or max(image.size)) / max(image.size), 0.5 / excess**0.5)  # a draft may be twice this
             image.draft(None, (max(1, round(width * scale)), max(1, round(height * scale))))
         if image.width * image.height > MAX_PIXELS:
             way = "Save a smaller copy, or a baseline JPEG, which is read at reduced size"
@@ -182,18 +182,6 @@ def _deep_values(image: Image.Image, path: Path) -> np.ndarray | None:
     return None
 
 
-def _eight_bits(values: np.ndarray, notes: list[str]) -> np.ndarray:
-    """Values of 16 bits, perhaps with only 10, 12 or 14 of them in use, as uint8."""
-    low, high = float(values.min()), float(values.max())
-    if values.dtype.kind == "f" or low < 0 or high > 65535:
-        raise ValueError(f"{values.dtype} values from {low:g} to {high:g}")
-    bits = next(bits for bits in (8, 10, 12, 14, 16) if high < 2**bits)
-    if bits < 16:
-        notes.append(f"its values fill {bits} of 16 bits; they were scaled to the full range")
-    top = 2**bits - 1
-    return ((values.astype(np.uint32) * 255 + top // 2) // top).astype(np.uint8)
-
-
 def _labels(image: Image.Image, path: Path) -> np.ndarray:
     """What a mask file holds ``(H, W)``, 0 = background: label numbers, numbers of its few colours, or grey values."""
     deep = _deep_values(image, path)
@@ -210,16 +198,13 @@ def _labels(image: Image.Image, path: Path) -> np.ndarray:
 
 
 def _marked(values: np.ndarray, is_lossy: bool, notes: list[str]) -> np.ndarray:
-    """Which values of a mask, bool ``(H, W)``, are not background: 0, or what lies along most of the border.
-
-    Soft edges and noise differ from pixel to pixel, labels come in even patches."""
+    """Which values of a mask, bool ``(H, W)``, are not background: 0, or what lies along most of the border."""
     levels = np.unique(values)
     is_between = (values > 0) & (values < levels[-1])
     here, diagonal = (part[is_between[1:, 1:]].astype(float) for part in (values[1:, 1:], values[:-1, :-1]))
-    steps = np.abs(here - diagonal)
-    has_range = len(levels) > 2 and (127 < levels[-1] <= 255 or 32767 < levels[-1] <= 65535)
-    is_wide_brush = len(levels) > 16 and np.median(steps[steps > 0]) <= 2
-    if is_lossy or (has_range and ((steps > 0).mean() > 0.75 or is_wide_brush)):
+    steps = np.abs(here - diagonal)  # soft edges and noise differ from pixel to pixel, labels come in even patches
+    is_grey = is_lossy or (len(levels) > 2 and levels[-1] > 127 and (steps > 0).mean() > 0.75)
+    if is_grey or (len(levels) > 16 and levels[-1] > 127 and np.median(steps[steps > 0]) <= 2):  # a wide brush
         notes.append("a mask of grey values, counted from half of the range on; look whether it is a photograph")
         return values > (127 if 127 < levels[-1] <= 255 else levels[-1] / 2)
     if 0 in levels or len(levels) == 1:

@@ -1,8 +1,7 @@
 """What each picture of a folder or table is, from the names above it or the cells beside it. No pixel is looked at.
 
-One rule for every tree: a folder's name says a split (``train``), a label (``good``, ``fake``), masks
-(``ground_truth``), nothing (``images``), or it is any other name: the artwork above split and label, a kind of anomaly
-below. Deeper folders count like these, and so do the cells of a table; what is not used is left out by name."""
+A folder's name, or a cell, says a split (``train``), a label (``good``, ``fake``), masks (``ground_truth``), nothing
+(``images``), or it is any other name: the artwork above split and label, a kind of anomaly below, at any depth."""
 
 import io
 import os
@@ -24,17 +23,15 @@ GENUINE_ONLY = "genuine pictures only, all to learn from; there is no test/ fold
 _COLUMNS = ("image_path", "category", "split", "label", "kind", "mask_path", "group")
 _OURS = ("manifest.csv", "manifest.json", "synthesis.jsonl")
 _MASK_STEM = re.compile(
-    r"[_\-. ]+(anomaly|defect)?[_\-. ]*(masks?|gt|ground[_\- ]?truth|labels?|seg(mentation)?|annotation)([_\- ]?\d+)?$"
-    r"|^(masks?|gt|label|seg)[_\-. ]+",
-    re.IGNORECASE,
+    r"(?i)[_\-. ]+(anomaly|defect)?[_\-. ]*(masks?|gt|ground.?truth|labels?|seg(mentation)?|annotation)([_ -]?\d+)?$"
+    r"|^(masks?|gt|label|seg)[_\-. ]+"
 )
 
 
 @dataclass
 class FolderReading:
     """What was understood of a folder or table: readable pictures (``group`` joins copies of one), files that are not
-    used and why, and sentences with the files, folders or columns that each is about. Without splits and labels all
-    pictures count as genuine."""
+    used and why, and sentences with the files, folders or columns that each is about."""
 
     source: Path
     layout: str
@@ -50,7 +47,9 @@ class FolderReading:
         table = pd.DataFrame(rows, columns=["artwork", "split", "kind", "masks"]).groupby(["artwork", "split", "kind"])
         lines = [f"{self.source}: {self.layout}"]
         lines += [table["masks"].agg(pictures="size", masks="sum").to_string()] if rows else ["no picture can be used"]
-        lines += [f"Note: {few(items)}: {note}." for note, items in self.notes.items() if items]
+        for note, items in self.notes.items():
+            more = f" and {len(items) - 6} more" if len(items) > 6 else ""
+            lines += [f"Note: {', '.join(items[:6])}{more}: {note}."] if items else []
         lines += [f"Files left out: {len(self.left_out)}"] if self.left_out else []
         lines += [f"  {one['path']}: {one['reason']}" for one in self.listed()[:12]]
         return "\n".join(lines + ["  ... (all: manifest.json)"] * (len(self.left_out) > 12))
@@ -65,15 +64,9 @@ class FolderReading:
         return [{"path": self.short(path), "reason": reason} for path, reason in self.left_out]
 
 
-def few(items: Sequence[str]) -> str:
-    """The first six of many, and how many more there are."""
-    return ", ".join(items[:6]) + (f" and {len(items) - 6} more" if len(items) > 6 else "")
-
-
 @dataclass
 class File:
     """A picture and what is said of it, by the names of the folders above it or the cells of its row in a table.
-
     ``head`` and ``tail`` are other names above and below the first split or label, which is ``first``: the split, True
     for a normal label, False for an anomalous one; None where there is neither."""
 
@@ -95,21 +88,21 @@ class File:
 
 
 class Tree:
-    """The pictures below a folder, with the places where labels and artworks stand, by the other names above them."""
+    """Places of pictures: where labels and artworks stand, by the other names above them."""
 
     def __init__(self, files: Sequence[File], *, has_masks: bool = False) -> None:
         self.files, self.is_labelled = files, has_masks or any(file.first is not None for file in files)
         self.has_folders = any(file.head or file.first is not None for file in files)
-        below: dict[tuple, dict] = defaultdict(lambda: defaultdict(set))  # first split or label -> names below it
-        for file in files:
-            if file.first is not None:
-                below[file.head][file.first].add(file.child)
-        self.labels = {head: {True, False} & set(found) for head, found in below.items() if {True, False} & set(found)}
-        self.artworks = {}
-        for head, found in below.items():
-            learnt = found["train"] | found["calibration"]
-            if "" not in learnt and (learnt or found[True] & found[False] - {""}):
-                self.artworks[head] = sorted((learnt or found[True]) - {""})
+        self.labels, self.artworks = {}, {}
+        for head in {file.head for file in files if file.first is not None}:
+            below = defaultdict(set)  # first split or label -> names below it
+            for file in files:
+                if file.head == head:
+                    below[file.first].add(file.child)
+            self.labels[head] = {True, False} & {*below}
+            learnt = below["train"] | below["calibration"]
+            if "" not in learnt and (learnt or below[True] & below[False] - {""}):
+                self.artworks[head] = sorted((learnt or below[True]) - {""})
 
     def place(self, file: File) -> tuple[tuple[str, ...], Sample]:
         """The names that identify the artwork, and the picture without its category; DatasetError: it is not used."""
@@ -118,7 +111,7 @@ class Tree:
         if len(file.splits) > 1 or len(labels) > 1:
             raise DatasetError("two things at once are said of it")
         if file.first is None:  # perhaps folders with labels stand beside it
-            above = next((head[:at] for at in range(len(head), -1, -1) if head[:at] in self.labels), None)
+            above = next((head[:at] for at in range(len(head), -1, -1) if self.labels.get(head[:at])), None)
             is_lost = above is None and (self.is_labelled or (self.has_folders and not head))
             beside, above = self.labels.get(above, set()), head[:1] if above is None else above
             head, tail = above, head[len(above) :]
@@ -151,7 +144,7 @@ class Tree:
 
     def read_into(self, reading: FolderReading) -> list[File]:
         """Add every picture to ``reading``, with its category, or to its files left out; the files that were added."""
-        placed: dict[tuple, tuple[File, Sample]] = {}
+        placed, taken = {}, set()
         for file in self.files:
             try:
                 head, sample = self.place(file)
@@ -160,7 +153,7 @@ class Tree:
                 placed[head, file.path] = file, sample
             except DatasetError as reason:
                 reading.left_out.append((file.path, f"{file.where}{reason}"))
-        taken: set[str] = set()  # two artworks never share a category, which is safe in paths
+        # Two artworks never share a category, which is safe in paths.
         titles = {head: head[-1] if head else reading.source.name for head, _ in placed}
         categories = {head: names.unique(names.clean(title), taken) for head, title in titles.items()}
         reading.samples = [replace(sample, category=categories[head]) for (head, _), (_, sample) in placed.items()]
@@ -188,7 +181,16 @@ def read_tree(root: Path) -> FolderReading:
     """What every picture below a folder is, from the names of folders and files."""
     reading = FolderReading(root, "labelled folders; where no name says a split, normal pictures are learnt from")
     paths = _listed(root, reading)
-    meanings = _meanings({name for path in paths for name in path.relative_to(root).parts[:-1]})
+    folders = {name for path in paths for name in path.relative_to(root).parts[:-1]}
+    meanings = {name: names.meaning_of(names.repaired(name)) for name in folders}
+    beside = {name: _bare(name) for name in folders if _bare(name) in folders - {name}}  # crack_mask/ beside crack/
+    meanings |= {name: Meaning(is_mask=True, told=bare) for name, bare in beside.items()}
+    unclear = {name for name in folders if names.plain(name) in names.vocabulary()["unclear"]}
+    if {name for name in folders if name.isdigit()} <= {"0", "1"}:  # else they number paintings
+        if any(meaning.split for meaning in meanings.values()):
+            meanings |= {"0": Meaning(kind=NORMAL_KIND), "1": Meaning(kind=ANOMALY_KIND)}
+        elif len(unclear) > 1:
+            meanings |= dict.fromkeys(unclear)  # labels or titles
     stems, files, masks = {(path.parent, path.stem) for path in paths}, [], []
     for path in paths:
         said, bare = [meanings[name] for name in path.relative_to(root).parts[:-1]], _bare(path.stem)
@@ -206,20 +208,6 @@ def read_tree(root: Path) -> FolderReading:
         inner = sorted({"/".join(file.head[:2]) for file in files if file.head[1:]})
         reading.notes["not artworks of their own"] = inner if len({file.head[:2] for file in files}) > 1 else []
     return reading
-
-
-def _meanings(folders: set[str]) -> dict[str, Meaning | None]:
-    """What each folder name of a tree says; None for names that may be labels or titles."""
-    meanings = {name: names.meaning_of(names.repaired(name)) for name in folders}
-    beside = {name: _bare(name) for name in folders if _bare(name) in folders - {name}}  # crack_mask/ beside crack/
-    meanings |= {name: Meaning(is_mask=True, told=bare) for name, bare in beside.items()}
-    unclear = {name for name in folders if names.plain(name) in names.vocabulary()["unclear"]}
-    if {name for name in folders if name.isdigit()} <= {"0", "1"}:  # else they number paintings
-        if any(meaning.split for meaning in meanings.values()):
-            meanings |= {"0": Meaning(kind=NORMAL_KIND), "1": Meaning(kind=ANOMALY_KIND)}
-        elif len(unclear) > 1:
-            meanings |= dict.fromkeys(unclear)
-    return meanings
 
 
 def _match_masks(masks: Sequence[File], files: Sequence[File], reading: FolderReading) -> None:
@@ -251,12 +239,11 @@ def _listed(root: Path, reading: FolderReading) -> list[Path]:
     pictures, hidden, seen = [], reading.notes["hidden files, thumbnails and the like, ignored"], set()
     for here, folders, files in os.walk(root, followlinks=True):
         if os.path.realpath(here) in seen:  # a linked folder that leads back into itself
-            folders.clear()
-            continue
+            folders[:], files = [], []
         seen.add(os.path.realpath(here))
         hidden += [name for name in sorted([*files, *folders]) if names.is_hidden(name)]
-        folders[:] = sorted(name for name in folders if not names.is_hidden(name))
-        for path in (Path(here, name) for name in sorted(files) if not names.is_hidden(name) and name not in _OURS):
+        folders[:] = sorted({*folders} - {*hidden})
+        for path in (Path(here, name) for name in sorted({*files} - {*hidden, *_OURS})):
             if path.suffix.lower() not in IMAGE_SUFFIXES:
                 reading.left_out.append((path, "no picture of a format that is read (an archive: unpack it)"))
             elif reading.short(path) != path.relative_to(root).as_posix():
@@ -268,54 +255,45 @@ def _listed(root: Path, reading: FolderReading) -> list[Path]:
 
 def read_table(table: Path) -> FolderReading:
     """The rows of a table; paths in it start from its folder (or, as VisA writes them, from the folder above).
-
     ``DatasetError``: no column names the pictures, or others are there but none is understood as a label."""
     reading, files = FolderReading(table.parent, f"CSV table {table.name}"), []
     frame, unknown = _frame(table, reading)
     columns, has_labels = f"{table} has the columns {', '.join([*frame, *unknown])}", {"label", "kind"} & {*frame}
     if "image_path" not in frame:
-        raise DatasetError(
-            f"{columns}; one must name the picture: {', '.join(names.vocabulary()['column image_path'])}."
-        )
+        known = ", ".join(names.vocabulary()["column image_path"])
+        raise DatasetError(f"{columns}; one must name the picture: {known}.")
     if not has_labels and (unknown or "mask_path" in frame):
         way = "add a column label (normal or anomaly), or remove the others if all pictures are genuine"
         raise DatasetError(f"{columns}; none of them is understood as a label: {way}.")
     reading.notes["no column label: all pictures count as genuine"] = [] if has_labels else [table.name]
     reading.notes["columns that were not read"] = unknown
     rows = frame.reindex(columns=_COLUMNS, fill_value="")
-    says_kinds = {"kind", *(["label"] * ("kind" not in frame and NORMAL_KIND in {*map(_stated, rows["label"])}))}
-    allowed = "allowed are normal, anomaly, good, 0, 1, true, false, and train, calibration, test"
+    if "label" not in frame:
+        rows["kind"] = rows["kind"].replace("", NORMAL_KIND)
+    elif "kind" not in frame and NORMAL_KIND in {names.meaning_of(cell).kind for cell in rows["label"]}:
+        rows = rows.rename(columns={"label": "kind", "kind": "label"})  # labels like good, crack, tear
     for number, row in enumerate(rows.to_dict("records"), start=2):
-        where, title = f"row {number} of {table.name}: ", Meaning(told=row["category"] or table.parent.name)
         path, mask = (_resolved(table.parent, row[name]) for name in ("image_path", "mask_path"))
+        where, mask = f"row {number} of {table.name}: ", mask if row["mask_path"] else None
         try:
-            stated = {name: _stated(row[name]) for name in ("kind", "label") if row[name]}
-            stated |= {name: names.kind_of(row[name]) for name in says_kinds if name in stated and not stated[name]}
-            kinds, split = (
-                [*stated.values()] or ["label" not in frame and NORMAL_KIND],
-                names.meaning_of(row["split"]).split,
-            )
-            if not all(kinds) or (row["split"] and not split):
-                raise DatasetError(f"label is {row['label']!r}, split is {row['split']!r}; {allowed}")
-            said = [title, Meaning(split), *(Meaning(kind=kind) for kind in kinds)]
-            files.append(File(path, said, where, mask if row["mask_path"] else None, row["group"]))
+            kinds, split = [names.kind_of(row["kind"])] if row["kind"] else [], names.meaning_of(row["split"]).split
+            kinds += [names.meaning_of(row["label"]).kind] if row["label"] or not kinds else []
+            if None in kinds or (row["split"] and not split):
+                allowed = "allowed are normal, anomaly, good, 0, 1, true, false, and train, calibration, test"
+                raise DatasetError(f"label is {row['label'] or row['kind']!r}, split is {row['split']!r}; {allowed}")
+            said = [Meaning(told=row["category"] or table.parent.name), Meaning(split)]
+            said += [Meaning(kind=kind) for kind in kinds]
+            files.append(File(path, said, where, mask, row["group"]))
         except DatasetError as error:
             reading.left_out.append((path, f"{where}{error}"))
     Tree(files).read_into(reading)
     return reading
 
 
-def _stated(cell: str) -> str | None:
-    """The kind that a cell states, where folders would say more: ``0`` and ``no`` are *good*, ``1`` is *anomaly*."""
-    for label in (NORMAL_KIND, ANOMALY_KIND):
-        if cell.casefold() in names.vocabulary()[f"cell {label}"]:
-            return label
-    return names.meaning_of(cell).kind
-
-
 def _frame(table: Path, reading: FolderReading) -> tuple[pd.DataFrame, list[str]]:
-    """Columns that are understood, by their meaning: stripped text, empty cells as ""; the names of other columns."""
-    content = table.read_bytes()
+    """Columns that are understood, by their meaning: stripped text, empty cells as "", labels like 0 and no as words;
+    and the names of other columns."""
+    content, words = table.read_bytes(), names.vocabulary()
     try:
         text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError:
@@ -325,23 +303,24 @@ def _frame(table: Path, reading: FolderReading) -> tuple[pd.DataFrame, list[str]
     long: list[list[str]] = []
     options = {"dtype": str, "keep_default_na": False, "index_col": False, "on_bad_lines": long.append}
     try:
-        frame = pd.read_csv(io.StringIO(text, newline=None), sep=separator, engine="python", **options)
+        frame = pd.read_csv(io.StringIO(text, newline=None), sep=separator, engine="python", **options).fillna("")
     except (pd.errors.EmptyDataError, pd.errors.ParserError) as error:
         raise DatasetError(f"{table} cannot be read as a table ({error}).") from error
     reading.left_out += [(table, f"a row with too many cells: {', '.join(cells)[:80]}") for cells in long]
-    empty = names.vocabulary()["cell empty"]
-    frame = frame.fillna("").map(lambda cell: cell.strip() * (cell.strip().casefold() not in empty))
     columns = {names.plain(str(column)): column for column in reversed(frame.columns)}  # the first of equal ones
-    aliases = {meaning: list(names.vocabulary()[f"column {meaning}"]) for meaning in _COLUMNS}
+    aliases = {meaning: list(words[f"column {meaning}"]) for meaning in _COLUMNS}
     aliases["label"] += [name for name in columns if names.meaning_of(name.removeprefix("is_")).kind]  # is_defect
     known = {meaning: columns[name] for meaning, found in aliases.items() for name in found[::-1] if name in columns}
     unknown = [name for name in map(str, frame) if name not in known.values() and not name.startswith("Unnamed")]
-    label, cells = known.get("label", ""), names.vocabulary()
-    if names.meaning_of(names.plain(str(label)).removeprefix("is_")).kind == NORMAL_KIND:  # "genuine: yes": no anomaly
-        turned = dict.fromkeys(cells[f"cell {ANOMALY_KIND}"], NORMAL_KIND)
-        turned |= dict.fromkeys(cells[f"cell {NORMAL_KIND}"], ANOMALY_KIND)
-        frame[label] = frame[label].map(lambda cell: turned.get(cell.casefold(), cell))
-    return frame[[*known.values()]].set_axis([*known], axis=1), unknown
+    frame = frame[[*known.values()]].set_axis([*known], axis=1)
+    frame = frame.map(lambda cell: cell.strip() * (cell.strip().casefold() not in words["cell empty"]))
+    for column in {"label", "kind"} & {*frame}:
+        is_turned = names.meaning_of(names.plain(str(known[column])).removeprefix("is_")).kind == NORMAL_KIND
+        order = (ANOMALY_KIND, NORMAL_KIND) if is_turned else (NORMAL_KIND, ANOMALY_KIND)  # "genuine: yes" is good
+        good, bad = (words[f"cell {label}"] for label in order)
+        said = dict.fromkeys(good, NORMAL_KIND) | dict.fromkeys(bad, ANOMALY_KIND)
+        frame[column] = [said.get(cell.casefold(), cell) for cell in frame[column]]
+    return frame, unknown
 
 
 def _resolved(root: Path, name: str) -> Path:

@@ -31,10 +31,7 @@ class Dataset:
     kinds_held_out: tuple[str, ...] = ()
     limits: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def categories(self) -> tuple[str, ...]:
-        """The artworks, sorted."""
-        return tuple(sorted({sample.category for sample in self.samples}))
+    categories = property(lambda self: tuple(sorted({s.category for s in self.samples})), doc="The artworks, sorted.")
 
     def n_sources(self, category: str, split: str) -> int:
         """Independent genuine pictures behind the normal pictures of a split: re-photographs of one count once."""
@@ -52,10 +49,9 @@ class Dataset:
 
 
 def write_manifest(path: Path | str, samples: Sequence[Sample], *, info: Mapping[str, Any] | None = None) -> Path:
-    """Write ``manifest.csv`` (its path, which is returned, or its folder) and, last, ``manifest.json``: its presence
-    means that the dataset is complete. Missing hashes of ``samples`` are computed; without any: ``DatasetError``.
-
-    ``info`` holds further JSON values; of them, ``kinds_held_out`` and ``limits`` come back in :class:`Dataset`."""
+    """Write ``manifest.csv`` (its path, which is returned, or its folder) and, last, ``manifest.json``, the mark of a
+    complete dataset, with further JSON values (``kinds_held_out`` and ``limits`` come back in :class:`Dataset`).
+    Missing hashes of ``samples`` are computed. ``DatasetError``: there are none."""
     path = _table_in(path)
     if not samples:
         raise DatasetError(f"No pictures to write to {path}. Run notebook 02, or check the folder of pictures.")

@@ -2,6 +2,7 @@
 A name is understood when all its words are: a part of it decides nothing. What may mean two things is refused."""
 
 import functools
+import itertools
 import re
 import unicodedata
 from collections import Counter
@@ -13,7 +14,8 @@ from helpers.records import NORMAL_KIND, SPLITS
 
 ANOMALY_KIND = "anomaly"  # of anomalous pictures whose folder says no more than that
 _MEANINGS = (*SPLITS, "mask", "good", "anomaly", "forgery", "not", "filler")
-_HIDDEN = re.compile(r"\.|__macosx$|@eadir$|[#$]recycle|_?thumb(nail)?s?$|thumbs\.db$|desktop\.ini$|synofile", re.I)
+_HIDDEN = r"\.|__macosx$|@eadir$|[#$]recycle|_?thumb(nail)?s?$|thumbs\.db$|desktop\.ini$|synofile"
+is_hidden = re.compile(_HIDDEN, re.IGNORECASE).match  # true for names of what systems leave in a folder
 
 
 class DatasetError(ValueError):
@@ -21,13 +23,12 @@ class DatasetError(ValueError):
 
 
 class Meaning(NamedTuple):
-    """What a name says: ``kind`` is *good*, *anomaly* or the kind of forgery that it states, ``told`` what it tells of
-    artwork or kind: a kind, or the name when it is none of the vocabulary; "" for *train* and *images*."""
+    """What a name says."""
 
     split: str | None = None
-    kind: str | None = None
+    kind: str | None = None  # good, anomaly, or the kind of forgery that it states
     is_mask: bool = False
-    told: str = ""
+    told: str = ""  # of artwork or kind: a kind, or a name that is none of the vocabulary
 
 
 @functools.cache
@@ -100,7 +101,7 @@ def clean(name: str) -> str:
 
 def unique(name: str, taken: set[str]) -> str:
     """The name, with a number when it is taken; remembered in ``taken`` (file systems may ignore letter case)."""
-    candidates = (name, *(f"{name}_{number}" for number in range(2, len(taken) + 3)))
+    candidates = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
     free = next(candidate for candidate in candidates if candidate.casefold() not in taken)
     taken.add(free.casefold())
     return free
@@ -110,11 +111,6 @@ def says_forged(name: str) -> bool:
     """True for a name with a word like *fake* in it, which nothing genuine should have."""
     said = [word for word in re.findall(r"[^\W\d_]+", plain(name)) if not _is("harmless", word)]
     return any(_is("forgery", word) or _is("anomaly", word) for word in said)
-
-
-def is_hidden(name: str) -> bool:
-    """True for what systems leave in a folder: ``._x``, ``@eaDir``, thumbnails, ``desktop.ini``."""
-    return bool(_HIDDEN.match(name))
 
 
 def spoken_of(texts: Sequence[str], artworks: Sequence[str]) -> str | None:

@@ -12,21 +12,19 @@ from tqdm.contrib.concurrent import thread_map
 
 from helpers import files
 from helpers.data import images, layouts, manifest, names
-from helpers.data.layouts import FolderReading, few
+from helpers.data.layouts import FolderReading
 from helpers.data.names import DatasetError
 from helpers.records import SPLITS, Sample
 
 NEAR_DUPLICATE_LIMIT = 0.02
 """Share of differing bits up to which two pictures show one scan. Measured on 139 paintings: JPEG at quality 30, other
-sizes, brightness x 1.3 and noise give 0, a box over 2.5 % of the picture 0.02, other scans of the same painting 0.01
-upwards. One that has no differing bit with the middle of another was cut from it: of crops by 1, 2 and 3 % a side 97,
-98 and 88 % are noticed, without one more pair among the 139. A border or a tilt of 1 degree is mostly not noticed."""
+sizes, brightness x 1.3 and noise give 0, a box over 2.5 % of the picture 0.02, other scans of it 0.01 upwards.
+Of crops by 1, 2 and 3 % a side 97, 98 and 88 % are noticed; a border or a tilt of 1 degree is mostly not."""
 _ZOOMS = (1, 1.02, 1.04, 1.06)  # the whole, and its middle without 1, 2 and 3 % a side
 
 
 def read_folder(folder: Path | str) -> FolderReading:
     """Understand a folder in any supported layout, decode every picture once and look for copies; write nothing.
-
     ``FileNotFoundError``: there is no such folder. ``DatasetError``: no normal picture can be read, a table is not
     understood, or one picture stands in two splits of an artwork or under two labels."""
     source = Path(os.path.abspath(Path(folder).expanduser()))
@@ -60,14 +58,11 @@ def read_folder(folder: Path | str) -> FolderReading:
 
 def build_manifest(folder: Path | str) -> Path:
     """Make ``manifest.csv`` (and ``manifest.json``) in a folder of any supported layout; print what was understood.
-
     Errors as :func:`read_folder`; a ``manifest.csv`` that was not made by this function is left as it is."""
-    source = Path(os.path.abspath(Path(folder).expanduser()))
-    target = (source if source.is_dir() else source.parent) / manifest.MANIFEST_CSV
-    mark = target.with_name(manifest.MANIFEST_JSON)
+    reading = read_folder(folder)
+    target, mark = (reading.source / name for name in (manifest.MANIFEST_CSV, manifest.MANIFEST_JSON))
     if target.exists() and "layout" not in (files.read_json(mark) if mark.exists() else {}):
         raise DatasetError(f"{target} is a frozen dataset, or a table of yours, and is left as it is. Rename it first.")
-    reading = read_folder(source)
     print(f"{reading.describe()}\nManifest: {target}")
     why = "pictures show one scan in two splits (near duplicates): optimistic numbers"
     limits = {category: f"{n} {why}." for category, n in manifest.shared_groups(reading.samples).items()}
@@ -76,10 +71,8 @@ def build_manifest(folder: Path | str) -> Path:
 
 
 def perceptual_hash(image: np.ndarray) -> np.ndarray:
-    """Signs of the lowest 16 x 16 frequencies of a picture (uint8 RGB ``(H, W, 3)``), for :func:`near_duplicates`.
-
-    Returns int8 ``(4, 256)``, of the whole and of three middle parts: -1, 1, or 0 for a frequency too weak to have a
-    sign (in a smooth picture many are, in an almost uniform one all). Source: the "pHash" of Zauner, 2010."""
+    """Signs of the lowest 16 x 16 frequencies of a picture (uint8 RGB ``(H, W, 3)``) and three middle parts of it, int8
+    ``(4, 256)``: -1, 1, or 0 for one too weak to have a sign. Source: the "pHash" of Zauner, 2010."""
     grey, hashes = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), []
     size = grey.shape[::-1]
     for zoom in _ZOOMS:
@@ -94,20 +87,14 @@ def perceptual_hash(image: np.ndarray) -> np.ndarray:
 
 def near_duplicates(hashes: Sequence[np.ndarray]) -> list[tuple[int, int]]:
     """Pairs ``(i, j)``, ``i < j``, of pictures that show one scan, by the :func:`perceptual_hash` of each picture."""
-    views, pairs = np.array(hashes, np.float32).reshape(-1, len(_ZOOMS), 256), []
-    for i in range(len(views)):
-        later = views[i + 1 :]
-        whole, *parts = [_differing(later[:, 0], view) for view in views[i]]
-        parts += [_differing(later[:, k], views[i, 0]) for k in range(1, len(_ZOOMS))]
-        is_alike = (whole <= NEAR_DUPLICATE_LIMIT) | (np.min(parts, axis=0) == 0)
-        pairs += [(i, i + 1 + int(k)) for k in np.flatnonzero(is_alike)]
-    return pairs
-
-
-def _differing(hashes: np.ndarray, one: np.ndarray) -> np.ndarray:
-    """Share of the signs ``(N,)`` in which hashes ``(N, 256)`` differ from one; 1 where few frequencies have both."""
-    n_both, n_strong = np.abs(hashes) @ np.abs(one), np.maximum(np.abs(hashes).sum(axis=1), np.abs(one).sum())
-    return np.where(n_both >= np.maximum(1, 0.7 * n_strong), (n_both - hashes @ one) / 2 / np.maximum(1, n_both), 1)
+    whole, *parts = np.array(hashes, np.float32).reshape(-1, len(_ZOOMS), 256).swapaxes(0, 1)
+    is_alike = np.zeros((len(whole), len(whole)), bool)
+    for limit, view in ((NEAR_DUPLICATE_LIMIT, whole), *((0, part) for part in parts)):
+        n_both, n_view = np.abs(whole) @ np.abs(view).T, np.abs(view).sum(axis=1)
+        n_strong = np.maximum(np.abs(whole).sum(axis=1)[:, None], n_view)  # with a sign in one of two pictures
+        differing = np.where(n_both >= 0.7 * n_strong, (n_both - whole @ view.T) / 2 / np.maximum(1, n_both), 1)
+        is_alike |= (differing <= limit) & (n_both > 0)
+    return [(int(i), int(j)) for i, j in np.argwhere(np.triu(is_alike | is_alike.T, 1))]
 
 
 def _checked(sample: Sample) -> tuple[Sample, np.ndarray | None, list, list]:
@@ -141,7 +128,7 @@ def _group(looks: Sequence[np.ndarray], reading: FolderReading) -> None:
     told = {pair: f"{places[pair[0]]} = {places[pair[1]]}" for pair in (*equal, *apart)}
     if wrong := [told[pair] for pair in equal if pair in apart]:
         why = "Equal files stand in two splits or have two labels, so a test would be on what was learnt"
-        raise DatasetError(f"{why}: {few(wrong)}. Delete one of each pair.")
+        raise DatasetError(f"{why}: {', '.join(wrong[:6])}. Delete one of each pair.")
     reading.notes["the same file more than once"] = [told[pair] for pair in equal]
     reading.notes["one scan in two splits or with two labels"] = [told[pair] for pair in apart]
     n_twins, n_pictures = Counter(index for pair in pairs for index in pair), Counter(s.category for s in samples)

@@ -20,8 +20,7 @@ from helpers.data.manifest import MANIFEST_JSON
 from helpers.data.names import clean, repaired
 from helpers.records import NORMAL_KIND, Sample
 
-Difference = Callable[[np.ndarray, np.ndarray], str]
-"""Main scan and picture, uint8 RGB -> why the picture is no faithful photograph of what the scan shows; "" if it is."""
+Difference = Callable[[np.ndarray, np.ndarray], str]  # main scan, picture (uint8 RGB) -> why it does not show the same
 N_GENUINE = 30  # photographs of each embedded painting
 PAINTINGS = Path(__file__).resolve().parent.parent / "assets" / "paintings"
 COMMONS_API = "https://commons.wikimedia.org/w/api.php"
@@ -36,24 +35,22 @@ _OFFLINE = "Without network: ART_PROFILE=mini, or put pictures into a folder and
 
 
 class SourceError(RuntimeError):
-    """Pictures, or one of them, cannot be had; the message says why."""
+    """Pictures, or one of them, cannot be had; the message says why and what to do instead."""
 
 
 def embedded_artworks(target: Path, *, max_side: int, seed: int) -> FolderReading:
-    """Two paintings that ship with the suite (see the card in ``helpers/assets``), without any download.
-
+    """Two paintings that ship with the suite (see the card in ``helpers/assets``), offline; what is there is kept.
     Each photograph of an original, by another camera, is a source of its own. A replica is the motif painted again by
-    another hand, a reinterpretation another work after it; photographed alike, at 85 to 100 % of ``max_side`` pixels.
-    A picture that is there is not made again."""
+    another hand, a reinterpretation another work after it; photographed alike, at 85 to 100 % of ``max_side``."""
     layout = "two painted pictures that ship with the suite, photographed by simulated cameras"
     source = FolderReading(target, layout, count_real=True, identity=f"embedded {max_side} {seed}")
     for canvas in sorted(PAINTINGS.glob("*/*/*.webp")):
         category, kind = canvas.parts[-3:-1]
-        painting, split = images.load_image(canvas), "train" if kind == NORMAL_KIND else "test"
-        for stem in [f"photograph_{n:03d}" for n in range(N_GENUINE)] if split == "train" else [canvas.stem]:
+        painting, is_anomalous = images.load_image(canvas), kind != NORMAL_KIND
+        split = "test" if is_anomalous else "train"
+        for stem in [canvas.stem] if is_anomalous else [f"photograph_{n:03d}" for n in range(N_GENUINE)]:
             path = target.absolute() / f"{max_side} px, seed {seed}" / category / split / kind / f"{stem}.png"
-            sample = Sample(path, category, split == "test", None, split, kind, f"{category}/{stem}")
-            source.samples.append(sample)
+            source.samples.append(Sample(path, category, is_anomalous, None, split, kind, f"{category}/{stem}"))
             if not path.exists():
                 rng = synthesis.rng_for(seed, f"{category}/{kind}/{stem}")
                 view = images.resize(painting, round(max_side * rng.uniform(0.85, 1)))
@@ -62,15 +59,14 @@ def embedded_artworks(target: Path, *, max_side: int, seed: int) -> FolderReadin
 
 
 def titles() -> list[list[str]]:
-    """Painting, kind and title of files on Commons, seen in public use in 2026 (the first genuine one of a painting is
-    its main scan), and of categories whose members may be genuine, too."""
+    """Painting, place in the MVTec layout, and title of files on Commons (the first genuine one of a painting is its
+    main scan), and of categories whose members may be genuine, too."""
     return pd.read_csv(Path(__file__).with_name("commons.csv")).values.tolist()
 
 
 def wikimedia(target: Path, difference: Difference) -> FolderReading:
     """Pictures of :func:`titles` from Wikimedia Commons, and members of categories in which ``difference`` finds none
     and which are no copies; every other file is left out with the reason. A line is printed for each file.
-
     Licences must be free; with the authors they stand in ``manifest.json``, which is written last: with it, nothing is
     asked again. A stopped call goes on. ``SourceError``: no network, a refusal, or no genuine picture."""
     identity = files.sha256_json(titles())  # not what came: what Commons holds may drift
@@ -101,23 +97,18 @@ def best_artworks(*, limit: int) -> list[Sample]:
         folder = Path(kagglehub.dataset_download(name))
     except Exception as error:  # kagglehub lets its own, requests' and the system's errors through
         raise SourceError(f"Kaggle gave no dataset ({type(error).__name__}: {error}). Try again later.") from error
-    paths = {repaired(f"{path.parent.name}/{path.stem}"): path for path in folder.glob("images/images/*/*.jpg")}
-    if not paths:
-        raise SourceError(f"{folder} does not hold images/images/<Artist>/*.jpg, as {name} does.")
-    by_artist = defaultdict(list)
-    for group, path in sorted(paths.items()):
-        artist = group.partition("/")[0]
-        by_artist[artist].append(Sample(path, artist, False, split="train", group=group))
-    return [sample for samples in by_artist.values() for sample in samples[:limit]]
+    found = {repaired(f"{path.parent.name}/{path.stem}"): path for path in folder.glob("images/images/*/*.jpg")}
+    by_artist = pd.Series(found).sort_index().groupby(lambda group: group.partition("/")[0])
+    taken = by_artist.head(limit).items()
+    return [Sample(path, group.partition("/")[0], False, split="train", group=group) for group, path in taken]
 
 
 def _fetched(folder: Path, difference: Difference) -> Iterator[dict[str, str]]:
     """Licence and author of every file, and why it is left out; those that are not lie in ``folder``, MVTec layout."""
     seen, scans = set(), defaultdict(list)
-    for category, kind, title in titles():
-        mine, is_member = scans[category], kind == "member"
-        place = folder / category / (f"train/{NORMAL_KIND}" if kind in (NORMAL_KIND, "member") else f"test/{kind}")
-        for file, entry in _asked(title, is_member):
+    for category, place, title in titles():
+        mine, is_member = scans[category, place], title.startswith("Category:")
+        for file, entry in _asked(title):
             known = entry.get("sha1", file)
             if known in seen or (is_member and not 0 < len(mine) < MOST_GENUINE):
                 continue
@@ -127,48 +118,42 @@ def _fetched(folder: Path, difference: Difference) -> Iterator[dict[str, str]]:
                 value = str(entry.get("extmetadata", {}).get(key, {}).get("value", ""))
                 row[name] = " ".join(re.sub(r"<[^>]*>", "", value).split())
             try:
-                path = _downloaded(place, file, entry, row["licence"], mine if is_member else [], difference)
-                mine += [path] if place.name == NORMAL_KIND else []
-                print(f"{category} {place.name}: {file} ({row['licence']})")
+                mine.append(_downloaded(folder / category / place, row, entry, mine if is_member else [], difference))
             except (SourceError, images.ImageError) as error:
-                print(f"left out {file}: {error}")
                 row["left_out"] = str(error)
+            print(f"{category}, {place}, {file}: {row['left_out'] or row['licence']}")
             yield row
 
 
-def _asked(title: str, is_category: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A file, or all of a category, page by page: name, and what Commons says of it (nothing when it is gone).
-
-    Renderings are asked for: originals can have hundreds of megapixels, and addresses made by hand fail since 2026."""
+def _asked(title: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A file, or all of a category: name, and what Commons says of it (nothing when it is gone). Renderings are asked
+    for: originals can have hundreds of megapixels, and addresses made by hand fail since 2026."""
     members = {"generator": "categorymembers", "gcmtitle": title, "gcmtype": "file", "gcmlimit": "50"}
     query = {"action": "query", "format": "json", "formatversion": "2", "redirects": "1", "prop": "imageinfo"}
     query |= {"iiprop": "url|size|sha1|mime|extmetadata", "iiurlwidth": str(WIDTH)}
-    query |= members if is_category else {"titles": f"File:{title}"}
+    query |= members if title.startswith("Category:") else {"titles": f"File:{title}"}
     while query:
         reply = _get(COMMONS_API, query).json()
         if "error" in reply:
             raise requests.RequestException(reply["error"])
         for page in reply.get("query", {}).get("pages", ()):
-            name = page["title"].removeprefix("File:") if is_category else title
+            name = page["title"].removeprefix("File:") if "generator" in query else title
             yield name, page.get("imageinfo", [{}])[0]
         query = query | reply["continue"] if "continue" in reply else {}
 
 
-def _downloaded(
-    folder: Path, file: str, entry: dict[str, Any], licence: str, scans: list[Path], difference: Difference
-) -> Path:
+def _downloaded(folder: Path, row: dict, entry: dict[str, Any], scans: list[Path], difference: Difference) -> Path:
     """A rendering of a file, in ``folder``. Beside ``scans`` it must be no copy of one, nor differ from the first."""
-    address = entry.get("thumburl")
+    address, mime = entry.get("thumburl"), str(entry.get("mime"))
     if not entry:
         raise SourceError("no file of this name on Commons any more")
-    if not _FREE_LICENCE.fullmatch(licence):
-        raise SourceError(f"its licence is {licence or 'not stated'!r}, which is not known to be free")
-    if not str(entry.get("mime")).startswith("image/") or not address:
-        why = f"{entry.get('mime')}, {entry.get('thumberror', 'no rendering')}"
-        raise SourceError(f"Commons has no picture of it ({why})")
+    if not _FREE_LICENCE.fullmatch(row["licence"]):
+        raise SourceError(f"its licence is {row['licence'] or 'not stated'!r}, which is not known to be free")
+    if not mime.startswith("image/") or not address:
+        raise SourceError(f"Commons has no picture of it ({mime}, {entry.get('thumberror', 'no rendering')})")
     suffix = Path(urllib.parse.urlsplit(address).path).suffix.lower()  # a rendering of a TIFF is a JPEG
     # The original's hash in the name: a new version on Commons is another file.
-    path = folder / f"{clean(Path(file).stem)}_{entry['sha1'][:8]}{suffix}"
+    path = folder / f"{clean(Path(row['file']).stem)}_{entry['sha1'][:8]}{suffix}"
     if not path.exists():
         with files.atomic_path(path) as temporary:
             temporary.write_bytes(_get(address).content)
