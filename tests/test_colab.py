@@ -134,9 +134,9 @@ def test_what_a_cell_finishes_is_kept_when_it_ends_and_comes_back(monkeypatch, t
 def test_what_is_short_names_the_way_out(monkeypatch, tmp_path, name, free, total, capability, fixes) -> None:
     monkeypatch.setenv("ART_PROFILE", "full")
     profile = dataclasses.replace(profiles.active(), device="cuda")
-    for function, value in {"mem_get_info": (free * 1e9, total * 1e9), "get_device_capability": capability}.items():
+    card = {"mem_get_info": (free * 1e9, total * 1e9), "get_device_capability": capability, "get_device_name": name}
+    for function, value in card.items():
         monkeypatch.setattr(torch.cuda, function, lambda *index, value=value: value)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: name)
     monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: SimpleNamespace(available=11e9, total=13e9))
     monkeypatch.setattr(files, "free_bytes", lambda path: int(50e9))
     gpu, memory, disk, lasting, _ = preflight.run(profile, lasting=tmp_path)

@@ -16,6 +16,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from failing_drive import is_killed
 
 from helpers import files, profiles, results, runner
 from helpers.caching import cached_arrays
@@ -50,12 +51,10 @@ def test_profile_follows_the_user_then_the_gpu_and_says_why(monkeypatch, tmp_pat
         profiles.active()
 
 
-FORMS = (
-    "{path}", "'{path}'", "“{path}”", "file://{quoted}", "$PLACE/my pictures", "{escaped}", "{back}", "my pictures",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form",
+    ["{path}", "'{path}'", "“{path}”", "file://{quoted}", "$PLACE/my pictures", "{escaped}", "{back}", "my pictures"],
+)
 def test_own_pictures_are_found_however_the_path_was_copied(monkeypatch, tmp_path: Path, form: str) -> None:
     path = tmp_path / "my pictures"
     path.mkdir()
@@ -88,14 +87,16 @@ def test_impossible_records_are_refused() -> None:
     assert called == [False, False, True] and not Prediction(Sample(**good), 99.0).is_predicted_anomalous
 
 
+def write_half(path: Path) -> None:
+    with files.atomic_path(path) as temporary:
+        temporary.write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_a_file_is_the_old_or_the_new_one(tmp_path: Path) -> None:
-    path, child = tmp_path / "deep" / "table.npy", os.fork()
-    if not child:
-        files.write_text(path, "old")
-        with files.atomic_path(path) as temporary:
-            temporary.write_text("half")
-            os.kill(os.getpid(), signal.SIGKILL)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL and path.read_text() == "old"
+    path = tmp_path / "deep" / "table.npy"
+    files.write_text(path, "old")
+    assert is_killed(write_half, path) and path.read_text() == "old"
     with pytest.raises(RuntimeError), files.atomic_path(path) as temporary:
         assert temporary.suffix == ".npy", "libraries choose a format by suffix"
         temporary.write_text("half")
