@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a program
 import cv2
 import numpy as np
 import pandas as pd
+import tiny_clip
 import tiny_weights as layouts
 import torch
 
@@ -181,7 +182,9 @@ class Walk:
         """Notebooks 03 and 04: CLIP's features of 32 pictures, AnomalyCLIP's maps of 8."""
         small, large = self.size["sides"]
         clip = backbones.load_clip(self.size["clip"], pretrained=None, image_size=small, device=self.device)
-        models, n = features.Models(clip, None, self.folder / "features", 16), len(pictures)
+        cnn, n = tiny_clip.cnn(), len(pictures)
+        cnn.model.to(self.device)
+        models = features.Models(clip, cnn, self.folder / "features", 16)
         embed = lambda: features.embed([str(i) for i in range(n)], lambda i: pictures[i], models)  # noqa: E731
         self.step("CLIP features", embed, n, "pictures")
         larger = dataclasses.replace(clip, preprocess=backbones.square_preprocess(large))

@@ -271,7 +271,7 @@ def teach_anomalygpt(
 
 def _paired(before: Sequence[bool], after: Sequence[bool], labels: Sequence[bool]) -> dict[str, Any]:
     before, after, labels = (np.asarray(values, dtype=bool) for values in (before, after, labels))
-    test = statistics.balanced_accuracy_test(after == labels, before == labels, labels)
+    test = statistics.accuracy_test(after == labels, before == labels, labels)
     counts = {}
     for words, called in (("before", before), ("after", after)):
         counts[f"found {words}"] = f"{(called & labels).sum()} of {labels.sum()}"

@@ -25,10 +25,10 @@ STEPS = ("read", "clip", "cnn")  # what is timed: the columns of Features.second
 
 @dataclass(frozen=True)
 class Models:
-    """The two networks of the room (without ``cnn`` only CLIP looks), the folder of the cache, pictures per pass."""
+    """The two networks of the room, the folder of the cache, pictures per pass."""
 
     clip: Network
-    cnn: Network | None
+    cnn: Network
     cache_dir: Path
     batch_size: int = 32
 
@@ -40,7 +40,7 @@ class Features:
     Attributes:
         ids: name of each picture: the sha256 of its file, or how it was made.
         clip: float32 ``(n, e)``, CLIP image embedding in the joint space, not normalised.
-        cnn: float32 ``(n, c)``, global average pooled features of the CNN, not normalised; ``(n, 1)`` without one.
+        cnn: float32 ``(n, c)``, global average pooled features of the CNN, not normalised.
         patches: float16 ``(n, g, g, d)``, CLIP patch tokens of the layers of :func:`patch_layers`, each layer's token
             normalised to length 1 and the layers stacked: a dot product over their number is the mean cosine.
         seconds: float32 ``(n, 3)``, time of :data:`STEPS`, each picture's share of its batch, when it was computed.
@@ -105,8 +105,8 @@ def embed(ids: Sequence[str], read: Callable[[int], np.ndarray], models: Models)
         return _embed_batch([ids[row] for row in rows], pictures, np.array(reading), models)
 
     layers = list(patch_layers(len(models.clip.model.visual.transformer.resblocks)))
-    key = {"format": CACHE_FORMAT, "clip": models.clip.model_id, "patch_layers": layers}
-    key["cnn"] = None if models.cnn is None else models.cnn.model_id
+    names = {"clip": models.clip.model_id, "cnn": models.cnn.model_id}
+    key = {"format": CACHE_FORMAT, "patch_layers": layers, **names}
     arrays = caching.cached_arrays(models.cache_dir, key, ids, compute, batch_size=models.batch_size)
     return Features(tuple(ids), **arrays)
 
@@ -146,10 +146,8 @@ def _look(clip: Network, pictures: Sequence[np.ndarray]) -> tuple[np.ndarray, np
 
 
 @torch.inference_mode()
-def _pool(cnn: Network | None, pictures: Sequence[np.ndarray]) -> np.ndarray:
+def _pool(cnn: Network, pictures: Sequence[np.ndarray]) -> np.ndarray:
     """Pooled features, float32 ``(n, c)``."""
-    if cnn is None:
-        return np.zeros((len(pictures), 1), np.float32)
     inputs = torch.stack([cnn.preprocess(picture) for picture in pictures])
     inputs = inputs.to(next(cnn.model.parameters()).device, memory_format=torch.channels_last)
     return cnn.model(inputs).float().cpu().numpy()

@@ -1,7 +1,5 @@
 """The CLIP methods on a dataset: what they learn from, one detector per painting, results on disk, sorted folders.
-
-Detectors and thresholds are made of rows that refuse test pictures; these are scored afterwards and change nothing.
-"""
+Detectors and thresholds are made of rows that refuse test pictures; these are scored afterwards and change nothing."""
 
 from __future__ import annotations
 
@@ -137,11 +135,9 @@ def fit_and_test(
     write ``results/<method>/``; what was found is kept in ``checkpoints/<method>/`` for :func:`load`. A painting that
     cannot be fitted is named and stops no other; it is a ValueError when none can.
 
-    Args:
-        dataset, learn_from, embedded: the dataset, its :func:`learning_rows` and its features.
-        profile: gives folders, device, seed and sizes.
-        n_trials, strategy, alpha: as for :func:`helpers.clip.tuning.tune`; aim of the thresholds, a false-alarm rate.
-    """
+    ``learn_from`` and ``embedded`` are the dataset's :func:`learning_rows` and features; ``profile`` gives folders,
+    device, seed and sizes; ``n_trials`` and ``strategy`` are :func:`helpers.clip.tuning.tune`'s; ``alpha`` is the
+    false-alarm rate that the thresholds aim at."""
     found, kinds = {}, sorted({kind for rows in learn_from.values() for kind in rows.table["kind"][rows.is_anomaly]})
     groups = {c: rows.table["group"][rows.has("kind", NORMAL_KIND)].tolist() for c, rows in learn_from.items()}
     for method in methods:

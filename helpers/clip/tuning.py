@@ -62,14 +62,10 @@ def tune(
                 nested.append(_auroc(detector, tried[int(np.argmax(ranked(learn, 2)))], learn, held))
         except ValueError as error:
             note, nested = f"No nested estimate: {error}", []
-    return {
-        "parameters": tried[int(np.argmax(aurocs))],
-        "auroc": max(aurocs),
-        "default_auroc": aurocs[0],
-        "nested_auroc": float(np.mean(nested)) if nested else None,
-        "trials": [{**one, "auroc": auroc} for one, auroc in zip(tried, aurocs, strict=True)],
-        "note": note,
-    }
+    found = {"parameters": tried[int(np.argmax(aurocs))], "auroc": max(aurocs), "default_auroc": aurocs[0]}
+    found["nested_auroc"] = float(np.mean(nested)) if nested else None
+    trials = [{**one, "auroc": auroc} for one, auroc in zip(tried, aurocs, strict=True)]
+    return found | {"trials": trials, "note": note}
 
 
 def _splits(rows: Rows, n_folds: int, seed: int) -> list[tuple[Rows, Rows]]:

@@ -248,7 +248,7 @@ def _rankings(frame: pd.DataFrame, trained_on: Sequence[str]) -> Iterator[dict[s
         yield _row(name, "image_auroc", (value, *interval), kept)
     draws = _draws(tuple(frame.is_anomalous), tuple(frame.source))
     precisions = metrics.average_precisions(frame.anomaly_score, frame.is_anomalous, draws)
-    yield _row("all", "image_ap", _bootstrap(precisions, frame), frame)
+    yield _row("all", "image_ap", (precisions[0], *statistics.percentile_interval(precisions[1:])), frame)
 
 
 def _pixels(
@@ -268,11 +268,7 @@ def _pixels(
     drawn = metrics.pixel_metrics(table, _draws(tuple(usable.is_anomalous), tuple(usable.source)))
     for metric, values in zip(("pixel_auroc", "aupro"), drawn.T):
         if math.isfinite(values[0]):
-            yield _row("all", metric, _bootstrap(values, usable), usable)
-
-
-def _bootstrap(values: np.ndarray, frame: pd.DataFrame) -> tuple[float, float, float]:
-    return (values[0], *(_NAN if frame.source.nunique() < 2 else statistics.percentile_interval(values[1:])))
+            yield _row("all", metric, (values[0], *statistics.percentile_interval(values[1:])), usable)
 
 
 @lru_cache(maxsize=128)
@@ -305,7 +301,7 @@ def _pairs(predictions: pd.DataFrame, category: str, measure: str) -> Iterator[d
             test = statistics.delong_paired(x.anomaly_score, y.anomaly_score, x.is_anomalous, x.category)
         elif x.threshold.notna().all() and y.threshold.notna().all():
             right = [(part.is_predicted_anomalous == part.is_anomalous).to_numpy(bool) for part in (x, y)]
-            test = statistics.mcnemar_exact(*right)
+            test = statistics.accuracy_test(*right)
         else:
             continue
         yield {"category": category, "measure": measure, "method_a": a, "method_b": b, **vars(test)}

@@ -1,7 +1,5 @@
 """Numbers as readers see them, and the sentences that a comparison allows; their wording is in ``templates/``.
-
-No sentence claims more than a paired test or an interval supports; counts are said as counts.
-"""
+No sentence claims more than a paired test or an interval supports; counts are said as counts."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
-"""Every finished evaluation, and falls in quality that are more than luck.
-
-An evaluation is a copy of its predictions, named by profile, method, time and content; two are compared on the pictures
-that both have.
-"""
+"""Every finished evaluation (a copy of its predictions, named by profile, method, time and content), and falls in
+quality that are more than luck, on the pictures that two evaluations share."""
 
 from __future__ import annotations
 
@@ -48,12 +45,9 @@ def read(folder: Path) -> pd.DataFrame:
 
 
 def changes(history: pd.DataFrame) -> pd.DataFrame:
-    """The last evaluation of each method against the one before and against its first, on the pictures both have.
-
-    Ranking is tested for each painting (DeLong), verdicts over all (exact test of balanced accuracy); p-values are
-    corrected (Holm) over *all* tests of the report: one false alarm among many methods is still one. ``value_a`` is
-    now, ``value_b`` then.
-    """
+    """The last evaluation of each method (``value_a``) against the one before and its first (``value_b``): ranking for
+    each painting (DeLong), verdicts over all (exact test of balanced accuracy). P-values are corrected (Holm) over
+    *all* tests of the report: one false alarm among many methods is still one."""
     rows = []
     for _, runs in history.groupby("series", sort=False):
         last, *older = sorted(runs.run.unique(), reverse=True)
@@ -62,7 +56,7 @@ def changes(history: pd.DataFrame) -> pd.DataFrame:
             labels = both.is_anomalous.to_numpy(bool)
             verdicts = both.is_predicted_anomalous, both.is_predicted_anomalous_then
             right = [said.to_numpy(bool) == labels for said in verdicts]
-            tests = {("balanced accuracy", "all"): statistics.balanced_accuracy_test(*right, labels)}
+            tests = {("balanced accuracy", "all"): statistics.accuracy_test(*right, labels)}
             for category, part in both.groupby("category"):
                 scores = part.anomaly_score, part.anomaly_score_then
                 tests["AUROC", category] = statistics.delong_paired(*scores, part.is_anomalous.to_numpy(bool))
@@ -83,9 +77,7 @@ def describe(history: pd.DataFrame, changed: pd.DataFrame) -> str:
 
 def points(history: pd.DataFrame, changed: pd.DataFrame) -> pd.DataFrame:
     """Each method by evaluation for :func:`helpers.judge.figures.lines`; empty until a method was evaluated twice.
-
-    Evaluations on different pictures are not joined; a fall is ringed in the panel of its own measure.
-    """
+    Evaluations on different pictures are not joined; a fall is ringed in the panel of its own measure."""
     rows = []
     for _, runs in history.groupby("series", sort=False):
         method, each = runs.method.iloc[0], list(runs.groupby("run"))

@@ -1,8 +1,5 @@
-"""New pictures dropped into a folder, each scored once: ``<folder>/<painting>/[<kind>/]picture``.
-
-A picture in a folder of its kind (``good``, ``genuine``, ``damaged`` ..., as in any dataset folder) has a label and is
-counted; one directly in the painting's folder is only scored.
-"""
+"""New pictures dropped into a folder, each scored once: ``<folder>/<painting>/[<kind>/]picture``. One in a folder of
+its kind (``good``, ``genuine``, ``damaged`` ..., as in any dataset folder) has a label and is counted."""
 
 from __future__ import annotations
 

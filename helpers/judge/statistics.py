@@ -15,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
+from scipy.optimize import brentq
+from scipy.stats import binom, permutation_test, rankdata
 
 from helpers.judge.metrics import checked_scores
 
@@ -208,42 +210,30 @@ def delong_paired(
     return PairedTest(value_a, value_b, difference, p_value, int(np.sum(chosen)))
 
 
-def mcnemar_exact(correct_a: ArrayLike, correct_b: ArrayLike) -> PairedTest:
-    """Do two methods differ in accuracy on the same pictures? Exact McNemar test on verdicts (True where right).
+def accuracy_test(correct_a: ArrayLike, correct_b: ArrayLike, labels: ArrayLike | None = None) -> PairedTest:
+    """Do two rounds of verdicts (True where right) on the same pictures differ in accuracy? Exact McNemar test.
 
-    Only pictures on which exactly one of them is right count; fewer than six of those can never reach 5 %. Verdicts of
-    several paintings may be pooled, each made at its own threshold. Source: McNemar, Psychometrika 1947.
+    Only pictures on which exactly one of the two is right count, each as likely for the one as for the other when there
+    is no difference: the p-value is the probability, over all ways these coins could fall, of a difference at least as
+    large. Fewer than six such pictures never reach 5 %. Verdicts of several paintings may be pooled, each made at its
+    own threshold. With ``labels`` it compares balanced accuracies; all is nan when one class is missing.
+    Source: McNemar, Psychometrika 1947.
     """
-    from scipy.stats import binomtest
-
     a, b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
-    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    p_value = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
-    return PairedTest(float(a.mean()), float(b.mean()), (only_a - only_b) / len(a), float(p_value), len(a))
-
-
-def balanced_accuracy_test(correct_a: np.ndarray, correct_b: np.ndarray, labels: np.ndarray) -> PairedTest:
-    """Do two rounds of verdicts (True where right) on the same pictures differ in balanced accuracy? Exact.
-
-    McNemar's idea for both classes at once: only pictures on which exactly one of the two is right count, each as
-    likely for the one as for the other when there is no difference. The p-value is the probability, over all ways the
-    coins could fall, of a difference at least as large. All nan when one class is missing.
-    """
-    from scipy.stats import binom
-
-    a, b, labels = (np.asarray(given, dtype=bool) for given in (correct_a, correct_b, labels))
-    if labels.all() or not labels.any():
-        return PairedTest(math.nan, math.nan, math.nan, math.nan, len(labels))
-    values = [float((c[labels].mean() + c[~labels].mean()) / 2) for c in (a, b)]
-    differences, chances = [], []
-    for chosen in (labels, ~labels):
+    labels = None if labels is None else np.asarray(labels, dtype=bool)
+    classes = [np.ones(len(a), bool)] if labels is None else [labels, ~labels]
+    if not all(chosen.any() for chosen in classes):
+        return PairedTest(math.nan, math.nan, math.nan, math.nan, len(a))
+    values = [float(np.mean([c[chosen].mean() for chosen in classes])) for c in (a, b)]
+    differences, chances = np.zeros(1), np.ones(1)  # of every way to fall, class by class
+    for chosen in classes:
         n_apart = int((a[chosen] != b[chosen]).sum())
         counts = np.arange(n_apart + 1)
-        differences.append((2 * counts - n_apart) / (2 * chosen.sum()))
-        chances.append(binom.pmf(counts, n_apart, 0.5))
-    far = np.abs(np.add.outer(*differences)) >= abs(values[0] - values[1]) - 1e-12
-    p_value = min(1.0, float(np.multiply.outer(*chances)[far].sum()))
-    return PairedTest(*values, values[0] - values[1], p_value, len(labels))
+        gaps = (2 * counts - n_apart) / (len(classes) * chosen.sum())
+        differences = np.add.outer(differences, gaps).ravel()
+        chances = np.multiply.outer(chances, binom.pmf(counts, n_apart, 0.5)).ravel()
+    far = np.abs(differences) >= abs(values[0] - values[1]) - 1e-12
+    return PairedTest(*values, values[0] - values[1], min(1.0, float(chances[far].sum())), len(a))
 
 
 def holm(p_values: ArrayLike) -> np.ndarray:
@@ -264,8 +254,6 @@ def holm(p_values: ArrayLike) -> np.ndarray:
 
 def _delong(scores: Sequence[np.ndarray], labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """AUROC ``(k,)`` and DeLong's covariance ``(k, k)``, nan where undefined; by mid-ranks (Sun and Xu, 2014)."""
-    from scipy.stats import rankdata
-
     scores, n_anomalous, n_normal, k = np.array(scores), int(labels.sum()), int((~labels).sum()), len(scores)
     if not n_anomalous or not n_normal:
         return np.full(k, np.nan), np.full((k, k), np.nan)
@@ -282,8 +270,6 @@ def _delong(scores: Sequence[np.ndarray], labels: np.ndarray) -> tuple[np.ndarra
 
 def _newcombe(auroc: float, n_anomalous: int, n_normal: int) -> Interval:
     """Newcombe's method 5: the values of AUROC whose own standard error puts the estimate 1.96 errors away."""
-    from scipy.optimize import brentq
-
     spread = (n_anomalous + n_normal) / 2 - 1
 
     def excess(value: float) -> float:
@@ -298,8 +284,6 @@ def _newcombe(auroc: float, n_anomalous: int, n_normal: int) -> Interval:
 
 def _permutation(a: np.ndarray, b: np.ndarray, labels: np.ndarray, strata: Sequence[np.ndarray]) -> float:
     """Share of swaps between two methods' ranks, picture by picture, with an AUROC difference at least as large."""
-    from scipy.stats import permutation_test, rankdata
-
     ranks = np.zeros((2, len(labels)))
     for rows in strata:
         ranks[:, rows] = rankdata([a[rows], b[rows]], axis=1)
