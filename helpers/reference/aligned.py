@@ -7,9 +7,8 @@ place; back in the frame of the picture the least one counts. Nothing is trained
 from __future__ import annotations
 
 import functools
-import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -23,7 +22,13 @@ from helpers.judge.statistics import conformal_threshold
 from helpers.reference import photometry, registration
 from helpers.reference.memory import top_mean
 
-NOT_THIS, DIFFERENT, SAME = "not this artwork", "this artwork, different here", "no difference found"
+SAME = "This artwork; no difference was found."
+DIFFERENT = "This artwork, and it differs from every reference."
+NOT_THIS = "Not this artwork: the picture lies on none of the references."
+UNSURE = (
+    "Whether this is the artwork cannot be said: the picture lies on none of the references, but genuine pictures do "
+    "not lie on each other either. Trust DINOv2."
+)
 UNREGISTERED = 100.0
 """Every picture that lies on no reference scores above this; every other one below."""
 _N_GENUINE = 60  # genuine pictures that noise and limit are learnt from
@@ -38,19 +43,11 @@ _SMALL = 64  # pixels
 
 
 @dataclass(frozen=True)
-class Settings:
-    """``side``: longer side in pixels of the references; ``n_references``: genuine pictures kept to compare with."""
-
-    side: int = 384
-    n_references: int = 10
-
-
-@dataclass(frozen=True)
 class Comparison:
     """What is found when a picture is laid on its references."""
 
-    answer: str  # NOT_THIS, DIFFERENT or SAME
-    words: str  # the answer in sentences, with what was seen and everything that limits it
+    answer: str  # SAME, DIFFERENT, NOT_THIS or UNSURE
+    words: str  # the answer, what was seen and everything that limits it, in sentences
     score: float  # higher = more anomalous; above UNREGISTERED when it lies on no reference
     limit: float  # conformal threshold of the score, from genuine pictures
     picture: np.ndarray  # uint8 RGB (H, W, 3), the picture under test, at most twice as large as the references
@@ -66,40 +63,25 @@ class Comparison:
         return 1 / (1 + self.limit / np.clip(plane, 1e-6, self.score))
 
 
-@dataclass
-class Reference:
-    """A genuine picture, uint8 RGB, its source, and the ``noise`` of genuine differences there, float32
-    ``(4, H, W)``."""
-
-    image: np.ndarray
-    source: str
-    noise: np.ndarray
-
-    @functools.cached_property
-    def features(self) -> registration.Features:
-        return registration.describe(self.image)
-
-    @functools.cached_property
-    def lab(self) -> np.ndarray:
-        return photometry.lab(self.image)
-
-
 class Look(NamedTuple):
-    """A picture on one reference, see :func:`registration.register`."""
+    """A picture on one reference, see :func:`registration.register` and :func:`photometry.differences`."""
 
     reference: int
     matrix: np.ndarray
     n_inliers: int
     turn: float
-    differs: np.ndarray  # float16 (4, H, W) in the frame of the reference, inf: not seen
+    differs: np.ndarray  # float (4, h, w) in the frame of the reference
+    seen: np.ndarray  # float32 (h, w)
 
 
 @dataclass
 class Aligned:
     """The detector of one artwork."""
 
-    settings: Settings
-    references: list[Reference]
+    side: int  # longer side of the references, in pixels
+    references: list[np.ndarray]  # genuine pictures, uint8 RGB (h, w, 3)
+    sources: list[str]  # and the true source of each
+    noises: list[np.ndarray] = field(default_factory=list)  # of genuine differences there, float32 (4, h, w)
     level: float = 1.0  # middle of the map of the middle genuine picture
     coarse: float = 1.0  # nine of ten genuine pictures have one at most so many times as high,
     peak: float = 1.0  # and at most so high a highest part
@@ -113,41 +95,46 @@ class Aligned:
         """False when genuine pictures do not lie on each other: abstract art, low texture."""
         return self.limit < UNREGISTERED
 
+    @functools.cached_property
+    def _known(self) -> list[tuple[registration.Features, np.ndarray]]:
+        return [(registration.describe(one), photometry.lab(one)) for one in self.references]
+
     def looks(self, picture: np.ndarray, apart: str | None = None) -> list[Look]:
-        """A picture on the references, of sources other than ``apart``, that it lies on; with OpenCV's threads."""
-        query = registration.describe(picture)
+        """A picture on those references, of sources other than ``apart``, that it lies on; the best first."""
+        query, known = registration.describe(picture), self._known
 
         def look(n: int) -> Look | None:
-            place = registration.register(query, self.references[n].features)
-            if place is None:
-                return None
-            differs = photometry.differences(picture, place[0], self.references[n].lab).astype(np.float16)
-            return Look(n, *place, differs) if np.isfinite(differs[0]).mean() > _LEAST_SEEN else None
+            points, lab = known[n]
+            place = registration.register(query, points)
+            found = place and Look(n, *place, *photometry.differences(picture, place[0], lab))
+            return found if found and found.seen.mean() > _LEAST_SEEN else None
 
-        others = [n for n, one in enumerate(self.references) if one.source != apart]
         with ThreadPoolExecutor(max(1, cv2.getNumThreads())) as pool:
-            return [found for found in pool.map(look, others) if found]
+            found = pool.map(look, (n for n, source in enumerate(self.sources) if source != apart))
+        return sorted(filter(None, found), key=lambda one: -one.n_inliers)
 
     def measured(
         self, looks: Sequence[Look], noises: Sequence[np.ndarray], shape: tuple[int, int]
     ) -> tuple[np.ndarray, np.ndarray, float, float]:
         """The least difference in units of the ``noises`` of all references, in the frame of a picture of ``shape``,
         float32 ``(H, W)``; where it was seen, bool; its median; its highest part."""
-        least, there, best = np.full((*shape, 4), np.inf, np.float32), np.full(shape, np.inf, np.float32), np.inf
-        n_seen = np.zeros(shape, np.float32)
+        least, there = np.full((4, *shape), np.inf, np.float32), np.full(shape, np.inf, np.float32)
+        n_seen, best, size = np.zeros(shape, np.float32), np.inf, shape[::-1]
         for one in looks:
-            is_seen, back = np.isfinite(one.differs[0]).astype(np.float32), np.linalg.inv(one.matrix)
-            planes = np.where(is_seen > 0, one.differs, 0).astype(np.float32) / noises[one.reference]
-            level = max(float(np.median(planes[:, is_seen > 0])), 1e-6)  # 0 when it is the reference itself
-            planes = photometry.inner_blur(np.moveaxis(planes, 0, 2), is_seen, _SIGMA)
-            inside = cv2.warpPerspective(is_seen, back, shape[::-1]) > 0.5
-            planes = cv2.warpPerspective(planes, back, shape[::-1])
-            least = np.where(inside[..., None], np.minimum(least, planes), least)
-            there, best = np.where(inside, np.minimum(there, level), there), min(best, level)
+            back, below = np.linalg.inv(one.matrix), np.maximum(photometry.blur(one.seen, _SIGMA), 1e-2)
+            inside = cv2.warpPerspective(one.seen, back, size) > 0.5
+            planes = one.differs / noises[one.reference]
+            level = float(np.median(planes[:, ::3, ::3][:, one.seen[::3, ::3] > 0]))
+            level = max(level, 1e-6)  # 0 when it is the reference itself
+            for plane, lowest in zip(planes, least):
+                plane = cv2.warpPerspective(photometry.blur(plane, _SIGMA) / below, back, size)
+                np.minimum(lowest, plane, out=lowest, where=inside)
+            np.minimum(there, level, out=there, where=inside)
             n_seen += inside
+            best = min(best, level)
         # A strip seen on few references, or on a worse one alone, differs more.
         is_seen, fair = n_seen > 0, best / there * (n_seen / len(looks)) ** _ALONE
-        plane = np.where(is_seen, least.mean(axis=2), 0) * fair
+        plane = np.where(is_seen, least.mean(axis=0), 0) * fair
         wider = cv2.dilate(is_seen.astype(np.uint8), np.ones((13, 13), np.uint8)) > 0
         rim = photometry.inner_blur(plane, is_seen.astype(np.float32), 2.0) * wider  # takes the values next to it
         return np.where(is_seen, plane, rim), wider, float(np.median(plane[is_seen])), top_mean(plane[is_seen], _TOP)
@@ -159,73 +146,69 @@ class Aligned:
 
     def compare(self, image: np.ndarray) -> Comparison:
         """Lay a picture, uint8 RGB ``(H, W, 3)`` of any size, on the references; one that lies nowhere is mirrored."""
-        picture = resize(image, 2 * self.settings.side)
+        picture = resize(image, 2 * self.side)
         shape, looks, flip = picture.shape[:2], self.looks(picture), 1
         if not looks:
             looks, flip = self.looks(np.ascontiguousarray(picture[:, ::-1])), -1
-        shown, turn, score = self.references[0].image, 0.0, 2 * UNREGISTERED
+        shown, turn, score = self.references[0], 0.0, 2 * UNREGISTERED
         plane, seen = np.full(shape, 2 * min(self.limit, UNREGISTERED), np.float32), np.zeros(shape, bool)
-        view = cv2.resize(shown, shape[::-1], interpolation=cv2.INTER_AREA)
+        view, answer = cv2.resize(shown, shape[::-1]), NOT_THIS if self.is_usable else UNSURE
         if looks:
-            plane, seen, level, top = self.measured(looks, [one.noise for one in self.references], shape)
+            plane, seen, level, top = self.measured(looks, self.noises, shape)
             plane /= max(level / self.level, 1) * self.peak
-            best = max(looks, key=lambda one: one.n_inliers)
-            shown, turn = self.references[best.reference].image, abs(best.turn)
-            view = cv2.warpPerspective(shown, np.linalg.inv(best.matrix), shape[::-1], flags=cv2.INTER_AREA)
+            shown, turn, back = self.references[looks[0].reference], abs(looks[0].turn), np.linalg.inv(looks[0].matrix)
+            view = cv2.warpPerspective(shown, back, shape[::-1], flags=cv2.INTER_AREA)
             plane, seen, view = plane[:, ::flip], seen[:, ::flip], view[:, ::flip]
             is_odd = flip < 0 or abs((turn + 45) % 90 - 45) > _TILT
             score = min(max(self.score(level, top), _WHOLE * is_odd), UNREGISTERED - 1)
-        is_different, is_elsewhere = bool(looks) and score > self.limit, not looks and self.is_usable
-        sentences = {
-            "Not this artwork: the picture lies on none of the references.": is_elsewhere,
-            "Whether this is the artwork cannot be said: the picture lies on none of the references, but genuine "
-            "pictures do not lie on each other either. Trust DINOv2.": not looks and not is_elsewhere,
-            "This artwork, and it differs from every reference.": is_different,
-            "This artwork; no difference was found.": looks and not is_different,
+            answer = DIFFERENT if score > self.limit else SAME
+        more = {
             f"Only {seen.mean():.0%} of it lies on a reference, the rest is not judged.": 0 < seen.mean() < 0.995,
             f"It has fewer than {_SMALL} pixels on one side: too few to say much.": min(shape) < _SMALL,
             "It is a mirror image.": looks and flip < 0,
             f"It is turned by {turn:.0f} degrees.": turn > _TILT,
             "It is black and white: colours were not compared.": looks and photometry.is_grey(picture),
             "It differs as a whole (sharpness, colours or brushwork), not in one place.":
-                is_different and plane.max() <= self.limit,
+                answer == DIFFERENT and plane.max() <= self.limit,
         }  # fmt: skip
-        answer = (DIFFERENT if is_different else SAME) if looks else NOT_THIS
-        words = " ".join(sentence for sentence, applies in sentences.items() if applies)
+        words = " ".join([answer, *(sentence for sentence, applies in more.items() if applies)])
         return Comparison(answer, words, score, self.limit, picture, plane, seen, view, pixel_hash(shown))
 
 
-def fit(images: Sequence[np.ndarray], sources: Sequence[str], *, settings: Settings, alpha: float = 0.05) -> Aligned:
+def fit(
+    images: Sequence[np.ndarray], sources: Sequence[str], *, side: int, n_references: int = 10, alpha: float = 0.05
+) -> Aligned:
     """Learn how genuine pictures of an artwork, uint8 RGB ``(H, W, 3)``, differ when they are laid on each other.
 
-    ``sources`` names the true source of each: pictures of one are never compared with each other, unless there is no
-    other. ``alpha`` is the false-alarm rate that the limit aims at; where the sources are too few for it, each counts
-    with its highest score. ``ValueError``: no picture.
+    Args:
+        sources: true source of each; pictures of one are never compared with each other, unless there is no other.
+        side: longer side of the references, in pixels; ``n_references`` of the pictures are kept.
+        alpha: false-alarm rate that the limit aims at; sources too few for it count with their highest score each.
+    Raises:
+        ValueError: no picture.
     """
     if not len(images):
         raise ValueError("The aligned comparison needs at least one genuine picture of the artwork.")
-    images, n_sources = [resize(image, 2 * settings.side) for image in images], len(set(sources))
-    apart = sources if n_sources > 1 else [str(n) for n in range(len(images))]
-    chosen = turns(images, apart, min(settings.n_references, max(3, n_sources)))  # few sources: one picture of each
-    shown = {n: resize(images[n], settings.side) for n in chosen}
-    model = Aligned(settings, [Reference(image, apart[n], np.ones(1)) for n, image in shown.items()])
-    genuine = sorted(turns(images, apart, _N_GENUINE))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        looks = dict(zip(genuine, pool.map(lambda n: model.looks(images[n], apart[n]), genuine)))
+    images, n_sources = [resize(image, 2 * side) for image in images], len(set(sources))
+    apart = list(sources) if n_sources > 1 else [str(n) for n in range(len(images))]
+    chosen = turns(images, apart, min(n_references, max(3, n_sources)))  # few sources: one picture of each
+    model, looks = Aligned(side, [resize(images[n], side) for n in chosen], [apart[n] for n in chosen]), {}
+    for n in sorted(turns(images, apart, _N_GENUINE)):
+        found = model.looks(images[n], apart[n])
+        looks[n] = [one._replace(differs=one.differs.astype(np.float16)) for one in found]  # all are kept for a while
 
-    def roots(k: int, among: Sequence[int]) -> np.ndarray:
-        """Roots of the differences from reference ``k``, added up; how many were seen: float32 ``(5, H, W)``."""
-        total = np.zeros((5, *model.references[k].image.shape[:2]), np.float32)
+    def roots(k: int, among: Iterable[int]) -> np.ndarray:
+        """Roots of the differences from reference ``k``, added up; how many were seen: float32 ``(5, h, w)``."""
+        total = np.zeros((5, *model.references[k].shape[:2]), np.float32)
         for one in (one for n in among for one in looks[n] if one.reference == k):
-            total[4] += np.isfinite(one.differs[0])
-            total[:4] += np.sqrt(np.where(np.isfinite(one.differs), one.differs, 0), dtype=np.float32)
+            total[:4] += np.sqrt(one.differs, dtype=np.float32)
+            total[4] += one.seen
         return total
 
-    totals, parts = [roots(k, genuine) for k in range(len(chosen))], {}
-    for one, total in zip(model.references, totals):
-        one.noise = _noise(total)
+    totals, parts = [roots(k, looks) for k in range(len(chosen))], {}
+    model.noises = [_noise(total) for total in totals]
     for source in set(apart):  # a genuine picture is judged by the noise of other sources, as a new one will be
-        own = [n for n in genuine if apart[n] == source]
+        own = [n for n in looks if apart[n] == source]
         noises = [_noise(total - roots(k, own)) for k, total in enumerate(totals)]
         parts |= {n: model.measured(looks[n], noises, images[n].shape[:2])[2:] for n in own if looks[n]}
     if parts:
@@ -234,23 +217,18 @@ def fit(images: Sequence[np.ndarray], sources: Sequence[str], *, settings: Setti
         coarse = levels / model.level
         model.coarse = float(np.quantile(coarse, 0.9))
         model.peak = max(float(np.quantile(tops / np.maximum(coarse, 1), 0.9)), 1e-6)
-    scores = pd.Series({n: model.score(*parts[n]) for n in parts}, index=genuine, dtype=float)
-    own = pd.Series({n: sources[n] for n in genuine})
-    is_few = n_sources + 1 < 1 / alpha
-    if is_few:  # these say little about the next one, however many photographs there are of each
-        scores = scores.groupby(own).max()
-        own = scores.index
-    model.scores, model.groups = scores.fillna(2 * UNREGISTERED).tolist(), own.tolist()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # said in the notes
+    scores = pd.Series({n: model.score(*parts[n]) for n in parts}, index=list(looks), dtype=float)
+    scores.index = [sources[n] for n in looks]
+    if n_sources + 1 < 1 / alpha:  # these say little about the next one, however many photographs there are of each
+        scores = scores.groupby(level=0).max()
+    model.scores, model.groups = scores.fillna(2 * UNREGISTERED).tolist(), scores.index.tolist()
+    with warnings.catch_warnings(record=True, action="always") as said:
         model.limit = conformal_threshold(model.scores, alpha)
-    notes = {
-        "Only one genuine source: the limit rests on its own re-photographs and is optimistic.": n_sources == 1,
-        f"The limit is the highest genuine score of all {n_sources} sources; so few promise a false-alarm rate of "
-        f"{1 / (n_sources + 1):.0%} at best.": is_few,
-        "Too few genuine pictures lie on each other: trust the rows of DINOv2 for this artwork.": not model.is_usable,
-    }
-    model.notes = [words for words, applies in notes.items() if applies]
+    model.notes = [str(one.message) for one in said]
+    if n_sources == 1:
+        model.notes.append("Only one source: the limit rests on its own re-photographs and is optimistic.")
+    if not model.is_usable:
+        model.notes.append("Too few genuine pictures lie on each other: trust the rows of DINOv2 for this artwork.")
     return model
 
 

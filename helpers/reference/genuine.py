@@ -20,9 +20,8 @@ def difference(scan: np.ndarray, picture: np.ndarray) -> str:
         return "it does not lie on the main scan"
     back, ones = np.linalg.inv(place[0]), np.ones(scan.shape[:2], np.float32)
     on = cv2.warpPerspective(ones, back, picture.shape[1::-1]).mean()
-    fine = photometry.differences(picture, place[0], photometry.lab(scan))[2]
-    seen = np.isfinite(fine)
+    (_, _, fine, _), seen = photometry.differences(picture, place[0], photometry.lab(scan))
     if on < 0.9 or seen.mean() < 0.4:
         return f"{on:.0%} of it lies on the main scan, {seen.mean():.0%} of which it shows"
-    changed = (fine[seen] > 0.5).mean()
+    changed = (fine[seen > 0] > 0.5).mean()
     return f"{changed:.1%} of it differs from the main scan" if changed > 0.005 else ""

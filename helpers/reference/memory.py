@@ -1,14 +1,13 @@
 """Two published detectors on DINOv2's patches, without training; higher = more anomalous.
 
 *Memory* (AnomalyDINO, Damm et al., WACV 2025): how far is each patch from the nearest genuine one? *Subspace*
-(SubspaceAD, CVPR 2026): how much of each patch lies outside the space that genuine patches span? The settings are ours
-for pictures of paintings: middle layers, and no turned copies, since a painting has one way up.
+(SubspaceAD, CVPR 2026): how much of each patch lies outside the space that genuine patches span? Ours for pictures of
+paintings: middle layers, and no turned copies, since a painting has one way up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -18,26 +17,18 @@ from sklearn.preprocessing import normalize
 
 METHODS = ("dinov2_memory", "dinov2_subspace")
 PATCH = 14  # side in pixels
+SIGMA = 6.0  # smoothing of the map, in pixels of the picture that DINOv2 sees
+TOP = 0.01  # share of the highest values whose mean is the score
+VARIANCE = 0.99  # share of it that the subspace keeps
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How patches are made and scored."""
-
-    side: int = 448  # shorter side of the picture that DINOv2 sees, in pixels
-    layers: Sequence[int] = (-6, -7)  # hidden states averaged
-    sigma: float = 6.0  # smoothing of the map, in pixels of that picture
-    top: float = 0.01  # share of the highest values whose mean is the score
-    variance: float = 0.99  # share of it that the subspace keeps
-
-
-def fit(method: str, tokens: Sequence[np.ndarray], settings: Settings) -> dict[str, np.ndarray]:
+def fit(method: str, tokens: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     """From patches of genuine pictures, ``(n_i, width)`` each: a ``bank`` of unit vectors, ``(n, width)``; or ``mean``
-    ``(width,)`` and ``basis`` ``(rank, width)`` of the space that holds ``settings.variance`` of their variance."""
+    ``(width,)`` and ``basis`` ``(rank, width)`` of the space that holds nearly all of their variance."""
     known = np.concatenate(tokens, dtype=np.float64)
     if method == "dinov2_memory":
         return {"bank": normalize(known).astype(np.float32)}
-    found = PCA(settings.variance, svd_solver="covariance_eigh").fit(known)
+    found = PCA(VARIANCE, svd_solver="covariance_eigh").fit(known)
     return {"mean": found.mean_, "basis": found.components_}
 
 
@@ -52,13 +43,11 @@ def distances(model: Mapping[str, np.ndarray], tokens: np.ndarray) -> np.ndarray
     return np.square(centred - (centred @ model["basis"].T) @ model["basis"]).sum(axis=1).astype(np.float32)
 
 
-def picture_score(
-    model: Mapping[str, np.ndarray], tokens: np.ndarray, grid: tuple[int, int], settings: Settings
-) -> tuple[float, np.ndarray]:
+def picture_score(model: Mapping, tokens: np.ndarray, grid: tuple[int, int]) -> tuple[float, np.ndarray]:
     """Score of a picture of a ``grid`` of (rows, columns) patches, and its map, float32 ``(rows, columns) * 14``."""
     plane = distances(model, tokens).reshape(grid)
     anomaly_map = cv2.resize(plane, (grid[1] * PATCH, grid[0] * PATCH), interpolation=cv2.INTER_LINEAR)
-    return top_mean(plane, settings.top), gaussian_filter(anomaly_map, settings.sigma)
+    return top_mean(plane, TOP), gaussian_filter(anomaly_map, SIGMA)
 
 
 def top_mean(values: np.ndarray, share: float) -> float:

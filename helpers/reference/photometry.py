@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import cv2
 import numpy as np
 
 USUAL = np.float32([1.5, 1.5, 0.05, 0.05])[:, None, None]
 """What good photographs differ by: lightness and colour in CIE Lab units, fine and coarse structure."""
 _SCALES = (3.0, 7.0)  # Gaussian windows of the structure differences, pixels
-_SHIFTS = ((0, 0), (0, 1), (1, 0), (0, -1), (-1, 0))  # pixels by which the two may lie off
 _SHARPEST = 0.8  # both pictures are blurred by this before anything else
 _RIM = 4  # pixels at the edge of a picture that are not trusted
 _STEADY = 6.0  # variance of lightness below which a window is noise rather than structure
@@ -32,16 +33,16 @@ def is_grey(image: np.ndarray) -> bool:
     return max(cv2.norm(red, green, cv2.NORM_INF), cv2.norm(green, blue, cv2.NORM_INF)) <= 2
 
 
-def differences(image: np.ndarray, matrix: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """How a picture differs from a reference that it lies on: in lightness and colour (the least over shifts of a
-    pixel), in fine and in coarse structure (1 - local correlation of lightness).
+def differences(image: np.ndarray, matrix: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How a picture differs from a reference that it lies on: in lightness and in colour (CIE Lab units), in fine and
+    in coarse structure (1 - local correlation of lightness).
 
     Args:
         image: uint8 RGB ``(H, W, 3)``.
         matrix: float64 ``(3, 3)``, its pixels -> pixels of the reference.
         reference: :func:`lab` of it, ``(h, w, 3)``.
     Returns:
-        float32 ``(4, h, w)``, higher = more different; inf where the picture does not reach.
+        float32 ``(4, h, w)``, higher = more different; ``(h, w)``, 1 where the picture reaches. Elsewhere both are 0.
     """
     size, scale = reference.shape[1::-1], abs(np.linalg.det(matrix[:2, :2])) ** 0.5
     inside = cv2.warpPerspective(np.ones(image.shape[:2], np.uint8), matrix, size)
@@ -53,13 +54,10 @@ def differences(image: np.ndarray, matrix: np.ndarray, reference: np.ndarray) ->
     test, other = (one if has_colour else np.nan_to_num(one) for one in (test, reference))
     test = _matched(test, other, both)
     other = _bent(other, test, both)
-    off = [test - np.roll(other, shift, axis=(0, 1)) for shift in _SHIFTS]
-    best = np.argmin([cv2.blur(cv2.transform(one * one, np.ones((1, 3))), (3, 3)) for one in off], axis=0)
-    off = np.choose(best[..., None], off)
-    planes = [cv2.blur(np.abs(off[..., 0]), (3, 3)), cv2.blur(np.hypot(off[..., 1], off[..., 2]), (3, 3)) * has_colour]
-    planes += [_structure(test[..., 0], other[..., 0], both, sigma) for sigma in _SCALES]
-    planes = np.maximum(planes, 0) * np.clip(0.4 + 0.3 * depth / _RIM, 0, 1)  # less is trusted towards the edge
-    return np.where(both > 0, planes, np.inf).astype(np.float32)
+    lightness, a, b = cv2.split(test - other)
+    planes = [cv2.blur(np.abs(lightness), (3, 3)), cv2.blur(cv2.magnitude(a, b), (3, 3)) * has_colour]
+    planes = np.stack([*planes, *_structure(test[..., 0], other[..., 0], both)])
+    return np.maximum(planes, 0) * (both * np.clip(0.4 + 0.3 * depth / _RIM, 0, 1)), both  # trusted less at the edge
 
 
 def _matched(test: np.ndarray, other: np.ndarray, both: np.ndarray) -> np.ndarray:
@@ -75,32 +73,35 @@ def _matched(test: np.ndarray, other: np.ndarray, both: np.ndarray) -> np.ndarra
         slopes = np.linalg.solve(weighted.T @ x + 0.1 * len(x) * np.eye(4), weighted.T @ y)
         error = np.linalg.norm(y - x @ slopes, axis=1)
         trust = 1 / (1 + (error / max(1.5 * float(np.median(error)), 1.0)) ** 2)
-    out = test + np.dstack([test, test[..., 0] ** 2 / 100]) @ np.float32(np.clip(slopes, -_MOST.T, _MOST.T))
+    out = test + cv2.merge([test, test[..., 0] ** 2 / 100]) @ np.float32(np.clip(slopes, -_MOST.T, _MOST.T))
     out += np.median(wanted - out.reshape(-1, 3)[picked], axis=0)
-    off = _quarter(np.clip(other - out, -_SLOW, _SLOW) * both[..., None])
-    return out + cv2.resize(inner_blur(off, _quarter(both), max(both.shape) / 32), both.shape[::-1])
+    few, off = _smaller(both, 4), np.clip(_smaller(other, 4) - _smaller(out, 4), -_SLOW, _SLOW)
+    return out + cv2.resize(inner_blur(off * few[..., None], few, max(both.shape) / 32), both.shape[::-1])
 
 
 def _bent(reference: np.ndarray, test: np.ndarray, both: np.ndarray) -> np.ndarray:
     """The reference bent by a smooth optical flow of at most a few pixels: lens, canvas and stretcher."""
-    grey = [np.clip(one[..., 0] * 2.55, 0, 255).astype(np.uint8) for one in (reference, test)]
+    grey = [np.uint8(np.clip(one[..., 0] * 2.55, 0, 255)) for one in (reference, test)]
     flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST).calc(*grey, None)
-    flow = np.clip(blur(flow, 6.0), -_MAX_FLOW, _MAX_FLOW) * both[..., None]
-    y, x = np.mgrid[: both.shape[0], : both.shape[1]].astype(np.float32)
-    return cv2.remap(reference, x - flow[..., 0], y - flow[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    flow = cv2.resize(blur(_smaller(flow, 2), 3.0), both.shape[::-1])
+    x, y = cv2.split(np.clip(flow, -_MAX_FLOW, _MAX_FLOW) * both[..., None])
+    x, y = np.arange(both.shape[1], dtype=np.float32) - x, np.arange(both.shape[0], dtype=np.float32)[:, None] - y
+    return cv2.remap(reference, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
-def _structure(test: np.ndarray, other: np.ndarray, both: np.ndarray, sigma: float) -> np.ndarray:
-    """1 - local correlation in a Gaussian window; flat windows agree."""
-    products = (test, other, test * test, other * other, test * other)
-    means = inner_blur(np.dstack(products) * both[..., None], both, sigma)
-    m_test, m_other, *squares = (means[..., n] for n in range(len(products)))
-    v_test, v_other = (np.maximum(v - m * m, 0) + _STEADY for v, m in zip(squares, (m_test, m_other)))
-    return 1 - (squares[2] - m_test * m_other + _STEADY) / np.sqrt(v_test * v_other)
+def _structure(test: np.ndarray, other: np.ndarray, both: np.ndarray) -> Iterator[np.ndarray]:
+    """1 - local correlation in two Gaussian windows, the coarse one at half size; flat windows agree."""
+    planes, before = [both, *(one * both for one in (test, other, test * test, other * other, test * other))], 0.0
+    for scale, sigma in enumerate(_SCALES, start=1):
+        planes = [blur(_smaller(one, scale), (sigma**2 - before**2) ** 0.5 / scale) for one in planes]
+        weight, before = np.maximum(planes[0], 1e-2), sigma
+        m_test, m_other, tests, others, products = (one / weight for one in planes[1:])
+        v_test, v_other = np.maximum(tests - m_test**2, 0) + _STEADY, np.maximum(others - m_other**2, 0) + _STEADY
+        yield cv2.resize(1 - (products - m_test * m_other + _STEADY) / np.sqrt(v_test * v_other), both.shape[::-1])
 
 
-def _quarter(plane: np.ndarray) -> np.ndarray:
-    return cv2.resize(plane, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
+def _smaller(plane: np.ndarray, times: int) -> np.ndarray:
+    return cv2.resize(plane, None, fx=1 / times, fy=1 / times, interpolation=cv2.INTER_AREA)
 
 
 def inner_blur(plane: np.ndarray, weight: np.ndarray, sigma: float) -> np.ndarray:

@@ -42,12 +42,8 @@ def describe(image: np.ndarray) -> Features:
 
 
 def register(query: Features, reference: Features) -> tuple[np.ndarray, int, float] | None:
-    """Where a picture lies on a reference; None: nowhere, or only as no camera could see it.
-
-    Returns:
-        float64 ``(3, 3)``, pixels of the picture -> pixels of the reference; how many matches agree with it; degrees,
-        clockwise, by which the picture is turned.
-    """
+    """Where a picture lies on a reference: float64 ``(3, 3)``, its pixels -> pixels of the reference; how many matches
+    agree; degrees, clockwise, by which it is turned. None: nowhere, or only as no camera could see it."""
     points, targets = _matches(query, reference)
     if len(points) < MIN_INLIERS:
         return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import datetime
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,6 @@ import jinja2
 import numpy as np
 from skimage.measure import label, regionprops
 
-from helpers import files
 from helpers.data.images import pixel_hash
 from helpers.reference.aligned import DIFFERENT, Comparison
 
@@ -44,17 +42,10 @@ def differences(comparison: Comparison) -> list[Difference]:
 
 def html(page: str, comparison: Comparison, **more: Any) -> str:
     """A comparison as HTML without script: the ``"blink"`` of picture and reference, which take turns; the picture with
-    its differences ``"marked"``; or the whole ``"sheet"``."""
-    return _PAGES.get_template(f"{page}.html").render(comparison=comparison, found=differences(comparison), **more)
-
-
-def write(path: Path, comparison: Comparison, *, title: str, others: Sequence[dict] = ()) -> Path:
-    """Write the condition sheet of a suspect picture to an HTML file, and return its path; ``others`` holds what other
-    detectors say: ``{"detector", "score", "limit", "verdict"}``."""
-    files.write_text(
-        path, html("sheet", comparison, title=title, others=others, date=datetime.date.today().isoformat())
-    )
-    return path
+    its differences ``"marked"``; or the condition ``"sheet"``, with a ``title`` and what ``others`` say, a list of
+    ``{"detector", "score", "limit", "verdict"}``."""
+    found, date = differences(comparison), datetime.date.today().isoformat()
+    return _PAGES.get_template(f"{page}.html").render(comparison=comparison, found=found, date=date, **more)
 
 
 def _uri(image: np.ndarray, side: int) -> str:
