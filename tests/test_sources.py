@@ -197,7 +197,7 @@ def test_a_busy_server_is_asked_again(commons: Commons, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("behaviour", "words"), [("status 403", "User-Agent"), ("truncated", "kept")])
 def test_a_stopped_call_goes_on(commons: Commons, tmp_path: Path, behaviour: str, words: str) -> None:
     commons.trouble[JOKE] = [behaviour]
-    with pytest.raises(sources.SourceError, match=words):
+    with pytest.raises(ConnectionError, match=words):
         sources.wikimedia(tmp_path, unasked)
     commons.asked.clear()
     assert len(sources.wikimedia(tmp_path, unasked).samples) == 3
@@ -242,7 +242,7 @@ def test_refusals_of_the_server_are_explained(commons, tmp_path, monkeypatch, na
     commons.trouble[name] = [behaviour]
     if name == "no network":
         monkeypatch.setattr(sources, "COMMONS_API", "http://127.0.0.1:9/w/api.php")
-    with pytest.raises(sources.SourceError, match=words):
+    with pytest.raises(ConnectionError, match=words):
         sources.wikimedia(tmp_path, unasked)
     assert not list(tmp_path.rglob("manifest.json"))
 
@@ -256,13 +256,13 @@ def test_best_artworks_takes_twice_spelt_artists_once(tmp_path: Path, monkeypatc
     module = types.ModuleType("kagglehub")
     module.dataset_download = lambda name: str(tmp_path / "kaggle")
     monkeypatch.setitem(sys.modules, "kagglehub", module)
-    samples = sources.best_artworks(limit=9)
+    samples = training.best_artworks(limit=9)
     assert Counter(s.category for s in samples) == {"Albrecht_Dürer": 4, "Van_Gogh": 2}
     assert all(not s.is_anomalous and s.split == "train" for s in samples)
-    assert len(sources.best_artworks(limit=1)) == 2
+    assert len(training.best_artworks(limit=1)) == 2
     options = {"n_views": 2, "max_side": 48, "seed": 1, "limit": 2, "kinds": ["box"]}
     views = training.auxiliary_samples("best_artworks", tmp_path / "views", **options)
     assert len(views) == 8 and sum(view.is_anomalous for view in views) == 4
     monkeypatch.setitem(sys.modules, "kagglehub", None)  # import raises ImportError
-    with pytest.raises(sources.SourceError, match="Kaggle gave no dataset"):
-        sources.best_artworks(limit=1)
+    with pytest.raises(ConnectionError, match="Kaggle gave no dataset"):
+        training.best_artworks(limit=1)

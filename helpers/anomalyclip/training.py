@@ -22,7 +22,7 @@ from helpers import caching, data, files, synthesis, training
 from helpers.anomalyclip import model
 from helpers.anomalyclip.detector import build_detector, text_features
 from helpers.anomalyclip.model import PromptLearner
-from helpers.data import images, reading, sources
+from helpers.data import images, names, reading
 from helpers.judge import metrics
 from helpers.records import NORMAL_KIND, Sample
 
@@ -55,7 +55,7 @@ def auxiliary_samples(
         found += [Path(path) for path in load_sample_images().filenames]
         pictures = [Sample(path, "auxiliary", False, group=path.stem) for path in found]
     elif source == "best_artworks":
-        found = sources.best_artworks(limit=limit)
+        found = best_artworks(limit=limit)
         pictures = [s for s in found if not any(name in s.category.lower() for name in ARTISTS_UNDER_TEST)]
     else:  # read_folder names a folder that is not there
         return _split([sample for sample in data.read_folder(source).samples if sample.split == "test"], seed)
@@ -67,6 +67,26 @@ def auxiliary_samples(
         views = [view for number in range(len(pictures)) for view in _views(pictures, number, target, settings)]
         data.write_manifest(table, views, info={"auxiliary_key": key})
     return _split(data.load_manifest(table), seed)
+
+
+def best_artworks(*, limit: int) -> list[Sample]:
+    """*Best Artworks of All Time*: pictures by 50 painters (their categories), ``limit`` of each, all normal. Folder
+    names with broken encoding are repaired; pictures that lie there twice, by their repaired names, are taken once."""
+    name = "ikarus777/best-artworks-of-all-time"
+    print(f"Best Artworks of All Time: about 2 GB; the licence stands on https://www.kaggle.com/datasets/{name}")
+    try:
+        import kagglehub
+
+        folder = Path(kagglehub.dataset_download(name))
+    except Exception as error:  # kagglehub lets its own, requests' and the system's errors through
+        why = f"{type(error).__name__}: {error}"
+        raise ConnectionError(f"Kaggle gave no dataset ({why}). Try again later.") from error
+    found = {names.repaired(f"{path.parent.name}/{path.stem}"): path for path in folder.glob("images/images/*/*.jpg")}
+    taken: dict[str, list[Sample]] = {}
+    for group, path in sorted(found.items()):
+        artist = group.partition("/")[0]
+        taken.setdefault(artist, []).append(Sample(path, artist, False, split="train", group=group))
+    return [sample for samples in taken.values() for sample in samples[:limit]]
 
 
 def _views(pictures: Sequence[Sample], number: int, target: Path, settings: Sequence[Any]) -> list[Sample]:

@@ -90,8 +90,7 @@ class Job(Sample):
 
 
 def plan(samples: Sequence[Sample], settings: Mapping[str, Any]) -> tuple[list[Job], list[str], dict[str, str]]:
-    """All pictures to make of usable source pictures, notes, and a sentence on the limits of each artwork with few;
-    ``settings`` are those of ``manifest.json``, and the same input gives the same plan."""
+    """All pictures to make of usable source pictures, notes, and a sentence on the limits of each artwork with few."""
     jobs, notes, limits, folders = [], [], {}, set()
     samples = [replace(s, group=f"{s.category}/{s.group.removeprefix(f'{s.category}/')}") for s in samples]
     for category in sorted({sample.category for sample in samples}):
@@ -104,12 +103,10 @@ def plan(samples: Sequence[Sample], settings: Mapping[str, Any]) -> tuple[list[J
         groups = _split(normals, copied, settings["seed"])
         parts = {split: [s for s in normals if s.group in groups[split]] for split in SPLITS}
         n_train, n_calibration, n_test = map(len, groups.values())
-        words = "thresholds and false-alarm rates are rough" if min(n_calibration, n_test) < 3 else ""
-        if copied & {*groups["train"], *groups["calibration"]}:
-            words = "test pictures show what is learnt from, so every number is optimistic"
-        elif not n_calibration or not n_test:
-            words = "re-photographs of the same ones stand in for others, so numbers are optimistic"
-        if words:
+        is_shared = not (n_calibration and n_test) or copied & {*groups["train"], *groups["calibration"]}
+        words = "test pictures show what is learnt from, so every number is optimistic"
+        words = words if is_shared else "thresholds and false-alarm rates are rough"
+        if is_shared or min(n_calibration, n_test) < 3:
             found = f"{n_train} to learn from, {n_calibration} for thresholds, {n_test} to test"
             limits[category] = f"{results.category_label(category)} has few genuine pictures ({found}): {words}."
         jobs += _jobs(unique(clean(category), folders), parts, real, settings)
@@ -117,9 +114,8 @@ def plan(samples: Sequence[Sample], settings: Mapping[str, Any]) -> tuple[list[J
 
 
 def _split(normals: Sequence[Sample], copied: set[str], seed: int) -> dict[str, list[str]]:
-    """Source pictures of each split; ``copied`` are those that anomalous pictures show.
-    What a test picture shows is tested on, if two others are left to learn from. A split without pictures of its own
-    takes a share of those to learn from, at least one where one stays."""
+    """Source pictures of each split. What a test picture shows, or an anomalous one (``copied``), is tested on, if two
+    others are left to learn from. A split without pictures of its own takes a share of those to learn from."""
     first = min((s.split for s in normals), key=SPLITS.index)  # learnt from, whatever it is called
     uses = [(s.group, "train" if s.split == first else s.split) for s in normals]
     learnt_first = {group: use for split in reversed(SPLITS) for group, use in uses if use == split}
@@ -188,9 +184,8 @@ def _write(source: FolderReading, target: Path, info: dict[str, Any]) -> None:
         made |= zip(todo, pairs)
     pairs = [made[job] for job in sorted(jobs, key=lambda job: (job.category, SPLITS.index(job.split)))]
     files.write_text(work / RECORDS, "".join(f"{json.dumps(record, sort_keys=True)}\n" for _, record in pairs))
-    about = {"kinds_held_out": info["settings"]["kinds_held_out"], "notes": notes, "limits": limits}
-    about["left_out"] = source.listed()
-    manifest.write_manifest(work, [sample for sample, _ in pairs], info=info | about)
+    info |= {"kinds_held_out": info["settings"]["kinds_held_out"], "left_out": source.listed()}
+    manifest.write_manifest(work, [sample for sample, _ in pairs], info={**info, "notes": notes, "limits": limits})
     shutil.rmtree(target, ignore_errors=True)
     os.replace(work, target)
 
@@ -220,14 +215,13 @@ def _make(job: Job, folder: Path, max_side: int, seed: int) -> tuple[Sample, dic
     if mask is not None and mask.any():
         mask_path = path.parents[2] / "ground_truth" / path.parent.name / f"{path.stem}_mask.png"
         images.save_png(mask_path, mask)
-    made = {"image_path": path, "mask_path": mask_path, "synthesis_seed": own_seed}
-    return replace(job, **made, visibility=record.get("visibility")), record
+    made = {"synthesis_seed": own_seed, "visibility": record.get("visibility")}
+    return replace(job, image_path=path, mask_path=mask_path, **made), record
 
 
 def read_records(dataset: Dataset) -> pd.DataFrame:
-    """A row for every picture: the fields of its :class:`~helpers.records.Sample`, its ``origin``, ``source_path`` (the
-    file that it was copied from, or the picture of the dataset that it was made of), ``variations`` of a re-photograph,
-    and what :func:`helpers.synthesis.synthesize` says of a synthetic anomaly."""
+    """A row for every picture: the fields of its :class:`~helpers.records.Sample`, ``origin``, ``source_path`` (what it
+    was copied from or made of), ``variations`` of a re-photograph, and what ``synthesize`` says of an anomaly."""
     lines = (dataset.folder / RECORDS).read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) | vars(sample) for line, sample in zip(lines, dataset.samples)]
     return pd.DataFrame(rows).assign(source_path=[dataset.folder / row["source_path"] for row in rows])

@@ -85,11 +85,9 @@ def load_mask(
         turned.getexif()[0x112] = image.getexif()[0x112]
     turned = np.array(ImageOps.exif_transpose(turned))
     if not np.array_equal(turned, mask) and _fits(turned.shape, shape):
-        if _fits(mask.shape, shape):
-            notes.append("its picture is turned by EXIF and the mask is not; look whether it lies right")
-        else:
-            notes.append("drawn before its picture's EXIF rotation, so it was turned like the picture")
-            mask = turned
+        is_upright = _fits(mask.shape, shape)
+        notes.append(f"{'perhaps ' * is_upright}drawn before its picture's EXIF rotation; look whether it lies right")
+        mask = mask if is_upright else turned
     if not _fits(mask.shape, shape):
         sizes = f"{mask.shape}, its picture is {tuple(shape)} (rows, columns)"
         raise ImageError(f"Mask {path} is {sizes}: the proportions differ. Save the mask in its picture's size.")

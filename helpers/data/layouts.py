@@ -56,8 +56,8 @@ class FolderReading:
 
     def short(self, path: Path) -> str:
         """A path from the source on, as text that can be printed: file systems allow names that cannot."""
-        path = path.relative_to(self.source) if path.is_relative_to(self.source) else path
-        return path.as_posix().encode("utf-8", "replace").decode("utf-8")
+        text = path.as_posix().removeprefix(f"{self.source.as_posix()}/")
+        return text.encode("utf-8", "replace").decode("utf-8")
 
     def listed(self) -> list[dict[str, str]]:
         """The files left out, for JSON."""
@@ -66,9 +66,8 @@ class FolderReading:
 
 @dataclass
 class File:
-    """A picture and what is said of it, by the names of the folders above it or the cells of its row in a table.
-    ``head`` and ``tail`` are other names above and below the first split or label, which is ``first``: the split, True
-    for a normal label, False for an anomalous one; None where there is neither."""
+    """A picture and what the folders above it, or the cells of its row, say. ``head``, ``tail`` are other names above
+    and below the ``first`` split or label: "train" ..., True for normal, False for anomalous, None where is neither."""
 
     path: Path
     said: Sequence[Meaning]
@@ -172,8 +171,7 @@ def read(source: Path) -> FolderReading:
             with suppress(DatasetError):
                 tables.append(read_table(path))
     if tables[1:]:
-        found = ", ".join(table.layout for table in tables)
-        raise DatasetError(f"{source} holds several tables of pictures: {found}. Give the path of one.")
+        raise DatasetError(f"{source} holds several tables: {[one.layout for one in tables]}. Give the path of one.")
     return tables[0] if tables else reading
 
 

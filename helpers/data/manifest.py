@@ -66,8 +66,7 @@ def write_manifest(path: Path | str, samples: Sequence[Sample], *, info: Mapping
 
 
 def load_manifest(path: Path | str) -> list[Sample]:
-    """The pictures in a ``manifest.csv`` (or in its folder's), in its order, with absolute paths. ``DatasetError``: a
-    column is missing, or a row (it is named) is unreadable."""
+    """The pictures in a ``manifest.csv`` (or its folder), with absolute paths. ``DatasetError``: a bad row."""
     path, samples = _table_in(path), []
     parsers = {"is_anomalous": {"True": True, "False": False}.__getitem__, "visibility": float, "synthesis_seed": int}
     parsers |= dict.fromkeys(("image_path", "mask_path"), path.parent.joinpath)
@@ -75,8 +74,7 @@ def load_manifest(path: Path | str) -> list[Sample]:
         for row in pd.read_csv(path, dtype=str, keep_default_na=False, usecols=COLUMNS).to_dict("records"):
             samples.append(Sample(**{name: parsers.get(name, str)(cell) for name, cell in row.items() if cell}))
     except (ValueError, KeyError, TypeError) as error:  # ValueError: also a missing column or cell
-        row = f"row {len(samples) + 2}"
-        raise DatasetError(f"{path}, {row}: {error}. Make the manifest again or correct the row.") from error
+        raise DatasetError(f"{path}, row {len(samples) + 2}: {error}. Make it again or correct the row.") from error
     return samples
 
 

@@ -43,8 +43,8 @@ def meaning_of(name: str) -> Meaning:
 
     >>> [meaning_of(name).kind for name in ("Non-Anomaly", "defect-free", "ok_pictures", "bad", "my forgeries", "box")]
     ['good', 'good', 'good', 'anomaly', 'forgeries', None]
-    >>> meaning_of("test_fakes")[:2], meaning_of("Mona Lisa").told, meaning_of("mask_dir").is_mask
-    (('test', 'fakes'), 'Mona Lisa', True)
+    >>> meaning_of("test_fakes"), meaning_of("Mona Lisa").told
+    (Meaning(split='test', kind='fakes', is_mask=False, told='fakes'), 'Mona Lisa')
     """
     words = re.sub("ground_truth", "mask", re.sub("^(.+)_free$", r"not_\1", plain(name))).split("_")
     said = {word: next((meaning for meaning in _MEANINGS if _is(meaning, word)), "title") for word in words}
@@ -115,12 +115,11 @@ def says_forged(name: str) -> bool:
 
 def spoken_of(texts: Sequence[str], artworks: Sequence[str]) -> str | None:
     """The artwork that the first telling text speaks of, by its whole name or a word that no other artwork has."""
-    n_artworks = Counter(word for artwork in artworks for word in {*plain(artwork).split("_")})
+    filler = {*vocabulary()["filler"]}
+    n_artworks = Counter(word for artwork in artworks for word in {*plain(artwork).split("_")} - filler)
     for text in texts:
         said = plain(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", text))
-        telling = {word for word in re.findall(r"[^\W\d_]{3,}", said) if n_artworks[word] == 1} - {
-            *vocabulary()["filler"]
-        }
+        telling = {word for word in re.findall(r"[^\W\d_]{3,}", said) if n_artworks[word] == 1}
         hits = [a for a in artworks if plain(a).replace("_", "") in said.replace("_", "")]
         hits = [a for a in hits if not any(a != other and plain(a) in plain(other) for other in hits)]
         hits = hits or [a for a in artworks if telling & {*plain(a).split("_")}]

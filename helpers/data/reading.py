@@ -123,8 +123,7 @@ def _group(looks: Sequence[np.ndarray], reading: FolderReading) -> None:
     places = [f"{reading.short(s.image_path)} ({s.split}, {s.kind})" for s in samples]
     equal = [(i, j) for i, j in pairs if samples[i].sha256 == samples[j].sha256]
     pairs = [(i, j) for i, j in pairs if samples[i].category == samples[j].category]
-    use = [(s.split, s.is_anomalous) for s in samples]
-    apart = [(i, j) for i, j in pairs if use[i] != use[j]]
+    apart = [(i, j) for i, j in pairs if len({(samples[k].split, samples[k].is_anomalous) for k in (i, j)}) > 1]
     told = {pair: f"{places[pair[0]]} = {places[pair[1]]}" for pair in (*equal, *apart)}
     if wrong := [told[pair] for pair in equal if pair in apart]:
         why = "Equal files stand in two splits or have two labels, so a test would be on what was learnt"

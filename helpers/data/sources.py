@@ -1,4 +1,4 @@
-"""Pictures to start from: two embedded paintings (offline), Wikimedia Commons and Kaggle (network)."""
+"""Pictures to start from: two embedded paintings (offline) and Wikimedia Commons (network)."""
 
 import re
 import time
@@ -17,7 +17,7 @@ from helpers import files, synthesis
 from helpers.data import images, reading
 from helpers.data.layouts import FolderReading
 from helpers.data.manifest import MANIFEST_JSON
-from helpers.data.names import clean, repaired
+from helpers.data.names import clean
 from helpers.records import NORMAL_KIND, Sample
 
 Difference = Callable[[np.ndarray, np.ndarray], str]  # main scan, picture (uint8 RGB) -> why it does not show the same
@@ -32,10 +32,6 @@ _FREE_LICENCE = re.compile(
     r"(?!.*\bn[cd]\b)(public domain|pd|pd-[\w-]+|cc0( [\d.]+)?|cc[ -]by([ -]sa)?[ -][\d.]+( [a-z]{2,4})?)", re.I
 )
 _OFFLINE = "Without network: ART_PROFILE=mini, or put pictures into a folder and set ART_DATA=/path/to/folder."
-
-
-class SourceError(RuntimeError):
-    """Pictures, or one of them, cannot be had; the message says why and what to do instead."""
 
 
 def embedded_artworks(target: Path, *, max_side: int, seed: int) -> FolderReading:
@@ -59,8 +55,7 @@ def embedded_artworks(target: Path, *, max_side: int, seed: int) -> FolderReadin
 
 
 def titles() -> list[list[str]]:
-    """Painting, place in the MVTec layout, and title of files on Commons (the first genuine one of a painting is its
-    main scan), and of categories whose members may be genuine, too."""
+    """Painting, place, and title of files on Commons (main scans first), or of categories with genuine ones."""
     return pd.read_csv(Path(__file__).with_name("commons.csv")).values.tolist()
 
 
@@ -68,7 +63,7 @@ def wikimedia(target: Path, difference: Difference) -> FolderReading:
     """Pictures of :func:`titles` from Wikimedia Commons, and members of categories in which ``difference`` finds none
     and which are no copies; every other file is left out with the reason. A line is printed for each file.
     Licences must be free; with the authors they stand in ``manifest.json``, which is written last: with it, nothing is
-    asked again. A stopped call goes on. ``SourceError``: no network, a refusal, or no genuine picture."""
+    asked again. A stopped call goes on. ``ConnectionError``: no network, a refusal, or no genuine picture."""
     identity = files.sha256_json(titles())  # not what came: what Commons holds may drift
     folder = target / identity[:8]
     if not (folder / MANIFEST_JSON).exists():
@@ -76,31 +71,16 @@ def wikimedia(target: Path, difference: Difference) -> FolderReading:
             rows = list(_fetched(folder, difference))
         except requests.RequestException as error:
             way = f"What came is kept: run this again (403: it dislikes our User-Agent, {USER_AGENT!r}). {_OFFLINE}"
-            raise SourceError(f"Commons cannot be reached or gives no usable answer: {error}. {way}") from error
+            raise ConnectionError(f"Commons cannot be reached or gives no usable answer: {error}. {way}") from error
         if not any(folder.glob(f"*/train/{NORMAL_KIND}/*")):
-            raise SourceError(f"No genuine picture could be had from {COMMONS_API}; see the lines above. {_OFFLINE}")
+            raise ConnectionError(
+                f"No genuine picture could be had from {COMMONS_API}; see the lines above. {_OFFLINE}"
+            )
         files.write_json(folder / MANIFEST_JSON, {"files": rows})
     source, rows = reading.read_folder(folder), files.read_json(folder / MANIFEST_JSON)["files"]
     source.layout, source.identity = "public-domain reproductions from Wikimedia Commons", identity
     source.left_out += [(Path(row["file"]), row["left_out"]) for row in rows if row["left_out"]]
     return source
-
-
-def best_artworks(*, limit: int) -> list[Sample]:
-    """*Best Artworks of All Time*: pictures by 50 painters (their categories), ``limit`` of each, all normal. Folder
-    names with broken encoding are repaired; pictures that lie there twice, by their repaired names, are taken once."""
-    name = "ikarus777/best-artworks-of-all-time"
-    print(f"Best Artworks of All Time: about 2 GB; the licence stands on https://www.kaggle.com/datasets/{name}")
-    try:
-        import kagglehub
-
-        folder = Path(kagglehub.dataset_download(name))
-    except Exception as error:  # kagglehub lets its own, requests' and the system's errors through
-        raise SourceError(f"Kaggle gave no dataset ({type(error).__name__}: {error}). Try again later.") from error
-    found = {repaired(f"{path.parent.name}/{path.stem}"): path for path in folder.glob("images/images/*/*.jpg")}
-    by_artist = pd.Series(found).sort_index().groupby(lambda group: group.partition("/")[0])
-    taken = by_artist.head(limit).items()
-    return [Sample(path, group.partition("/")[0], False, split="train", group=group) for group, path in taken]
 
 
 def _fetched(folder: Path, difference: Difference) -> Iterator[dict[str, str]]:
@@ -119,15 +99,14 @@ def _fetched(folder: Path, difference: Difference) -> Iterator[dict[str, str]]:
                 row[name] = " ".join(re.sub(r"<[^>]*>", "", value).split())
             try:
                 mine.append(_downloaded(folder / category / place, row, entry, mine if is_member else [], difference))
-            except (SourceError, images.ImageError) as error:
+            except images.ImageError as error:
                 row["left_out"] = str(error)
             print(f"{category}, {place}, {file}: {row['left_out'] or row['licence']}")
             yield row
 
 
 def _asked(title: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A file, or all of a category: name, and what Commons says of it (nothing when it is gone). Renderings are asked
-    for: originals can have hundreds of megapixels, and addresses made by hand fail since 2026."""
+    """A file, or all of a category: name, and what Commons says of it and its rendering (nothing when it is gone)."""
     members = {"generator": "categorymembers", "gcmtitle": title, "gcmtype": "file", "gcmlimit": "50"}
     query = {"action": "query", "format": "json", "formatversion": "2", "redirects": "1", "prop": "imageinfo"}
     query |= {"iiprop": "url|size|sha1|mime|extmetadata", "iiurlwidth": str(WIDTH)}
@@ -146,11 +125,11 @@ def _downloaded(folder: Path, row: dict, entry: dict[str, Any], scans: list[Path
     """A rendering of a file, in ``folder``. Beside ``scans`` it must be no copy of one, nor differ from the first."""
     address, mime = entry.get("thumburl"), str(entry.get("mime"))
     if not entry:
-        raise SourceError("no file of this name on Commons any more")
+        raise images.ImageError("no file of this name on Commons any more")
     if not _FREE_LICENCE.fullmatch(row["licence"]):
-        raise SourceError(f"its licence is {row['licence'] or 'not stated'!r}, which is not known to be free")
+        raise images.ImageError(f"its licence is {row['licence'] or 'not stated'!r}, which is not known to be free")
     if not mime.startswith("image/") or not address:
-        raise SourceError(f"Commons has no picture of it ({mime}, {entry.get('thumberror', 'no rendering')})")
+        raise images.ImageError(f"Commons has no picture of it ({mime}, {entry.get('thumberror', 'no rendering')})")
     suffix = Path(urllib.parse.urlsplit(address).path).suffix.lower()  # a rendering of a TIFF is a JPEG
     # The original's hash in the name: a new version on Commons is another file.
     path = folder / f"{clean(Path(row['file']).stem)}_{entry['sha1'][:8]}{suffix}"
@@ -161,7 +140,7 @@ def _downloaded(folder: Path, row: dict, entry: dict[str, Any], scans: list[Path
             pairs = reading.near_duplicates([reading.perceptual_hash(one) for one in (*known, picture)])
             twins = [f"it is the scan of {scans[i].name} once more" for i, j in pairs if j == len(scans)]
             if reason := twins[0] if twins else known and difference(known[0], picture):
-                raise SourceError(reason)
+                raise images.ImageError(reason)
     return path
 
 
@@ -173,6 +152,6 @@ def _get(url: str, query: dict[str, str] | None = None) -> requests.Response:
         session.get_adapter(url).max_retries = retry
         reply = session.get(url, params=query, timeout=60, headers={"User-Agent": USER_AGENT})
     if not reply.ok and reply.status_code != 403 and query is None:
-        raise SourceError(f"the server answered {reply.status_code} {reply.reason}")
+        raise images.ImageError(f"the server answered {reply.status_code} {reply.reason}")
     reply.raise_for_status()
     return reply
