@@ -1,6 +1,7 @@
 """Every hostile file is read as stated, with a note where a choice was made, or refused in words."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
@@ -33,10 +34,8 @@ def read(path: Path, **options: object) -> tuple[np.ndarray, str]:
 @pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".webp", ".ppm"])
 def test_lossless_formats_keep_every_pixel(tmp_path: Path, suffix: str) -> None:
     put(tmp_path / f"picture{suffix}", RAMP, **({"lossless": True} if suffix == ".webp" else {}))
-    path = (tmp_path / f"picture{suffix}").rename(tmp_path / "claims.jpg")  # the content decides, not the suffix
-    loaded, notes = read(path)
-    assert loaded.dtype == np.uint8 and loaded.flags.c_contiguous and not notes
-    np.testing.assert_array_equal(loaded, RAMP)
+    loaded, notes = read((tmp_path / f"picture{suffix}").rename(tmp_path / "claims.jpg"))  # the content decides
+    assert loaded.dtype == np.uint8 and loaded.flags.c_contiguous and not notes and (loaded == RAMP).all()
 
 
 @pytest.mark.parametrize("mode, suffix", [("L", "png"), ("P", "png"), ("CMYK", "jpg"), ("1", "png"), ("LAB", "tif")])
@@ -44,7 +43,7 @@ def test_other_colour_modes_become_rgb(tmp_path: Path, mode: str, suffix: str) -
     profiles = (ImageCms.createProfile(name) for name in ("sRGB", "LAB"))
     source = ImageCms.profileToProfile(picture(), *profiles, outputMode="LAB") if mode == "LAB" else picture(mode)
     source.save(tmp_path / f"picture.{suffix}")
-    difference = images.load_image(tmp_path / f"picture.{suffix}").astype(int) - np.asarray(source.convert("RGB"))
+    difference = read(tmp_path / f"picture.{suffix}")[0].astype(int) - np.asarray(source.convert("RGB"))
     assert np.abs(difference).mean() < 6  # CMYK passes through JPEG; the others are exact
 
 
@@ -71,8 +70,8 @@ def test_deep_values_are_scaled_not_clipped(tmp_path: Path, suffix: str, bits: i
     top = 2**bits - 1
     deep = np.rint(RAMP / 255.0 * top).astype(np.uint16)
     bgra = np.dstack([deep[..., ::-1], np.full(deep.shape[:2], top, np.uint16)])
-    cv2.imwrite(str(tmp_path / f"deep{suffix}"), deep[..., 0] if n_channels == 1 else bgra[..., :n_channels])
-    loaded, notes = read(tmp_path / f"deep{suffix}")
+    cv2.imwrite(path := f"{tmp_path}/deep{suffix}", deep[..., 0] if n_channels == 1 else bgra[..., :n_channels])
+    loaded, notes = read(path)
     assert np.abs(loaded.astype(int) - (RAMP[..., :1] if n_channels == 1 else RAMP)).max() <= 1
     assert (f"{bits} of 16 bits" in notes) == (bits < 16)
 
@@ -116,9 +115,9 @@ def test_exif_rotation_turns_pictures_and_the_masks_drawn_before_it(tmp_path: Pa
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize("exif", [b"MM\0\x2a\xff\xff\xff\xff", b"no TIFF header at all", b"II"])
-def test_broken_exif_does_not_lose_the_picture(tmp_path: Path, exif: bytes) -> None:
-    for name in ("odd.jpg", "odd.png"):
-        assert images.load_image(put(tmp_path / name, RAMP, exif=b"Exif\0\0" + exif)).shape == RAMP.shape
+@pytest.mark.parametrize("name", ["odd.jpg", "odd.png"])
+def test_broken_exif_does_not_lose_the_picture(tmp_path: Path, exif: bytes, name: str) -> None:
+    assert read(put(tmp_path / name, RAMP, exif=b"Exif\0\0" + exif))[0].shape == RAMP.shape
 
 
 @pytest.mark.parametrize("suffix, number", [(".gif", 1), (".webp", 1), (".png", 1), (".tif", 2)])
@@ -143,40 +142,31 @@ NO_PICTURES = {
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-@pytest.mark.parametrize("name", NO_PICTURES)
+@pytest.mark.parametrize("name", [*NO_PICTURES, "float.tif"])
 def test_what_is_no_picture_is_refused_in_words(tmp_path: Path, name: str) -> None:
-    content, words = NO_PICTURES[name]
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(images.ImageError, match=words) as caught:
-        images.load_image(tmp_path / name)
-    assert name in str(caught.value)
     put(tmp_path / "float.tif", RAMP[..., 0] / np.float32(255))
-    with pytest.raises(images.ImageError, match="float32 values from 0 to 1"):
-        images.load_image(tmp_path / "float.tif")
-
-
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif", ".gif", ".bmp"])
-@pytest.mark.parametrize("part", [0.02, 0.8])
-def test_truncated_files_are_refused(tmp_path: Path, suffix: str, part: float) -> None:
-    path = put(tmp_path / f"cut{suffix}", np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8))
-    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * part)])
-    with pytest.raises(images.ImageError):
-        images.load_image(path)
+    content, words = NO_PICTURES.get(name, (None, "float32 values from 0 to 1"))
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(images.ImageError, match=f"{name} .*{words}"):
+        images.load_image(tmp_path / name)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-def test_bit_flips_are_read_or_refused_but_never_crash(tmp_path: Path) -> None:
-    rng, outcomes = np.random.default_rng(1), set()
-    for number, suffix in enumerate(20 * (".jpg", ".png", ".webp", ".tif", ".gif")):
-        broken = np.fromfile(put(tmp_path / f"good{suffix}", RAMP), np.uint8)
-        broken[rng.integers(0, len(broken), 6)] ^= 1 << rng.integers(0, 8, 6, np.uint8)
-        broken.tofile(tmp_path / "flipped.bin")
-        try:
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif", ".gif", ".bmp"])
+def test_damaged_files_are_refused_or_read_but_never_crash(tmp_path: Path, suffix: str) -> None:
+    rng = np.random.default_rng(1)
+    whole = np.fromfile(put(tmp_path / f"good{suffix}", rng.integers(0, 256, (60, 70, 3), np.uint8)), np.uint8)
+    for part in (0.02, 0.8):
+        whole[: int(len(whole) * part)].tofile(tmp_path / "cut.bin")
+        with pytest.raises(images.ImageError):
+            images.load_image(tmp_path / "cut.bin")
+    for number in range(20):
+        flipped = whole.copy()
+        flipped[rng.integers(0, len(whole), 6)] ^= 1 << rng.integers(0, 8, 6, np.uint8)
+        flipped.tofile(tmp_path / "flipped.bin")
+        with suppress(images.ImageError):
             (images.load_mask if number % 3 == 0 else images.load_image)(tmp_path / "flipped.bin")
-            outcomes.add("read")
-        except images.ImageError:
-            outcomes.add("refused")
-    assert outcomes == {"read", "refused"}
 
 
 def test_links_folders_pipes_and_missing_files(tmp_path: Path) -> None:
@@ -262,20 +252,20 @@ def test_masks_of_all_conventions(tmp_path: Path, name: str) -> None:
     np.testing.assert_array_equal(loaded, TRUTH)
 
 
-def test_odd_masks_are_noted(tmp_path: Path) -> None:
-    soft = cv2.GaussianBlur(np.kron(TRUTH, np.ones((9, 9))) * 200, (0, 0), 4).astype(np.uint8)
-    noisy = np.clip(np.random.default_rng(0).normal(0, 9, (HEIGHT, WIDTH)) + TRUTH * 240, 0, 255).astype(np.uint8)
-    brush = np.linspace(0, 255, 900).astype(np.uint8)[None].repeat(40, 0)
-    hole = np.dstack([RAMP, np.where(TRUTH, 0, 255).astype(np.uint8)])
-    cases = (("grey", soft), ("grey", noisy), ("grey", brush), ("grey", RAMP), ("inverted", ~TRUTH), ("inverted", hole))
-    for words, mask in cases:
-        notes: list[str] = []
-        loaded = images.load_mask(put(tmp_path / "mask.png", mask), notes=notes)
-        assert words in " | ".join(notes)
-        if mask is noisy:
-            np.testing.assert_array_equal(loaded, TRUTH)
-        if mask is soft:  # half of what 8 bits can hold, not of the largest value
-            np.testing.assert_array_equal(loaded, soft > 127)
+SOFT = cv2.GaussianBlur(np.kron(TRUTH, np.ones((9, 9))) * 200, (0, 0), 4).astype(np.uint8)
+NOISY = np.clip(np.random.default_rng(0).normal(0, 9, (HEIGHT, WIDTH)) + TRUTH * 240, 0, 255).astype(np.uint8)
+BRUSH = np.linspace(0, 255, 900).astype(np.uint8)[None].repeat(40, 0)
+HOLE = np.dstack([RAMP, np.where(TRUTH, 0, 255).astype(np.uint8)])
+ODD = [("grey", SOFT, SOFT > 127), ("grey", NOISY, TRUTH), ("grey", BRUSH, BRUSH > 127), ("grey", RAMP, None)]
+
+
+@pytest.mark.parametrize("words, mask, expected", [*ODD, ("inverted", ~TRUTH, ~TRUTH), ("inverted", HOLE, ~TRUTH)])
+def test_odd_masks_are_noted(tmp_path: Path, words: str, mask: np.ndarray, expected: np.ndarray | None) -> None:
+    notes: list[str] = []
+    loaded = images.load_mask(put(tmp_path / "mask.png", mask), notes=notes)
+    assert words in " | ".join(notes)
+    if expected is not None:  # grey: half of what 8 bits can hold, not of the largest value
+        np.testing.assert_array_equal(loaded, expected)
 
 
 def test_mask_is_brought_to_the_size_of_its_picture(tmp_path: Path) -> None:
