@@ -48,13 +48,17 @@ def says(monkeypatch, talk: chat.ChatSession, answer: str) -> list[dict]:
     return asked
 
 
-def test_what_cannot_be_opened_gets_a_sentence(tmp_path: Path) -> None:
+def test_what_cannot_be_opened_or_asked_gets_a_sentence(tmp_path: Path) -> None:
     for text in ("", "  ", "https://example.org/a.png", tmp_path / "no_such_file.png", tmp_path):
         with pytest.raises(BadInput):
             chat.open_picture(text)
     for content in (b"", b"<svg></svg>", b"\x89PNG\r\n\x1a\n cut"):
         with pytest.raises(BadInput, match="evil.png"):
             chat.receive_picture("../../evil.png", content)
+    assert chat.clean_question(" Is it\n whole?\x00 完整吗 🎨") == "Is it whole? 完整吗 🎨"
+    for text in ("", " \n\t", "\x00\x07", "why? " * 2000):
+        with pytest.raises(BadInput):
+            chat.clean_question(text)
 
 
 def test_a_path_may_be_quoted_an_upload_is_the_picture_unless_it_is_large_and_samples_show_all(made, monkeypatch):
@@ -70,13 +74,6 @@ def test_a_path_may_be_quoted_an_upload_is_the_picture_unless_it_is_large_and_sa
     monkeypatch.setattr(chat, "MAX_UPLOAD_BYTES", 10)
     with pytest.raises(BadInput, match="path"):
         chat.receive_picture("a.png", content)
-
-
-def test_questions_are_cleaned_or_refused() -> None:
-    assert chat.clean_question(" Is it\n whole?\x00 完整吗 🎨") == "Is it whole? 完整吗 🎨"
-    for text in ("", " \n\t", "\x00\x07", "why? " * 2000):
-        with pytest.raises(BadInput):
-            chat.clean_question(text)
 
 
 def test_verdicts_are_those_of_the_results_and_missing_detectors_are_named_with_the_notebook(made, talk) -> None:

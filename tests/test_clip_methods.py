@@ -171,7 +171,7 @@ def test_sorted_folders_hold_every_picture_once_and_stay_inside(home, given, tmp
     assert all(path.is_symlink() == links and "__replica__" in path.name for path in sorted_["anomaly"][-1:])
 
 
-def test_the_rules_of_2024_are_as_loose_and_as_strict_as_the_report_used_them():
+def test_the_rules_of_2024_are_as_loose_and_as_strict_as_the_report_used_them(given):
     train, views = {"train": draw(20, 0, "n", 1), "views": None}, draw(80, 0, "n", 1)
     scores, threshold = report_2024.verdicts("clip_resnet50", **train, test=draw(30, 0, "t", 2))
     assert (scores > threshold).all()  # the 100 % row: genuine pictures that are no byte copies are all called forged
@@ -185,9 +185,6 @@ def test_the_rules_of_2024_are_as_loose_and_as_strict_as_the_report_used_them():
     lof = LocalOutlierFactor(n_neighbors=20, contamination=0.45, novelty=True).fit(normalize(views.clip))
     np.testing.assert_array_equal(scores > threshold, lof.predict(normalize(fresh.clip)) == -1)
     assert 0.35 < np.mean(scores > threshold) < 0.7  # 46.5 % in a simulation
-
-
-def test_rows_of_the_report_are_made_apart(given):
     found = report_2024.predictions(given.dataset, given.embedded, given.models, seed=0)
     assert list(found["method"].unique()) == list(report_2024.PRESETS.index) and len(methods.table(found)) == 8
     assert len(found) == 4 * 10 and np.isfinite(found["anomaly_score"]).all()

@@ -144,14 +144,11 @@ def test_the_quick_gelu_trap_and_sides_that_do_not_fit_are_refused(name, pretrai
         backbones.load_clip(name, pretrained=pretrained, image_size=side, device="cpu")
 
 
-def test_mini_tower_is_the_same_each_time_and_leaves_the_random_state_alone(clip):
+def test_mini_tower_is_the_same_each_time_and_squashes_what_it_sees(clip):
+    """CLIP's own centre crop would cut off head and feet of a portrait."""
     before, first = torch.get_rng_state(), clip.model.state_dict()
     assert all(torch.equal(tensor, first[name]) for name, tensor in backbones.art_vit_mini().state_dict().items())
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_preprocessing_squashes_and_keeps_the_top_of_a_tall_painting():
-    """CLIP's own centre crop would cut off head and feet of a portrait."""
     tall = np.zeros((400, 100, 3), np.uint8)
     tall[:40] = 255
     tensor = backbones.square_preprocess(224, mean=(0.0,) * 3, std=(1.0,) * 3)(tall)

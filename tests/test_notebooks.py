@@ -96,16 +96,12 @@ def test_nothing_foreign_is_installed_imported_or_named(path: Path) -> None:
 
 
 @each_notebook
-def test_links_resolve(path: Path) -> None:
+def test_links_resolve_and_the_readme_links_to_each_notebook(path: Path) -> None:
     for cell in _cells(path, "markdown"):
         for target in re.findall(r"\]\(([^)]+)\)", cell.source):
             assert not target.startswith("http://")
             if not target.startswith("https://"):
                 assert (path.parent / target.partition("#")[0]).exists(), target
-
-
-@each_notebook
-def test_notebook_stands_in_the_readme_and_is_numbered_without_a_gap(path: Path) -> None:
     assert int(path.stem[:2]) == NOTEBOOKS.index(path) + 1
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert f"[{path.stem}](notebooks/{path.name})" in readme and f"({BADGE}{path.name})" in readme
