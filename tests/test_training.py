@@ -85,20 +85,20 @@ def assert_same_run(ours: tuple, theirs: tuple) -> None:
     assert (rest.best_score, rest.best_epoch) == (whole.best_score, whole.best_epoch)
 
 
-def interrupt_at(step: int):
+def run_until(step: int, folder: Path, **options) -> None:
     def interrupt(path: Path) -> None:
         if path.name == f"step_{step:08d}":
             raise KeyboardInterrupt
 
-    return interrupt
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, on_checkpoint=interrupt, **options)
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 4, 7])
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path, stop_after: int) -> None:
     options = {"evaluate": lambda module: float(module.trained.weight.std())}
     whole = run(tmp_path / "whole", **options)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut", on_checkpoint=interrupt_at(stop_after), **options)
+    run_until(stop_after, tmp_path / "cut", **options)
     random.seed(99), np.random.seed(99), torch.manual_seed(99)
     resumed = run(tmp_path / "cut", **options)
     assert_same_run(resumed, whole)
@@ -147,8 +147,7 @@ def test_finished_run_returns_at_once_more_epochs_go_on_and_so_does_a_smaller_ba
     extended = run(tmp_path, dataset=dataset, n_epochs=4)
     assert dataset.epochs == [3]
     assert_same_run(extended, run(tmp_path / "direct", n_epochs=4))
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut", on_checkpoint=interrupt_at(2))
+    run_until(2, tmp_path / "cut")
     assert run(tmp_path / "cut", batch_size=2, n_accumulation=4)[1].n_steps == 9, "memory had run out"
 
 
