@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-import multiprocessing
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from failing_drive import kill_when
 from fake_hub import Hub, serve
 
 from helpers.weights import WeightFileError, fetch
@@ -59,13 +58,8 @@ def test_a_cut_connection_goes_on_where_it_stopped(hub, tmp_path, capsys):
 
 
 def test_a_killed_process_goes_on_where_it_stopped(hub, tmp_path):
-    hub.seconds_per_block = 0.01
-    child = multiprocessing.get_context("fork").Process(target=fetch_x, args=(hub, tmp_path))
-    child.start()
-    while not any(path.stat().st_size > 500_000 for path in tmp_path.glob(".x.part/*")):
-        time.sleep(0.01)
-    child.kill()
-    child.join()
+    hub.seconds_per_block = 0.02
+    kill_when(lambda: any(p.stat().st_size > 500_000 for p in tmp_path.glob(".x.part/*")), fetch_x, hub, tmp_path)
     hub.seconds_per_block = 0
     assert fetch_x(hub, tmp_path) == CONTENT and hub.asked[0][1] == 0 and hub.asked[-1][1] > 500_000
 

@@ -7,7 +7,6 @@ import errno
 import functools
 import io
 import math
-import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 import sentencepiece
 import tiny_weights as tiny
 import torch
+from failing_drive import kill_when
 from filelock import FileLock
 from safetensors.torch import save_file
 from tiny_weights import DIMS, GROUPED
@@ -133,7 +133,6 @@ def test_memory_does_not_grow_with_the_model(tmp_path, monkeypatch):
 
 
 def slow_merge(pair: Pair, target: Path) -> None:
-    torch.set_num_threads(1)  # the parent's threads are not in the copy
     fsync = os.fsync
     os.fsync = lambda handle: (time.sleep(0.05), fsync(handle))  # a slow disk
     weights.merge_delta(*pair, target, shard_bytes=40_000)
@@ -141,13 +140,11 @@ def slow_merge(pair: Pair, target: Path) -> None:
 
 def test_kill_mid_shard_then_resume_writes_only_what_is_missing(tmp_path, pair, capsys):
     target = tmp_path / "out"
-    child = multiprocessing.get_context("fork").Process(target=slow_merge, args=(pair, target))
-    child.start()
-    while len(list(target.glob("*.safetensors"))) < 3 or not list(target.glob("*.part")):
-        assert child.is_alive(), "the run ended before it could be killed"
-        time.sleep(0.005)
-    child.kill()
-    child.join()
+
+    def is_amid() -> bool:
+        return len(list(target.glob("*.safetensors"))) > 2 and bool(list(target.glob("*.part")))
+
+    kill_when(is_amid, slow_merge, pair, target)
     assert list(target.glob("*.part")) and not (target / folders.READY).exists()
     journal = files.read_json(target / folders.JOURNAL)["shards"]
     for left, shard_bytes in ((pair[0], 80_000), (tiny.write_hf(tmp_path / "b", BASE), 40_000)):
