@@ -21,7 +21,7 @@ from PIL import Image
 from helpers import synthesis
 from helpers.anomalyclip import training
 from helpers.data import images, sources
-from helpers.reference import genuine
+from helpers.reference import aligned
 
 
 def test_embedded_artworks_are_a_complete_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +169,7 @@ def test_members_of_the_category_are_sorted(commons: Commons, tmp_path: Path, mo
     commons.members = [SCAN, *(f"{name}.jpg" for name in pictures)]
     commons.about = {"unfree.jpg": {"licence": "CC BY-SA-NC 3.0"}}
     monkeypatch.setattr(sources, "MOST_GENUINE", 3)
-    source = sources.wikimedia(tmp_path, genuine.difference)
+    source = sources.wikimedia(tmp_path, aligned.why_not_genuine)
     left_out = source.left_out
     good = [s.image_path.stem.rpartition("_")[0] for s in source.samples if not s.is_anomalous]
     assert good == ["Mona_Lisa__scan", "photo_0", "photo_1"]  # enough then: photo 2 is not fetched
@@ -178,7 +178,7 @@ def test_members_of_the_category_are_sorted(commons: Commons, tmp_path: Path, mo
     assert all(reasons[path.stem] in why for path, why in left_out) and len(left_out) == len(reasons)
     assert max(n for name, n in Counter(commons.asked).items() if name != "api") == 1
     commons.asked.clear()
-    again = sources.wikimedia(tmp_path, genuine.difference)
+    again = sources.wikimedia(tmp_path, aligned.why_not_genuine)
     assert len(again.samples) == len(source.samples) and again.left_out == left_out and not commons.asked
     assert "mirror.jpg: it does not lie on the main scan" in again.describe()
 

@@ -4,33 +4,26 @@ Each difference from a reference is divided by the noise that genuine pictures o
 place; back in the frame of the picture the least one counts. Nothing is trained.
 """
 
-from __future__ import annotations
-
 import functools
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import cv2
+import jinja2
 import numpy as np
 import pandas as pd
 
 from helpers.data.images import pixel_hash, resize
 from helpers.judge.statistics import conformal_threshold
-from helpers.reference import photometry, registration
-from helpers.reference.memory import top_mean
+from helpers.reference import registration
+from helpers.reference.dino import top_mean
 
-SAME = "This artwork; no difference was found."
-DIFFERENT = "This artwork, and it differs from every reference."
-NOT_THIS = "Not this artwork: the picture lies on none of the references."
-UNSURE = (
-    "Whether this is the artwork cannot be said: the picture lies on none of the references, but genuine pictures do "
-    "not lie on each other either. Trust DINOv2."
-)
-UNREGISTERED = 100.0
-"""Every picture that lies on no reference scores above this; every other one below."""
+SAME, DIFFERENT, NOT_THIS, UNSURE = "same", "different", "not this artwork", "unsure"
+UNREGISTERED = 100.0  # every picture that lies on no reference scores above this, every other one below
 _N_GENUINE = 60  # genuine pictures that noise and limit are learnt from
 _LEAST_SEEN = 0.05  # share of a reference that must be seen
 _SIGMA, _NOISE_SIGMA = 1.5, 4.0  # smoothing of the map and of the noise, pixels of a reference
@@ -39,7 +32,7 @@ _ALONE = 1 / 3  # the least of n differences is about n to this power times as s
 _FLOOR = 0.6  # least noise at a place, as a share of the noise of the whole picture
 _PRIOR = 2.0  # pictures that the noise of the whole picture counts for at each place
 _WHOLE, _TILT = 50.0, 10.0  # least score of a picture that is mirrored, or tilted by so many degrees
-_SMALL = 64  # pixels
+_WORDS = jinja2.Template((Path(__file__).parent / "templates" / "words.txt").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -64,7 +57,7 @@ class Comparison:
 
 
 class Look(NamedTuple):
-    """A picture on one reference, see :func:`registration.register` and :func:`photometry.differences`."""
+    """A picture on one reference, see :func:`registration.register` and :func:`registration.differences`."""
 
     reference: int
     matrix: np.ndarray
@@ -97,46 +90,41 @@ class Aligned:
 
     @functools.cached_property
     def _known(self) -> list[tuple[registration.Features, np.ndarray]]:
-        return [(registration.describe(one), photometry.lab(one)) for one in self.references]
+        return [(registration.describe(one), registration.lab(one)) for one in self.references]
 
     def looks(self, picture: np.ndarray, apart: str | None = None) -> list[Look]:
         """A picture on those references, of sources other than ``apart``, that it lies on; the best first."""
         query, known = registration.describe(picture), self._known
 
         def look(n: int) -> Look | None:
-            points, lab = known[n]
-            place = registration.register(query, points)
-            found = place and Look(n, *place, *photometry.differences(picture, place[0], lab))
+            place = registration.register(query, known[n][0])
+            found = place and Look(n, *place, *registration.differences(picture, place[0], known[n][1]))
             return found if found and found.seen.mean() > _LEAST_SEEN else None
 
         with ThreadPoolExecutor(max(1, cv2.getNumThreads())) as pool:
             found = pool.map(look, (n for n, source in enumerate(self.sources) if source != apart))
         return sorted(filter(None, found), key=lambda one: -one.n_inliers)
 
-    def measured(
-        self, looks: Sequence[Look], noises: Sequence[np.ndarray], shape: tuple[int, int]
-    ) -> tuple[np.ndarray, np.ndarray, float, float]:
+    def measured(self, looks: Sequence[Look], noises: Sequence[np.ndarray], shape: tuple[int, int]) -> tuple:
         """The least difference in units of the ``noises`` of all references, in the frame of a picture of ``shape``,
-        float32 ``(H, W)``; where it was seen, bool; its median; its highest part."""
+        float32 ``(H, W)``; where it was seen, bool; its median; its highest part, each a float."""
         least, there = np.full((4, *shape), np.inf, np.float32), np.full(shape, np.inf, np.float32)
         n_seen, best, size = np.zeros(shape, np.float32), np.inf, shape[::-1]
         for one in looks:
-            back, below = np.linalg.inv(one.matrix), np.maximum(photometry.blur(one.seen, _SIGMA), 1e-2)
+            back, below = np.linalg.inv(one.matrix), np.maximum(registration.blur(one.seen, _SIGMA), 1e-2)
             inside = cv2.warpPerspective(one.seen, back, size) > 0.5
             planes = one.differs / noises[one.reference]
-            level = float(np.median(planes[:, ::3, ::3][:, one.seen[::3, ::3] > 0]))
-            level = max(level, 1e-6)  # 0 when it is the reference itself
+            level = max(float(np.median(planes[:, ::3, ::3][:, one.seen[::3, ::3] > 0])), 1e-6)  # 0: the same picture
             for plane, lowest in zip(planes, least):
-                plane = cv2.warpPerspective(photometry.blur(plane, _SIGMA) / below, back, size)
+                plane = cv2.warpPerspective(registration.blur(plane, _SIGMA) / below, back, size)
                 np.minimum(lowest, plane, out=lowest, where=inside)
             np.minimum(there, level, out=there, where=inside)
-            n_seen += inside
-            best = min(best, level)
+            n_seen, best = n_seen + inside, min(best, level)
         # A strip seen on few references, or on a worse one alone, differs more.
         is_seen, fair = n_seen > 0, best / there * (n_seen / len(looks)) ** _ALONE
         plane = np.where(is_seen, least.mean(axis=0), 0) * fair
         wider = cv2.dilate(is_seen.astype(np.uint8), np.ones((13, 13), np.uint8)) > 0
-        rim = photometry.inner_blur(plane, is_seen.astype(np.float32), 2.0) * wider  # takes the values next to it
+        rim = registration.inner_blur(plane, is_seen.astype(np.float32), 2.0) * wider  # takes the values next to it
         return np.where(is_seen, plane, rim), wider, float(np.median(plane[is_seen])), top_mean(plane[is_seen], _TOP)
 
     def score(self, level: float, top: float) -> float:
@@ -162,17 +150,11 @@ class Aligned:
             is_odd = flip < 0 or abs((turn + 45) % 90 - 45) > _TILT
             score = min(max(self.score(level, top), _WHOLE * is_odd), UNREGISTERED - 1)
             answer = DIFFERENT if score > self.limit else SAME
-        more = {
-            f"Only {seen.mean():.0%} of it lies on a reference, the rest is not judged.": 0 < seen.mean() < 0.995,
-            f"It has fewer than {_SMALL} pixels on one side: too few to say much.": min(shape) < _SMALL,
-            "It is a mirror image.": looks and flip < 0,
-            f"It is turned by {turn:.0f} degrees.": turn > _TILT,
-            "It is black and white: colours were not compared.": looks and photometry.is_grey(picture),
-            "It differs as a whole (sharpness, colours or brushwork), not in one place.":
-                answer == DIFFERENT and plane.max() <= self.limit,
-        }  # fmt: skip
-        words = " ".join([answer, *(sentence for sentence, applies in more.items() if applies)])
-        return Comparison(answer, words, score, self.limit, picture, plane, seen, view, pixel_hash(shown))
+        words = _WORDS.render(
+            answer=answer, seen=seen.mean(), shape=shape, is_mirrored=looks and flip < 0, turn=turn,
+            is_grey=registration.is_grey(registration.lab(picture)), highest=plane.max(), limit=self.limit,
+        ).split()  # fmt: skip
+        return Comparison(answer, " ".join(words), score, self.limit, picture, plane, seen, view, pixel_hash(shown))
 
 
 def fit(
@@ -180,12 +162,9 @@ def fit(
 ) -> Aligned:
     """Learn how genuine pictures of an artwork, uint8 RGB ``(H, W, 3)``, differ when they are laid on each other.
 
-    Args:
-        sources: true source of each; pictures of one are never compared with each other, unless there is no other.
-        side: longer side of the references, in pixels; ``n_references`` of the pictures are kept.
-        alpha: false-alarm rate that the limit aims at; sources too few for it count with their highest score each.
-    Raises:
-        ValueError: no picture.
+    ``sources`` names the true source of each: pictures of one are never compared with each other, unless there is no
+    other. ``n_references`` are kept, ``side`` pixels long. ``alpha`` is the false-alarm rate that the limit aims at;
+    where the sources are too few for it, each counts with its highest score. ``ValueError``: no picture.
     """
     if not len(images):
         raise ValueError("The aligned comparison needs at least one genuine picture of the artwork.")
@@ -215,8 +194,8 @@ def fit(
         levels, tops = np.array(list(parts.values())).T
         model.level = max(float(np.median(levels)), 1e-6)
         coarse = levels / model.level
-        model.coarse = float(np.quantile(coarse, 0.9))
-        model.peak = max(float(np.quantile(tops / np.maximum(coarse, 1), 0.9)), 1e-6)
+        most = np.quantile([coarse, tops / np.maximum(coarse, 1)], 0.9, axis=1)
+        model.coarse, model.peak = np.maximum(most, 1e-6).tolist()
     scores = pd.Series({n: model.score(*parts[n]) for n in parts}, index=list(looks), dtype=float)
     scores.index = [sources[n] for n in looks]
     if n_sources + 1 < 1 / alpha:  # these say little about the next one, however many photographs there are of each
@@ -226,20 +205,20 @@ def fit(
         model.limit = conformal_threshold(model.scores, alpha)
     model.notes = [str(one.message) for one in said]
     if n_sources == 1:
-        model.notes.append("Only one source: the limit rests on its own re-photographs and is optimistic.")
+        model.notes += ["Only one source: the limit rests on its own re-photographs and is optimistic."]
     if not model.is_usable:
-        model.notes.append("Too few genuine pictures lie on each other: trust the rows of DINOv2 for this artwork.")
+        model.notes += ["Too few genuine pictures lie on each other: trust the rows of DINOv2 for this artwork."]
     return model
 
 
 def _noise(total: np.ndarray) -> np.ndarray:
     """What differences are usual at each place: squared mean of their roots, so that the odd bad pair counts little;
     smoothed; drawn towards the whole picture's where few pictures were seen, and towards the usual where none was."""
-    sums, counts, overall = total[:4], total[4], np.sqrt(photometry.USUAL)
+    sums, counts, overall = total[:4], total[4], np.sqrt(registration.USUAL)
     if counts.any():
         overall = sums.sum(axis=(1, 2), keepdims=True) / counts.sum()
-    smooth = np.stack([photometry.blur(plane, _NOISE_SIGMA) for plane in sums])
-    mean = (smooth + _PRIOR * overall) / (photometry.blur(counts, _NOISE_SIGMA) + _PRIOR)
+    smooth = np.stack([registration.blur(plane, _NOISE_SIGMA) for plane in sums])
+    mean = (smooth + _PRIOR * overall) / (registration.blur(counts, _NOISE_SIGMA) + _PRIOR)
     return np.square(np.maximum(mean, np.maximum(_FLOOR**0.5 * overall, 1e-2)))
 
 
@@ -248,3 +227,21 @@ def turns(images: Sequence[np.ndarray], sources: Sequence[str], n: int) -> list[
     sharpness = pd.Series([cv2.Laplacian(resize(image, 256), cv2.CV_32F).std() for image in images])
     ranks = sharpness.groupby(list(sources)).rank(method="first", ascending=False)
     return ranks.sort_values(kind="stable").index[:n].tolist()
+
+
+def why_not_genuine(scan: np.ndarray, picture: np.ndarray) -> str:
+    """Why a picture is no faithful photograph of what a scan shows, both uint8 RGB ``(H, W, 3)``; "" if it is.
+
+    Limits were set on 31 genuine and 103 altered pictures of two paintings, against two scans each: 56 of 62 genuine
+    ones pass (five of the others are details), 2 of 206 altered ones; of small marks 0 of 28 plain, 34 of 44 fainter.
+    """
+    scan, picture = resize(scan, 384), resize(picture, 640)
+    looks = Aligned(384, [scan], ["main"]).looks(picture)
+    if not looks:
+        return "it does not lie on the main scan"
+    back, seen, fine = np.linalg.inv(looks[0].matrix), looks[0].seen, looks[0].differs[2]
+    on = cv2.warpPerspective(np.ones(scan.shape[:2], np.float32), back, picture.shape[1::-1]).mean()
+    if on < 0.9 or seen.mean() < 0.4:
+        return f"{on:.0%} of it lies on the main scan, {seen.mean():.0%} of which it shows"
+    changed = (fine[seen > 0] > 0.5).mean()
+    return f"{changed:.1%} of it differs from the main scan" if changed > 0.005 else ""

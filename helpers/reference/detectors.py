@@ -1,6 +1,4 @@
-"""The three rows of notebook 05 as detectors: fitted on a dataset, saved, loaded, asked for scores and maps."""
-
-from __future__ import annotations
+"""The three rows of notebook 05: fitted on a dataset, saved, loaded, asked for scores and maps."""
 
 import io
 import time
@@ -18,7 +16,7 @@ from helpers import files, results
 from helpers.data import Dataset
 from helpers.data.images import load_image
 from helpers.records import Sample, Scored
-from helpers.reference import aligned, dino, memory
+from helpers.reference import aligned, dino
 
 _FILE = "detector.pt"
 
@@ -28,7 +26,7 @@ class Detector:
     """A fitted row."""
 
     method: str
-    models: dict[str, Any]  # category -> Aligned, or what memory.fit gives
+    models: dict[str, Any]  # category -> Aligned, or what dino.fit gives
     settings: dict[str, Any]  # for the record
     network: dino.Dino | None = None  # for the rows of DINOv2
     calibration: dict[str, list[float]] = field(default_factory=dict)  # category -> scores of genuine pictures
@@ -37,15 +35,13 @@ class Detector:
 
     def score(self, category: str, images: Sequence[np.ndarray]) -> list[Scored]:
         """Score, map and (for ``aligned``) answer in words of each picture, uint8 RGB ``(H, W, 3)``."""
-        model = self.models[category]
+        model, said = self.models[category], []
         if self.method == "aligned":
-            found = map(model.compare, images)
-            return [Scored(one.score, one.anomaly_map, answer=one.words) for one in found]
-        said = []
+            return [Scored(one.score, one.anomaly_map, answer=one.words) for one in map(model.compare, images)]
         for image in images:
             values, grid, seconds = self.network.patches(image)
             start = time.perf_counter() - seconds
-            said.append(Scored(*memory.picture_score(model, values, grid), time.perf_counter() - start))
+            said.append(Scored(*dino.picture_score(model, values, grid), time.perf_counter() - start))
         return said
 
     def unit_map(self, image: np.ndarray, category: str) -> np.ndarray:
@@ -78,13 +74,13 @@ class Detector:
 def load(folder: Path, network: dino.Dino | None = None) -> Detector:
     """A detector as notebook 05 saved it in ``checkpoints/<method>``; DINOv2's rows need their ``network``.
     ``FileNotFoundError``: notebook 05 has not run."""
-    if not (folder / _FILE).exists():
+    path = folder / _FILE
+    if not path.exists():
         raise FileNotFoundError(f"No fitted detector in {folder}. Run notebook 05_reference.")
-    state = torch.load(folder / _FILE, weights_only=True)
-    state = tree_map(lambda v: v.numpy() if isinstance(v, torch.Tensor) else v, state)
+    state = tree_map(lambda v: v.numpy() if isinstance(v, torch.Tensor) else v, torch.load(path, weights_only=True))
     if state["method"] == "aligned":
         state["models"] = {category: aligned.Aligned(**one) for category, one in state["models"].items()}
-    return Detector(**state, network=network, identity=_identity(files.sha256_file(folder / _FILE)))
+    return Detector(**state, network=network, identity=_identity(files.sha256_file(path)))
 
 
 def _identity(numbers: str) -> str:
@@ -94,8 +90,8 @@ def _identity(numbers: str) -> str:
 
 
 def fit_aligned(dataset: Dataset, *, side: int, n_references: int, alpha: float) -> Detector:
-    """Learn from all genuine pictures of training and calibration; each is scored without its own source. ``side``:
-    longer side of the references, in pixels; ``alpha``: false-alarm rate that the limits aim at."""
+    """Learn from all genuine pictures of training and calibration; each is scored without its own source. For ``side``,
+    ``n_references`` and ``alpha`` see :func:`aligned.fit`."""
     row = Detector("aligned", {}, {"side": side, "n_references": n_references})
     for category in dataset.categories:
         images, sources = _genuine(dataset, category, "train", "calibration", max_side=2 * side)
@@ -106,16 +102,16 @@ def fit_aligned(dataset: Dataset, *, side: int, n_references: int, alpha: float)
 
 def fit_dino(dataset: Dataset, network: dino.Dino, *, n_bank: int) -> list[Detector]:
     """Both rows of DINOv2, from up to ``n_bank`` training pictures per artwork, of as many sources as there are."""
-    used = {"side": network.side, "layers": dino.LAYERS, "sigma": memory.SIGMA, "top": memory.TOP}
-    rows = [Detector(method, {}, used | {"variance": memory.VARIANCE}, network) for method in memory.METHODS]
+    used = {"side": network.side, "layers": dino.LAYERS, "sigma": dino.SIGMA, "top": dino.TOP}
+    used["variance"] = dino.VARIANCE
+    rows = [Detector(method, {}, used, network) for method in ("dinov2_memory", "dinov2_subspace")]
     for category in dataset.categories:
         images, sources = _genuine(dataset, category, "train")
         tokens = [network.patches(images[n])[0] for n in aligned.turns(images, sources, n_bank)]
         held_out, groups = _genuine(dataset, category, "calibration")
         for row in rows:
-            row.models[category] = memory.fit(row.method, tokens)
+            row.models[category], row.groups[category] = dino.fit(row.method, tokens), groups
             row.calibration[category] = [one.anomaly_score for one in row.score(category, held_out)]
-            row.groups[category] = groups
     return rows
 
 

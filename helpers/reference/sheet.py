@@ -1,7 +1,5 @@
 """The condition sheet: what a conservator writes by hand before and after a loan, as one HTML page."""
 
-from __future__ import annotations
-
 import base64
 import datetime
 from pathlib import Path
@@ -12,11 +10,10 @@ import jinja2
 import numpy as np
 from skimage.measure import label, regionprops
 
-from helpers.data.images import pixel_hash
+from helpers.data.images import pixel_hash, resize
 from helpers.reference.aligned import DIFFERENT, Comparison
 
-_LEAST_AREA = 2e-4  # share of the picture; smaller specks are not listed
-_MOST = 12
+_LEAST_AREA, _MOST = 2e-4, 12  # share of the picture below which specks are not listed; places that are
 
 
 class Difference(NamedTuple):
@@ -49,10 +46,8 @@ def html(page: str, comparison: Comparison, **more: Any) -> str:
 
 
 def _uri(image: np.ndarray, side: int) -> str:
-    """A picture of this longer side as the address of an ``<img>``."""
-    scale = side / max(image.shape[:2])
-    image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
-    encoded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
+    """A picture, its longer side at most ``side`` pixels, as the address of an ``<img>``."""
+    encoded = cv2.imencode(".jpg", resize(image, side)[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
     return "data:image/jpeg;base64," + base64.b64encode(encoded).decode()
 
 
