@@ -14,10 +14,9 @@ from PIL import Image, ImageCms, ImageOps, ImageSequence, UnidentifiedImageError
 
 from helpers import files
 
+# Suffixes of files that are taken for pictures when a folder is read (what they hold decides, not the suffix).
 IMAGE_SUFFIXES = set(".jpg .jpeg .jpe .jfif .png .bmp .gif .tif .tiff .webp .avif .ppm .pgm .heic .heif .jp2".split())
-"""Suffixes of files that are taken for pictures when a folder is read (what they hold decides, not the suffix)."""
-MAX_PIXELS = 80_000_000
-"""Largest picture decoded whole: 240 MB as RGB. Bigger baseline JPEGs are decoded at 1/2, 1/4 or 1/8 instead."""
+MAX_PIXELS = 80_000_000  # decoded whole, 240 MB as RGB; bigger baseline JPEGs are decoded at 1/2, 1/4 or 1/8
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit would refuse JPEGs that can be shrunk
 with suppress(ImportError):  # not required: it reads what iPhones save
     importlib.import_module("pillow_heif").register_heif_opener()

@@ -137,8 +137,7 @@ class Tree:
             raise DatasetError("named like a mask, but its picture is not beside it")
         stems = () if labels or file.where else (file.path.stem,)
         if not is_anomalous and any(map(names.says_forged, (*unlabelled, *tail, *stems))):
-            way = "rename that, or move genuine ones into good/"
-            raise DatasetError(f"would be taken for genuine, but its name or a folder above it says otherwise: {way}")
+            raise DatasetError("its name or a folder above it says otherwise than genuine: rename that, or use good/")
         return head, Sample(file.path, "", is_anomalous, file.mask if is_anomalous else None, split, kind, file.group)
 
     def read_into(self, reading: FolderReading) -> list[File]:
@@ -291,14 +290,13 @@ def read_table(table: Path) -> FolderReading:
 def _frame(table: Path, reading: FolderReading) -> tuple[pd.DataFrame, list[str]]:
     """Columns that are understood, by their meaning: stripped text, empty cells as "", labels like 0 and no as words;
     and the names of other columns."""
-    content, words = table.read_bytes(), names.vocabulary()
+    content, words, long = table.read_bytes(), names.vocabulary(), []
     try:
         text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError:
         text = content.decode("cp1252", errors="replace")
         reading.notes["not UTF-8; read as Windows-1252, so check names with accents"] = [table.name]
     separator = max(",;\t|", key="".join(text.splitlines()[:1]).count)
-    long: list[list[str]] = []
     options = {"dtype": str, "keep_default_na": False, "index_col": False, "on_bad_lines": long.append}
     try:
         frame = pd.read_csv(io.StringIO(text, newline=None), sep=separator, engine="python", **options).fillna("")

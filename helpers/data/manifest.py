@@ -39,8 +39,7 @@ class Dataset:
         return len({sample.group or str(sample.image_path) for sample in normal})
 
     def select(self, **wanted: str | bool) -> list[Sample]:
-        """The pictures with this ``split``, ``category``, ``kind`` and ``is_anomalous`` (those given), in order. A name
-        that the dataset does not have at all is a ``ValueError``: a misspelt one would select nothing."""
+        """Pictures of a ``split``, ``category``, ``kind``, ``is_anomalous``; ``ValueError``: a value that none has."""
         known = {"split": SPLITS, "category": self.categories, "kind": sorted({s.kind for s in self.samples})}
         for name, value in wanted.items():
             if value not in known.get(name, (True, False)):
@@ -79,9 +78,8 @@ def load_manifest(path: Path | str) -> list[Sample]:
 
 
 def open_dataset(dataset_dir: Path | str) -> Dataset:
-    """Open a complete dataset and check that its manifest is the one that was frozen.
-    ``FileNotFoundError``: it is missing or incomplete, or a picture is gone. ``DatasetError``: manifest or masks were
-    changed, or splits share source pictures of an artwork that is not in ``limits``."""
+    """Open a complete dataset. ``FileNotFoundError``: it is incomplete, or a picture is gone. ``DatasetError``: manifest
+    or masks were changed, or splits share source pictures of an artwork that is not in ``limits``."""
     folder = Path(os.path.abspath(dataset_dir))
     if not (folder / MANIFEST_JSON).exists():
         raise FileNotFoundError(f"No complete dataset in {folder} (no {MANIFEST_JSON}). Run notebook 02 to make it.")

@@ -38,8 +38,8 @@ def read_folder(folder: Path | str) -> FolderReading:
     reading.samples = []
     for sample, look, left_out, notes in checks:
         reading.left_out += left_out
-        for name, note in notes:
-            reading.notes[note].append(name)
+        for note in notes:
+            reading.notes[note].append(sample.image_path.name)
         if look is not None:
             reading.samples.append(sample)
             looks.append(look)
@@ -99,7 +99,7 @@ def near_duplicates(hashes: Sequence[np.ndarray]) -> list[tuple[int, int]]:
 
 def _checked(sample: Sample) -> tuple[Sample, np.ndarray | None, list, list]:
     """The sample, its look (None when it cannot be used), files left out with why, sentences about files."""
-    path, mask_path, notes, mask_notes, left_out = sample.image_path, sample.mask_path, [], [], []
+    path, mask_path, notes, left_out = sample.image_path, sample.mask_path, [], []
     try:
         image = images.load_image(path, max_side=128, notes=notes)
         shorter, longer = sorted(image.shape[:2])
@@ -108,13 +108,12 @@ def _checked(sample: Sample) -> tuple[Sample, np.ndarray | None, list, list]:
     except images.ImageError as error:
         return sample, None, [(path, str(error).replace(f"{path} ", ""))], []
     try:
-        if mask_path and not images.load_mask(mask_path, image.shape[:2], picture=path, notes=mask_notes).any():
+        if mask_path and not images.load_mask(mask_path, image.shape[:2], picture=path, notes=notes).any():
             raise images.ImageError("the mask is empty although the picture is anomalous")
     except images.ImageError as error:
         left_out, mask_path = [(mask_path, f"{error} (mask not used)".replace(f"{mask_path} ", ""))], None
-    said = [(path.name, note) for note in notes] + [(f"mask of {path.name}", note) for note in mask_notes]
     sample = replace(sample, mask_path=mask_path, sha256=files.sha256_file(path))
-    return sample, perceptual_hash(image), left_out, said
+    return sample, perceptual_hash(image), left_out, notes
 
 
 def _group(looks: Sequence[np.ndarray], reading: FolderReading) -> None:

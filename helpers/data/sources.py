@@ -73,9 +73,7 @@ def wikimedia(target: Path, difference: Difference) -> FolderReading:
             way = f"What came is kept: run this again (403: it dislikes our User-Agent, {USER_AGENT!r}). {_OFFLINE}"
             raise ConnectionError(f"Commons cannot be reached or gives no usable answer: {error}. {way}") from error
         if not any(folder.glob(f"*/train/{NORMAL_KIND}/*")):
-            raise ConnectionError(
-                f"No genuine picture could be had from {COMMONS_API}; see the lines above. {_OFFLINE}"
-            )
+            raise ConnectionError(f"No genuine picture from {COMMONS_API}; see the lines above. {_OFFLINE}")
         files.write_json(folder / MANIFEST_JSON, {"files": rows})
     source, rows = reading.read_folder(folder), files.read_json(folder / MANIFEST_JSON)["files"]
     source.layout, source.identity = "public-domain reproductions from Wikimedia Commons", identity
