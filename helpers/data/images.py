@@ -79,15 +79,19 @@ def load_mask(
         notes.append("more than half of the picture is marked; look whether it is inverted")
     if shape is None:
         return mask
+
+    def fits(size: tuple[int, int]) -> bool:  # of equal proportions, up to a pixel of rounding on either side
+        return abs(size[0] * shape[1] - size[1] * shape[0]) <= max(size) + max(shape)
+
     turned = Image.fromarray(mask)
     with suppress(OSError, KeyError, SyntaxError, ValueError), Image.open(picture or "", formats=_FORMATS) as image:
         turned.getexif()[0x112] = image.getexif()[0x112]
     turned = np.array(ImageOps.exif_transpose(turned))
-    if not np.array_equal(turned, mask) and _fits(turned.shape, shape):
-        is_upright = _fits(mask.shape, shape)
+    if not np.array_equal(turned, mask) and fits(turned.shape):
+        is_upright = fits(mask.shape)
         notes.append(f"{'perhaps ' * is_upright}drawn before its picture's EXIF rotation; look whether it lies right")
         mask = mask if is_upright else turned
-    if not _fits(mask.shape, shape):
+    if not fits(mask.shape):
         sizes = f"{mask.shape}, its picture is {tuple(shape)} (rows, columns)"
         raise ImageError(f"Mask {path} is {sizes}: the proportions differ. Save the mask in its picture's size.")
     if mask.shape[0] < shape[0] or mask.shape[1] < shape[1]:
@@ -209,8 +213,3 @@ def _marked(values: np.ndarray, is_lossy: bool, notes: list[str]) -> np.ndarray:
     notes.append("a mask without zeros; the value along most of its border counts as background")
     border, n_pixels = np.unique([*values[[0, -1]].ravel(), *values[:, [0, -1]].ravel()], return_counts=True)
     return values != border[n_pixels.argmax()]
-
-
-def _fits(shape: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Whether two sizes have equal proportions, up to a pixel of rounding on either side."""
-    return abs(shape[0] * other[1] - shape[1] * other[0]) <= max(shape) + max(other)

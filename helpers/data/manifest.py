@@ -51,7 +51,8 @@ def write_manifest(path: Path | str, samples: Sequence[Sample], *, info: Mapping
     """Write ``manifest.csv`` (its path, which is returned, or its folder) and, last, ``manifest.json``, the mark of a
     complete dataset, with further JSON values (``kinds_held_out`` and ``limits`` come back in :class:`Dataset`).
     Missing hashes of ``samples`` are computed. ``DatasetError``: there are none."""
-    path = _table_in(path)
+    path = Path(os.path.abspath(path))
+    path = path if path.suffix == ".csv" else path / MANIFEST_CSV
     if not samples:
         raise DatasetError(f"No pictures to write to {path}. Run notebook 02, or check the folder of pictures.")
     samples = [s if s.sha256 else replace(s, sha256=files.sha256_file(s.image_path)) for s in samples]
@@ -66,7 +67,8 @@ def write_manifest(path: Path | str, samples: Sequence[Sample], *, info: Mapping
 
 def load_manifest(path: Path | str) -> list[Sample]:
     """The pictures in a ``manifest.csv`` (or its folder), with absolute paths. ``DatasetError``: a bad row."""
-    path, samples = _table_in(path), []
+    path, samples = Path(os.path.abspath(path)), []
+    path = path / MANIFEST_CSV if path.is_dir() else path
     parsers = {"is_anomalous": {"True": True, "False": False}.__getitem__, "visibility": float, "synthesis_seed": int}
     parsers |= dict.fromkeys(("image_path", "mask_path"), path.parent.joinpath)
     try:
@@ -78,7 +80,7 @@ def load_manifest(path: Path | str) -> list[Sample]:
 
 
 def open_dataset(dataset_dir: Path | str) -> Dataset:
-    """Open a complete dataset. ``FileNotFoundError``: it is incomplete, or a picture is gone. ``DatasetError``: manifest
+    """Open a complete dataset. ``FileNotFoundError``: it is incomplete, or a file is gone. ``DatasetError``: manifest
     or masks were changed, or splits share source pictures of an artwork that is not in ``limits``."""
     folder = Path(os.path.abspath(dataset_dir))
     if not (folder / MANIFEST_JSON).exists():
@@ -116,8 +118,3 @@ def mask_of(sample: Sample, shape: tuple[int, int] | None = None) -> np.ndarray 
     if not sample.is_anomalous:
         return np.zeros(shape, bool)
     return sample.mask_path and images.load_mask(sample.mask_path, shape, picture=sample.image_path)
-
-
-def _table_in(path: Path | str) -> Path:
-    path = Path(os.path.abspath(path))
-    return path if path.suffix.lower() == ".csv" else path / MANIFEST_CSV
