@@ -137,7 +137,7 @@ NO_PICTURES = {
     "noise.jpg": (b"\xff\xd8\xff\xe0" + bytes(range(256)), "cannot be read"),
     "half.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n", "cannot be read"),
     "phone.jpg": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "HEIC, as iPhones"),
-    "raw.tif": (b"II*\0" + bytes(range(200)), "camera raw"),
+    "raw.tif": (b"II*\0" + bytes(range(200)), "cannot be read"),
 }
 
 

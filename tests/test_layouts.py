@@ -253,17 +253,27 @@ def test_every_column_and_every_bad_row(pictures: Path) -> None:
         "img/000.png;Dürer;test;normal;;;",
         "img/gone.png;Dürer;test;normal;;;",
         "img/004.png;../../evil;;good;;;",
-        "img/005.png;nan;;good;;;;;;more",
+        "img/005.png;nan;;good",
     ]
     path = pictures / "t.csv"
     path.write_bytes("\r\n".join(rows).encode("cp1252"))
     counts, n_masks, reading = found(path)
-    assert counts == expected("Dürer/train/good 2, Dürer/calibration/good 1, Dürer/test/stain 1, evil/train/good 1")
+    assert counts == expected(
+        "Dürer/train/good 2, Dürer/calibration/good 1, Dürer/test/stain 1, evil/train/good 1, set/train/good 1"
+    )
     assert n_masks == 1
-    assert [s.group for s in reading.samples if s.split == "train"] == ["scan 1", "scan 1", "evil/img/004.png"]
+    assert [s.group for s in reading.samples if s.split == "train"] == [
+        "scan 1",
+        "scan 1",
+        "evil/img/004.png",
+        "set/img/005.png",
+    ]
     reasons = " | ".join(reason for _, reason in reading.left_out)
     words = ("row 6", "'perhaps'", "row 8 of t.csv: two things", "label is ''", "earlier row", "does not exist")
-    assert all(word in reasons for word in (*words, "too many cells")) and len(reading.left_out) == 7
+    assert all(word in reasons for word in words) and len(reading.left_out) == 6
+    path.write_bytes("\n".join([rows[0], f"{rows[1]};one;two;three"]).encode("cp1252"))
+    with pytest.raises(data.DatasetError, match="line 2, saw 10"):  # shifted cells would be labels of another kind
+        data.read_folder(path)
 
 
 def test_which_table_of_a_folder_is_read(pictures: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, ImageSequence
 
 from helpers import files
 
@@ -127,8 +127,7 @@ def resize(image: np.ndarray, max_side: int) -> np.ndarray:
 
 def pixel_hash(image: np.ndarray) -> str:
     """SHA-256 of a picture's shape and pixels (lower-case hexadecimal): equal for one picture in two file formats."""
-    header = f"{image.dtype.str} {image.shape} ".encode()
-    return hashlib.sha256(header + np.ascontiguousarray(image).tobytes()).hexdigest()
+    return hashlib.sha256(f"{image.dtype.str} {image.shape} ".encode() + image.tobytes()).hexdigest()
 
 
 @contextmanager
@@ -143,8 +142,6 @@ def _refused_in_words(path: Path) -> Iterator[None]:
     except Exception as error:
         why = str(error).partition("\n")[0].replace(f" {str(path)!r}", "") or type(error).__name__
         head = b"" if isinstance(error, PermissionError) else path.read_bytes()[:12]
-        if isinstance(error, UnidentifiedImageError) and head[:2] in (b"II", b"MM"):
-            why = "a TIFF of camera raw or of colours as floats"
         if head[4:11] in (b"ftyphei", b"ftyphev", b"ftypmif", b"ftypmsf"):
             why = "HEIC, as iPhones save it; or pip install pillow-heif"
         way = "Copy it again, or save it as JPEG, PNG, TIFF or WebP of 8 bits a channel"

@@ -260,8 +260,9 @@ def read_table(table: Path) -> FolderReading:
         known = ", ".join(names.vocabulary()["column image_path"])
         raise DatasetError(f"{columns}; one must name the picture: {known}.")
     if not has_labels and (unknown or "mask_path" in frame):
-        way = "add a column label (normal or anomaly), or remove the others if all pictures are genuine"
-        raise DatasetError(f"{columns}; none of them is understood as a label: {way}.")
+        raise DatasetError(
+            f"{columns}; none of them is understood as a label: name it so, or remove it if all are genuine."
+        )
     reading.notes["no column label: all pictures count as genuine"] = [] if has_labels else [table.name]
     reading.notes["columns that were not read"] = unknown
     rows = frame.reindex(columns=_COLUMNS, fill_value="")
@@ -276,7 +277,7 @@ def read_table(table: Path) -> FolderReading:
             kinds, split = [names.kind_of(row["kind"])] if row["kind"] else [], names.meaning_of(row["split"]).split
             kinds += [names.meaning_of(row["label"]).kind] if row["label"] or not kinds else []
             if None in kinds or (row["split"] and not split):
-                allowed = "allowed are normal, anomaly, good, 0, 1, true, false, and train, calibration, test"
+                allowed = "allowed are normal, anomaly, good, 0, 1 ..., and train, calibration, test"
                 raise DatasetError(f"label is {row['label'] or row['kind']!r}, split is {row['split']!r}; {allowed}")
             said = [Meaning(told=row["category"] or table.parent.name), Meaning(split)]
             said += [Meaning(kind=kind) for kind in kinds]
@@ -290,19 +291,18 @@ def read_table(table: Path) -> FolderReading:
 def _frame(table: Path, reading: FolderReading) -> tuple[pd.DataFrame, list[str]]:
     """Columns that are understood, by their meaning: stripped text, empty cells as "", labels like 0 and no as words;
     and the names of other columns."""
-    content, words, long = table.read_bytes(), names.vocabulary(), []
+    content, words = table.read_bytes(), names.vocabulary()
     try:
         text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError:
         text = content.decode("cp1252", errors="replace")
         reading.notes["not UTF-8; read as Windows-1252, so check names with accents"] = [table.name]
     separator = max(",;\t|", key="".join(text.splitlines()[:1]).count)
-    options = {"dtype": str, "keep_default_na": False, "index_col": False, "on_bad_lines": long.append}
+    options = {"dtype": str, "keep_default_na": False, "index_col": False}
     try:
         frame = pd.read_csv(io.StringIO(text, newline=None), sep=separator, engine="python", **options).fillna("")
     except (pd.errors.EmptyDataError, pd.errors.ParserError) as error:
         raise DatasetError(f"{table} cannot be read as a table ({error}).") from error
-    reading.left_out += [(table, f"a row with too many cells: {', '.join(cells)[:80]}") for cells in long]
     columns = {names.plain(str(column)): column for column in reversed(frame.columns)}  # the first of equal ones
     aliases = {meaning: list(words[f"column {meaning}"]) for meaning in _COLUMNS}
     aliases["label"] += [name for name in columns if names.meaning_of(name.removeprefix("is_")).kind]  # is_defect
