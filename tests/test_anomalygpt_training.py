@@ -2,11 +2,11 @@
 
 import contextlib
 import itertools
-import multiprocessing
 import os
 import shutil
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny_anomalygpt as tiny
 import torch
+from failing_drive import is_killed
 from safetensors.torch import load_file
 
 from helpers import data, files, training
@@ -214,13 +215,11 @@ def test_killed_training_resumes_bit_for_bit(dataset, tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
 
     n_threads = torch.get_num_threads()
-    child = multiprocessing.get_context("fork").Process(target=train, args=("b",), kwargs={"on_checkpoint": die})
     torch.set_num_threads(1)  # sums depend on the number of threads, and a fork of several would wait for ever
     cv2.setNumThreads(0)
     try:
-        child.start()
-        child.join(timeout=120)
-        assert child.exitcode == -signal.SIGKILL and not (tmp_path / "b" / "model.safetensors").exists()
+        assert is_killed(partial(train, "b", on_checkpoint=die))
+        assert not (tmp_path / "b" / "model.safetensors").exists()
         straight, resumed = train("a"), train("b")
     finally:
         torch.set_num_threads(n_threads)
