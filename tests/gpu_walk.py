@@ -9,8 +9,6 @@ memory check foretold (said where it is over 15 % off), and on which card. ``--s
 memory and writes only the small checkpoints; ``--skip`` leaves steps out of a short lease.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import math

@@ -1,7 +1,5 @@
 """The code of the notebooks on a GPU that is not there (see :mod:`fake_cuda`), with tiny models; the tiny walk."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

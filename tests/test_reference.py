@@ -1,12 +1,11 @@
 """The picture laid on its reference, and DINOv2's memory and subspace: known homographies, hostile pictures, parity."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from helpers import reference, synthesis
 from helpers.reference import aligned, detectors, dino, registration, sheet
@@ -44,9 +43,6 @@ def model(art) -> aligned.Aligned:
     return aligned.fit(images, [f"s{n // 2}" for n in range(12)], **SETTINGS, alpha=0.1)
 
 
-# ------------------------------------------------------------------------------------------------------- registration
-
-
 def place(image: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, int, float] | None:
     return registration.register(registration.describe(image), registration.describe(reference))
 
@@ -76,9 +72,6 @@ def test_what_is_not_the_artwork_does_not_register(art, other):
     assert place(images[other], art) is None
 
 
-# ---------------------------------------------------------------------------------------------------------- photometry
-
-
 def differences(image: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Where seen: float32 ``(4, n)``."""
     found, seen = registration.differences(image, np.eye(3), registration.lab(reference))
@@ -97,9 +90,6 @@ def test_a_black_and_white_picture_is_compared_without_colour(art):
     grey = cv2.cvtColor(cv2.cvtColor(art, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     found = differences(grey, art)
     assert (found[1] == 0).all() and np.isfinite(found).all() and found.size > 0
-
-
-# ------------------------------------------------------------------------------------------------------------- aligned
 
 
 def test_the_three_answers(model, art):
@@ -154,7 +144,7 @@ def test_hostile_sizes_and_mirror_images(model, art):
     assert "64 pixels" in small.words and np.isfinite(small.score)
 
 
-@pytest.mark.parametrize("n_sources", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize("n_sources", [1, 2, 3, 9])
 def test_few_sources_run_and_one_is_optimistic(art, n_sources):
     images = [photograph(art, seed) for seed in range(max(4, n_sources))]
     fitted = aligned.fit(images, [f"s{n % n_sources}" for n in range(len(images))], **SETTINGS, alpha=0.2)
@@ -211,9 +201,6 @@ def test_the_sheet_escapes_and_holds_everything(model, art, tmp_path):
     assert [(one.place, one.strength) for one in sheet.differences(found)] == [("top right", 3), ("centre", 2)]
 
 
-# -------------------------------------------------------------------------------------------------------------- DINOv2
-
-
 @pytest.fixture(scope="module")
 def fixed_tokens():
     """The random tokens on which the published programs were run; drawn in this order."""
@@ -227,36 +214,31 @@ def fixed_tokens():
     return known, test
 
 
-PLACES = [0, 40, 45, 100, 251]
-
-
-def test_subspace_equals_the_published_program(fixed_tokens):
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("dinov2_subspace", [1.697428, 126.48166, 176.922753, 1.705241, 1.469623]),
+        ("dinov2_memory", [0.056851, 0.146062, 0.081426, 0.057983, 0.050343]),
+    ],
+)
+def test_distances_and_scores_equal_the_published_programs(fixed_tokens, method, expected):
     known, test = fixed_tokens
-    fitted = dino.fit("dinov2_subspace", [known[:200], known[200:]])
+    fitted = dino.fit(method, [known[:200], known[200:]])
     distances = dino.distances(fitted, test)
-    assert fitted["basis"].shape == (6, 48)
-    np.testing.assert_allclose(distances[PLACES], [1.697428, 126.48166, 176.922753, 1.705241, 1.469623], rtol=1e-5)
-    plane = distances.reshape(18, 14)  # the program scores its smoothed map, our rows the patches
-    smooth = cv2.GaussianBlur(cv2.resize(plane, (196, 252), interpolation=cv2.INTER_LINEAR), (3, 3), 4.0)
-    assert dino.top_mean(smooth, 0.01) == pytest.approx(167.881409, rel=1e-5)
+    np.testing.assert_allclose(distances[[0, 40, 45, 100, 251]], expected, rtol=1e-5, atol=1e-6)
     score, anomaly_map = dino.picture_score(fitted, test, (18, 14))
     assert score == np.sort(distances)[-2:].mean() and anomaly_map.shape == (252, 196)
-
-
-def test_memory_equals_the_published_program(fixed_tokens):
-    known, test = fixed_tokens
-    fitted = dino.fit("dinov2_memory", [known])
-    cosine = dino.distances(fitted, test)
-    np.testing.assert_allclose(cosine[PLACES], [0.056851, 0.146062, 0.081426, 0.057983, 0.050343], atol=1e-6)
-    score = dino.picture_score(fitted, test, (18, 14))[0]
-    assert score == np.sort(cosine)[-2:].mean()
-    np.testing.assert_allclose(dino.distances(fitted, known[:9]), 0, atol=1e-6)
-    turned = dino.fit("dinov2_memory", [known[::-1]])
-    np.testing.assert_allclose(dino.distances(turned, test), cosine, atol=1e-6)
+    turned = dino.fit(method, [known[::-1]])
+    np.testing.assert_allclose(dino.distances(turned, test), distances, rtol=1e-5, atol=1e-6)
+    if method == "dinov2_memory":
+        np.testing.assert_allclose(dino.distances(fitted, known[:9]), 0, atol=1e-6)
+    else:  # the program scores its smoothed map, our rows the patches
+        plane = cv2.resize(distances.reshape(18, 14), (196, 252), interpolation=cv2.INTER_LINEAR)
+        assert dino.top_mean(cv2.GaussianBlur(plane, (3, 3), 4.0), 0.01) == pytest.approx(167.881409, rel=1e-5)
+        assert fitted["basis"].shape == (6, 48)
 
 
 def test_tokens_are_the_hidden_states_asked_for(monkeypatch):
-    import torch
     from transformers import Dinov2Config, Dinov2Model
 
     torch.manual_seed(0)
