@@ -17,17 +17,15 @@ import os
 import random
 import shutil
 import signal
+import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
 import tqdm.auto
 
-FORK = multiprocessing.get_context("fork")
 _ERRORS = (errno.ENOTCONN, errno.ENOENT, errno.EIO)
 _CALLS = [(os, name) for name in ("replace", "listdir", "unlink", "remove", "mkdir", "rmdir", "stat")]
 _CALLS += [(builtins, "open"), (io, "open"), (shutil, "copyfile")]
@@ -35,27 +33,21 @@ _CALLS += [(builtins, "open"), (io, "open"), (shutil, "copyfile")]
 
 def _alone(target: Callable, *arguments: object) -> None:
     """What a copy of this process does: without its threads, and without the lock that a killed one would keep."""
-    torch.set_num_threads(1)
-    tqdm.auto.tqdm.set_lock(threading.RLock())
-    tqdm.tqdm.set_lock(threading.RLock())
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+    for bars in (tqdm.tqdm, tqdm.auto.tqdm):
+        bars.set_lock(threading.RLock())
     target(*arguments)
 
 
-def kill_when(is_time: Callable[[], bool], target: Callable, *arguments: object) -> None:
-    """Call ``target`` in a copy of this process, and end that with SIGKILL at a certain time."""
-    process = FORK.Process(target=_alone, args=(target, *arguments))
+def is_killed(target: Callable, *arguments: object, when: Callable[[], bool] = lambda: False) -> bool:
+    """Whether ``target``, called in a copy of this process, ended by a SIGKILL, its own or ours at a certain time."""
+    process = multiprocessing.get_context("fork").Process(target=_alone, args=(target, *arguments))
     process.start()
-    while not is_time():
-        assert process.is_alive(), "it came to its end before it could be killed"
-        time.sleep(0.005)
-    process.kill()
-    process.join()
-
-
-def is_killed(target: Callable, *arguments: object) -> bool:
-    """Whether ``target``, called in a copy of this process, ended by SIGKILL and not by coming to its end."""
-    process = FORK.Process(target=_alone, args=(target, *arguments))
-    process.start()
+    while process.is_alive() and not when():
+        process.join(timeout=0.005)
+    if process.is_alive():
+        process.kill()
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL), process.exitcode
     return process.exitcode != 0

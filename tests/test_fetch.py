@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from failing_drive import kill_when
+from failing_drive import is_killed
 from fake_hub import Hub, serve
 
 from helpers.weights import WeightFileError, fetch
@@ -59,7 +59,8 @@ def test_a_cut_connection_goes_on_where_it_stopped(hub, tmp_path, capsys):
 
 def test_a_killed_process_goes_on_where_it_stopped(hub, tmp_path):
     hub.seconds_per_block = 0.02
-    kill_when(lambda: any(p.stat().st_size > 500_000 for p in tmp_path.glob(".x.part/*")), fetch_x, hub, tmp_path)
+    came = tmp_path / ".x.part"
+    assert is_killed(fetch_x, hub, tmp_path, when=lambda: any(p.stat().st_size > 500_000 for p in came.glob("*")))
     hub.seconds_per_block = 0
     assert fetch_x(hub, tmp_path) == CONTENT and hub.asked[0][1] == 0 and hub.asked[-1][1] > 500_000
 

@@ -16,7 +16,7 @@ import pytest
 import sentencepiece
 import tiny_weights as tiny
 import torch
-from failing_drive import kill_when
+from failing_drive import is_killed
 from filelock import FileLock
 from safetensors.torch import save_file
 from tiny_weights import DIMS, GROUPED
@@ -144,7 +144,7 @@ def test_kill_mid_shard_then_resume_writes_only_what_is_missing(tmp_path, pair, 
     def is_amid() -> bool:
         return len(list(target.glob("*.safetensors"))) > 2 and bool(list(target.glob("*.part")))
 
-    kill_when(is_amid, slow_merge, pair, target)
+    assert is_killed(slow_merge, pair, target, when=is_amid)
     assert list(target.glob("*.part")) and not (target / folders.READY).exists()
     journal = files.read_json(target / folders.JOURNAL)["shards"]
     for left, shard_bytes in ((pair[0], 80_000), (tiny.write_hf(tmp_path / "b", BASE), 40_000)):
