@@ -4,8 +4,6 @@ python -m tests.record_results --record   # take the rows of workspace/mini/repo
 python -m tests.record_results --check    # exit 1 when the README shows anything else
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path

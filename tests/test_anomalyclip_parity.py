@@ -21,6 +21,7 @@ from helpers.anomalyclip import detector, model, training
 from tests.conftest import FIXTURES
 
 FILES = sorted(FIXTURES.glob("anomalyclip_seed*.safetensors"))
+assert FILES, f"no anomalyclip_seed*.safetensors in {FIXTURES}"
 
 
 class Reference:
@@ -58,10 +59,6 @@ class Reference:
 
     def detector(self, **settings: Any) -> detector.Detector:
         return detector.build_detector(self.clip, self.learner, **settings)
-
-
-def test_there_are_fixtures() -> None:
-    assert FILES, f"no anomalyclip_seed*.safetensors in {FIXTURES}"
 
 
 @pytest.fixture(scope="module", params=FILES, ids=lambda path: path.stem)

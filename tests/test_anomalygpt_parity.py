@@ -18,10 +18,7 @@ from helpers.anomalygpt import training as t
 from tests.conftest import FIXTURES
 
 FILES = sorted(FIXTURES.glob("anomalygpt_seed*.safetensors"))
-
-
-def test_there_is_a_fixture():
-    assert FILES, f"no anomalygpt_seed*.safetensors in {FIXTURES}"
+assert FILES, f"no anomalygpt_seed*.safetensors in {FIXTURES}"
 
 
 @pytest.fixture(scope="module", params=FILES, ids=lambda path: path.stem)

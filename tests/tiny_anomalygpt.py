@@ -1,7 +1,5 @@
 """AnomalyGPT at the tiny sizes of the reference numbers, for the tests of its modules."""
 
-from __future__ import annotations
-
 import re
 import tempfile
 import zlib

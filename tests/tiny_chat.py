@@ -1,7 +1,5 @@
 """A small dataset with results of two detectors, the tiny AnomalyGPT and a session over both, for the chat's tests."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A tiny real dataset and small networks for the tests of the CLIP methods and of what builds on them."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 

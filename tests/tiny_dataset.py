@@ -1,7 +1,5 @@
 """Small real datasets on disk for the tests of every method: the one builder."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
