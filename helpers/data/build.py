@@ -37,11 +37,10 @@ def build_dataset(
 ) -> Path:  # fmt: skip
     """Make and freeze a dataset in the MVTec layout; returns the path of ``manifest.csv``.
     A frozen one of the same source and settings is kept, whatever library or machine made it; else it is made again,
-    and that is said. Pictures of one source picture (``group``) stay in one split; with one or two of them splits share
-    one, and ``limits`` in ``manifest.json`` says so. Damage is done to test normals only, and the source's own
-    anomalies are all kept. ``sizes`` is a :class:`helpers.profiles.DataSettings`; ``kinds`` are what the test set
-    shows, ``kinds_held_out`` what of it no training may use (``ValueError``: unknown ones). ``DatasetError``:
-    ``target`` holds something else."""
+    and that is said. Pictures of one source picture (``group``) stay in one split; where they are too few, ``limits``
+    in ``manifest.json`` says so. Damage is done to test normals only, and the source's own anomalies are all kept.
+    ``sizes`` is a :class:`helpers.profiles.DataSettings`; ``kinds`` are what the test set shows, ``kinds_held_out``
+    what of it no training may use (``ValueError``: unknown). ``DatasetError``: ``target`` holds something else."""
     unknown = [kind for kind in (*kinds, *kinds_held_out) if kind not in _KINDS]
     if unknown or not kinds:
         raise ValueError(f"Kinds {', '.join(unknown) or 'are none'}: allowed are {', '.join(_KINDS)}.")
@@ -49,7 +48,7 @@ def build_dataset(
     settings["kinds_held_out"] = sorted(kinds_held_out, key=_KINDS.index)
     target, here = Path(os.path.abspath(target)), {**results.versions(), "machine": results.machine()}
     identity = source.identity or manifest.dataset_hash(source.samples)
-    info = {"made_by": "build_dataset", "settings": settings, "sources_hash": identity, "machine": here}
+    info = {"settings": settings, "sources_hash": identity, "machine": here}
     why = _why_made(target, info)
     print(why or f"{target} is complete: nothing to do.")
     if why:
@@ -75,7 +74,6 @@ def _why_made(target: Path, info: Mapping[str, Any]) -> str:
     changed = [f"{name} was {was.get(name)}, is {value}" for name, value in now.items() if was.get(name) != value]
     try:
         manifest.open_dataset(target)
-        (target / RECORDS).stat()
     except (FileNotFoundError, DatasetError) as error:
         changed.append(str(error).rstrip("."))
     return f"The dataset in {target} is made again: {'; '.join(changed)}." if changed else ""

@@ -73,8 +73,8 @@ def load_mask(
     ``ImageError``: the file cannot be read, or mask and picture differ in proportions."""
     path, notes = Path(path), [] if notes is None else notes
     with _refused_in_words(path):
-        is_lossy = path.read_bytes()[:2] == b"\xff\xd8"  # JPEG
-        mask = _marked(_labels(_decoded(path, None, notes), path), is_lossy, notes)
+        is_jpeg = path.read_bytes()[:2] == b"\xff\xd8"
+        mask = _marked(_labels(_decoded(path, None, notes), path), is_jpeg, notes)
     if mask.mean() > 0.5:
         notes.append("more than half of the picture is marked; look whether it is inverted")
     if shape is None:
@@ -103,7 +103,6 @@ def load_mask(
 
 def save_png(path: Path | str, array: np.ndarray) -> None:
     """Write a uint8 picture ``(H, W, 3)`` or ``(H, W)`` or a bool mask as PNG, whole or not at all."""
-    array = np.asarray(array)
     array = array.astype(np.uint8) * 255 if array.dtype == bool else array
     if array.dtype != np.uint8 or array.shape[2:] not in ((), (3,)) or array.size == 0:
         raise ValueError(f"Cannot save {array.dtype} {array.shape} as {Path(path).name}: no picture or mask.")

@@ -22,8 +22,7 @@ COLUMNS = "image_path sha256 category split is_anomalous kind mask_path group vi
 @dataclass(frozen=True)
 class Dataset:
     """A complete dataset on disk, with absolute paths and the ``hash`` that results name. No training may use the
-    ``kinds_held_out``; ``limits`` is a sentence for each artwork with few genuine pictures: there alone, splits may
-    share sources."""
+    ``kinds_held_out``; splits may share sources only of artworks with few of them, which ``limits`` says in words."""
 
     folder: Path
     samples: tuple[Sample, ...]
@@ -112,9 +111,8 @@ def dataset_hash(samples: Iterable[Sample]) -> str:
 
 
 def mask_of(sample: Sample, shape: tuple[int, int] | None = None) -> np.ndarray | None:
-    """Pixel ground truth of a picture, bool ``(H, W)``: all False for a normal picture, None when no mask is known.
-    ``shape`` is needed for a normal picture; an anomalous one's mask is brought to it, or keeps its file's size.
-    ``ImageError``: the mask cannot be read or has other proportions."""
+    """Pixel ground truth of a picture, bool ``(H, W)``: all False for a normal one (it needs ``shape``), None when no
+    mask is known. ``ImageError``: the mask cannot be read or has other proportions than ``shape``."""
     if not sample.is_anomalous:
         return np.zeros(shape, bool)
     return sample.mask_path and images.load_mask(sample.mask_path, shape, picture=sample.image_path)

@@ -35,9 +35,8 @@ _OFFLINE = "Without network: ART_PROFILE=mini, or put pictures into a folder and
 
 
 def embedded_artworks(target: Path, *, max_side: int, seed: int) -> FolderReading:
-    """Two paintings that ship with the suite (see the card in ``helpers/assets``), offline; what is there is kept.
-    Each photograph of an original, by another camera, is a source of its own. A replica is the motif painted again by
-    another hand, a reinterpretation another work after it; photographed alike, at 85 to 100 % of ``max_side``."""
+    """Two paintings that ship with the suite (see the card in ``helpers/assets``); what is there is kept. Photographs
+    of an original, by other cameras, are sources of their own; works of other hands are photographed alike."""
     layout = "two painted pictures that ship with the suite, photographed by simulated cameras"
     source = FolderReading(target, layout, count_real=True, identity=f"embedded {max_side} {seed}")
     for canvas in sorted(PAINTINGS.glob("*/*/*.webp")):
@@ -61,9 +60,8 @@ def titles() -> list[list[str]]:
 
 def wikimedia(target: Path, difference: Difference) -> FolderReading:
     """Pictures of :func:`titles` from Wikimedia Commons, and members of categories in which ``difference`` finds none
-    and which are no copies; every other file is left out with the reason. A line is printed for each file.
-    Licences must be free; with the authors they stand in ``manifest.json``, which is written last: with it, nothing is
-    asked again. A stopped call goes on. ``ConnectionError``: no network, a refusal, or no genuine picture."""
+    and which are no copies; others are left out with the reason. Licences must be free; with the authors they stand in
+    ``manifest.json``: with it, nothing is asked again. A stopped call goes on. ``ConnectionError``: nothing came."""
     identity = files.sha256_json(titles())  # not what came: what Commons holds may drift
     folder = target / identity[:8]
     if not (folder / MANIFEST_JSON).exists():
