@@ -48,9 +48,8 @@ class Archive:
                 return action()
             except OSError as error:
                 if attempt == self.n_tries:
-                    raise OSError(
-                        f"{error} (in {attempt} attempts). Free space or run the set-up cell again."
-                    ) from error
+                    way = "Free space or run the set-up cell again."
+                    raise OSError(f"{error} (in {attempt} attempts). {way}") from error
             time.sleep(self.wait_seconds * 2 ** (attempt - 1))
             if self.reconnect is not None:
                 self.reconnect()

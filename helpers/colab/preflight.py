@@ -80,11 +80,9 @@ def as_text(checks: Iterable[Check]) -> str:
 
 def states(home: Path) -> dict[str, str]:
     """Notebook -> "done", "to do" or "any time", by what lies in a workspace; in doubt the notebook knows better."""
-
-    def state(proof: str) -> str:
-        return "any time" if not proof else "done" if any(home.glob(proof)) else "to do"
-
-    return {name: state(stage.proof) for name, stage in STAGES.items()}
+    proofs = {name: stage.proof for name, stage in STAGES.items()}
+    done = {name for name, proof in proofs.items() if proof and any(home.glob(proof))}
+    return {name: "done" if name in done else "to do" if proof else "any time" for name, proof in proofs.items()}
 
 
 def where_am_i(home: Path) -> str:
