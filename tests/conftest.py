@@ -1,7 +1,5 @@
 """What several test modules share: the folder of reference numbers, a clean environment, the order of tests."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

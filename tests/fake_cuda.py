@@ -6,8 +6,6 @@ as in torch's own FakeTensor (its engine would open a CUDA context for ``cuda``)
 while one of our tensors takes part, or inside a backward pass, means the GPU.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator
@@ -39,7 +37,7 @@ class GpuTensor(torch.Tensor):
     held: torch.Tensor
 
     @staticmethod
-    def __new__(cls, held: torch.Tensor, requires_grad: bool = False) -> GpuTensor:
+    def __new__(cls, held: torch.Tensor, requires_grad: bool = False) -> "GpuTensor":
         with torch.inference_mode(False):  # a view of a tensor with a version counter must have one
             shape = torch.empty_strided(held.size(), held.stride(), dtype=held.dtype, device="meta")
             made = torch.Tensor._make_subclass(cls, shape, requires_grad, device_for_backend_keys=GPU)

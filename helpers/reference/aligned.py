@@ -177,8 +177,7 @@ def fit(
         looks[n] = [one._replace(differs=one.differs.astype(np.float16)) for one in found]  # all are kept for a while
 
     def roots(k: int, among: Iterable[int]) -> np.ndarray:
-        """Roots of the differences from reference ``k``, added up; how many were seen: float32 ``(5, h, w)``."""
-        total = np.zeros((5, *model.references[k].shape[:2]), np.float32)
+        total = np.zeros((5, *model.references[k].shape[:2]), np.float32)  # of the four, and how many were seen
         for one in (one for n in among for one in looks[n] if one.reference == k):
             total[:4] += np.sqrt(one.differs, dtype=np.float32)
             total[4] += one.seen

@@ -116,7 +116,6 @@ def fit_dino(dataset: Dataset, network: dino.Dino, *, n_bank: int) -> list[Detec
 
 
 def _genuine(dataset: Dataset, category: str, *splits: str, max_side: int | None = None) -> tuple[list, list[str]]:
-    """Genuine pictures, and the source of each."""
     samples = [s for split in splits for s in dataset.select(split=split, category=category, is_anomalous=False)]
     images = [load_image(sample.image_path, max_side=max_side) for sample in samples]
     return images, [sample.group or str(sample.image_path) for sample in samples]

@@ -52,8 +52,7 @@ def _uri(image: np.ndarray, side: int) -> str:
 
 
 def _outlines(mask: np.ndarray) -> list[np.ndarray]:
-    """Corners (x, y) of the outlines around a mask, a little outside."""
-    wider = cv2.dilate(mask.astype(np.uint8), np.ones((3, 3), np.uint8))
+    wider = cv2.dilate(mask.astype(np.uint8), np.ones((3, 3), np.uint8))  # a little outside
     return [line[:, 0] for line in cv2.findContours(wider, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0]]
 
 
