@@ -180,8 +180,11 @@ def test_a_saved_detector_says_the_same(model, art, tmp_path):
     np.testing.assert_array_equal(first.anomaly_map, second.anomaly_map)
     unit = again.unit_map(image, "art")
     assert unit.shape == (224, 224) and unit.dtype == np.float32 and 0 <= unit.min() and unit.max() <= 1
-    with pytest.raises(FileNotFoundError, match="05_reference"):
-        reference.load(tmp_path / "nothing")
+    older = {"method": "aligned", "models": {"art": {"older": 1}}, "settings": {}}
+    torch.save(older, tmp_path / "other" / "detector.pt")
+    for nothing in ("nothing", "other"):
+        with pytest.raises(FileNotFoundError, match="05_reference"):
+            reference.load(tmp_path / nothing)
 
 
 def test_the_sheet_escapes_and_holds_everything(model, art, tmp_path):

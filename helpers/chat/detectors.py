@@ -99,7 +99,7 @@ def load(dataset: Dataset, results_dir: Path, openers: Mapping[str, Callable[[],
             found[method] = results.read(results_dir / method, dataset.samples, dataset.folder, dataset.hash)
             if method != CHAT:
                 scorers[method] = openers[method]()
-        except (FileNotFoundError, ModuleNotFoundError, KeyError, ValueError) as error:
+        except (OSError, ImportError, KeyError, ValueError) as error:  # a file, a package or the hub is away
             missing[method] = f"It has nothing saved for these pictures: run notebook {notebook}. ({error})"
             continue
         maps = (found[method].anomaly_map(one) for one in found[method].predictions if not one.sample.is_anomalous)

@@ -24,13 +24,11 @@ from helpers.reference.dino import top_mean
 
 SAME, DIFFERENT, NOT_THIS, UNSURE = "same", "different", "not this artwork", "unsure"
 UNREGISTERED = 100.0  # every picture that lies on no reference scores above this, every other one below
-_N_GENUINE = 60  # genuine pictures that noise and limit are learnt from
-_LEAST_SEEN = 0.05  # share of a reference that must be seen
+_N_GENUINE, _LEAST_SEEN = 60, 0.05  # pictures that noise and limit are learnt from; share of a reference to be seen
 _SIGMA, _NOISE_SIGMA = 1.5, 4.0  # smoothing of the map and of the noise, pixels of a reference
 _TOP = 0.003  # share of the map's highest values whose mean is the score
 _ALONE = 1 / 3  # the least of n differences is about n to this power times as small as one alone, in the highest part
-_FLOOR = 0.6  # least noise at a place, as a share of the noise of the whole picture
-_PRIOR = 2.0  # pictures that the noise of the whole picture counts for at each place
+_FLOOR, _PRIOR = 0.6, 2.0  # of the whole picture's noise: least share of it at a place; pictures that it counts for
 _WHOLE, _TILT = 50.0, 10.0  # least score of a picture that is mirrored, or tilted by so many degrees
 _WORDS = jinja2.Template((Path(__file__).parent / "templates" / "words.txt").read_text(encoding="utf-8"))
 
@@ -167,7 +165,7 @@ def fit(
     where the sources are too few for it, each counts with its highest score. ``ValueError``: no picture.
     """
     if not len(images):
-        raise ValueError("The aligned comparison needs at least one genuine picture of the artwork.")
+        raise ValueError("The reference comparison needs at least one genuine picture of the artwork.")
     images, n_sources = [resize(image, 2 * side) for image in images], len(set(sources))
     apart = list(sources) if n_sources > 1 else [str(n) for n in range(len(images))]
     chosen = turns(images, apart, min(n_references, max(3, n_sources)))  # few sources: one picture of each

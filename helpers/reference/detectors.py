@@ -73,13 +73,14 @@ class Detector:
 
 def load(folder: Path, network: dino.Dino | None = None) -> Detector:
     """A detector as notebook 05 saved it in ``checkpoints/<method>``; DINOv2's rows need their ``network``.
-    ``FileNotFoundError``: notebook 05 has not run."""
+    ``FileNotFoundError``: notebook 05 has not run, or with another version of this code."""
     path = folder / _FILE
-    if not path.exists():
-        raise FileNotFoundError(f"No fitted detector in {folder}. Run notebook 05_reference.")
-    state = tree_map(lambda v: v.numpy() if isinstance(v, torch.Tensor) else v, torch.load(path, weights_only=True))
-    if state["method"] == "aligned":
-        state["models"] = {category: aligned.Aligned(**one) for category, one in state["models"].items()}
+    try:
+        state = tree_map(lambda v: v.numpy() if isinstance(v, torch.Tensor) else v, torch.load(path, weights_only=True))
+        if state["method"] == "aligned":
+            state["models"] = {category: aligned.Aligned(**one) for category, one in state["models"].items()}
+    except (FileNotFoundError, TypeError) as error:
+        raise FileNotFoundError(f"No detector of this version in {folder}. Run notebook 05_reference.") from error
     return Detector(**state, network=network, identity=_identity(files.sha256_file(path)))
 
 
@@ -102,9 +103,10 @@ def fit_aligned(dataset: Dataset, *, side: int, n_references: int, alpha: float)
 
 def fit_dino(dataset: Dataset, network: dino.Dino, *, n_bank: int) -> list[Detector]:
     """Both rows of DINOv2, from up to ``n_bank`` training pictures per artwork, of as many sources as there are."""
-    used = {"side": network.side, "layers": dino.LAYERS, "sigma": dino.SIGMA, "top": dino.TOP}
-    used["variance"] = dino.VARIANCE
-    rows = [Detector(method, {}, used, network) for method in ("dinov2_memory", "dinov2_subspace")]
+    fixed = {"layers": dino.LAYERS, "sigma": dino.SIGMA, "top": dino.TOP, "variance": dino.VARIANCE}
+    rows = [
+        Detector(method, {}, {"side": network.side} | fixed, network) for method in ("dinov2_memory", "dinov2_subspace")
+    ]
     for category in dataset.categories:
         images, sources = _genuine(dataset, category, "train")
         tokens = [network.patches(images[n])[0] for n in aligned.turns(images, sources, n_bank)]

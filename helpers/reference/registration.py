@@ -19,8 +19,7 @@ _RIM = 4  # pixels at the edge of a picture that are not trusted
 _STEADY = 6.0  # variance of lightness below which a window is noise rather than structure
 _MAX_FLOW = 3.0  # pixels by which canvas and lens may bend a picture
 # By how much two lights may change L, a and b at most: by L, a, b and L squared / 100 each; at one place, in Lab units.
-_MOST = np.array([[0.7, 0.2, 0.2, 1.0], [0.25, 0.6, 0.35, 0.5], [0.25, 0.35, 0.6, 0.5]])
-_SLOW = 15.0
+_MOST, _SLOW = np.array([[0.7, 0.2, 0.2, 1.0], [0.25, 0.6, 0.35, 0.5], [0.25, 0.35, 0.6, 0.5]]), 15.0
 
 
 class Features(NamedTuple):
