@@ -82,10 +82,11 @@ install_in_venv() {
   # opencv-python needs the system library libGL, which servers and CI machines lack; the headless build is the
   # same cv2 without windows, which no notebook opens.
   sed 's/^opencv-python\b/opencv-python-headless/' "$root/requirements.txt" >"$root/.venv/requirements.txt"
-  # Byte code is made at the first import: compiling every module of torch beforehand takes a minute.
   "$python" -m pip install --quiet --disable-pip-version-check --no-compile \
     -r "$root/.venv/requirements.txt" -r "$root/tests/requirements.txt"
   install_mini_models
+  # Byte code, made by all cores; pip would compile one file after the other. What cannot be compiled is not imported.
+  "$python" -m compileall -qq -j 0 "$root/.venv/lib" || true
   printf '%s' "$wanted" >"$stamp"
 }
 

@@ -178,8 +178,7 @@ def _write(source: FolderReading, target: Path, info: dict[str, Any]) -> None:
     make = partial(_make, folder=work, max_side=info["settings"]["max_image_side"], seed=info["settings"]["seed"])
     for origin in ORIGINS:  # each is made of pictures of those before it
         todo = [job for job in jobs if job.origin == origin]
-        pairs = thread_map(make, todo, max_workers=4, desc=f"writing {origin}", unit="picture", delay=10)
-        made |= zip(todo, pairs)
+        made |= zip(todo, thread_map(make, todo, max_workers=4, desc=f"writing {origin}", unit="picture", delay=10))
     pairs = [made[job] for job in sorted(jobs, key=lambda job: (job.category, SPLITS.index(job.split)))]
     files.write_text(work / RECORDS, "".join(f"{json.dumps(record, sort_keys=True)}\n" for _, record in pairs))
     info |= {"kinds_held_out": info["settings"]["kinds_held_out"], "left_out": source.listed()}

@@ -192,8 +192,7 @@ def read_tree(root: Path) -> FolderReading:
     for path in paths:
         said, bare = [meanings[name] for name in path.relative_to(root).parts[:-1]], _bare(path.stem)
         if None in said:
-            why = "0/ and 1/ (before/ and after/ ...) may be labels or paintings: say good/ and bad/"
-            reading.left_out.append((path, why))
+            reading.left_out += [(path, "0/ and 1/ (before/, after/ ...) may be labels or paintings: say good/, bad/")]
         elif any(one.is_mask for one in said) or (bare != path.stem and (path.parent, bare) in stems):
             masks.append(File(path, said))
         else:
@@ -221,8 +220,7 @@ def _match_masks(masks: Sequence[File], files: Sequence[File], reading: FolderRe
         if index is not None and len(paths) == 1:
             reading.samples[index] = replace(reading.samples[index], mask_path=paths[0])
         else:
-            why = "a mask, but not the one mask of one anomalous picture: not used"
-            reading.left_out += [(path, why) for path in paths]
+            reading.left_out += [(path, "not used: not the one mask of one anomalous picture") for path in paths]
 
 
 def _bare(stem: str) -> str:
@@ -260,9 +258,7 @@ def read_table(table: Path) -> FolderReading:
         known = ", ".join(names.vocabulary()["column image_path"])
         raise DatasetError(f"{columns}; one must name the picture: {known}.")
     if not has_labels and (unknown or "mask_path" in frame):
-        raise DatasetError(
-            f"{columns}; none of them is understood as a label: name it so, or remove it if all are genuine."
-        )
+        raise DatasetError(f"{columns}; none of them is understood as a label: name one so, or give paths alone.")
     reading.notes["no column label: all pictures count as genuine"] = [] if has_labels else [table.name]
     reading.notes["columns that were not read"] = unknown
     rows = frame.reindex(columns=_COLUMNS, fill_value="")

@@ -32,11 +32,6 @@ class Dataset:
 
     categories = property(lambda self: tuple(sorted({s.category for s in self.samples})), doc="The artworks, sorted.")
 
-    def n_sources(self, category: str, split: str) -> int:
-        """Independent genuine pictures behind the normal pictures of a split: re-photographs of one count once."""
-        normal = self.select(category=category, split=split, is_anomalous=False)
-        return len({sample.group or str(sample.image_path) for sample in normal})
-
     def select(self, **wanted: str | bool) -> list[Sample]:
         """Pictures of a ``split``, ``category``, ``kind``, ``is_anomalous``; ``ValueError``: a value that none has."""
         known = {"split": SPLITS, "category": self.categories, "kind": sorted({s.kind for s in self.samples})}

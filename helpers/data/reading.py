@@ -124,8 +124,7 @@ def _group(looks: Sequence[np.ndarray], reading: FolderReading) -> None:
     apart = [(i, j) for i, j in pairs if len({(samples[k].split, samples[k].is_anomalous) for k in (i, j)}) > 1]
     told = {pair: f"{places[pair[0]]} = {places[pair[1]]}" for pair in (*equal, *apart)}
     if wrong := [told[pair] for pair in equal if pair in apart]:
-        why = "Equal files stand in two splits or have two labels, so a test would be on what was learnt"
-        raise DatasetError(f"{why}: {', '.join(wrong[:6])}. Delete one of each pair.")
+        raise DatasetError(f"Equal files in two splits or with two labels: {', '.join(wrong[:6])}. Delete one of each.")
     reading.notes["the same file more than once"] = [told[pair] for pair in equal]
     reading.notes["one scan in two splits or with two labels"] = [told[pair] for pair in apart]
     n_twins, n_pictures = Counter(index for pair in pairs for index in pair), Counter(s.category for s in samples)

@@ -143,10 +143,9 @@ def _downloaded(folder: Path, row: dict, entry: dict[str, Any], scans: list[Path
 def _get(url: str, query: dict[str, str] | None = None) -> requests.Response:
     """One polite request: introduced, patient when asked to wait. A file that cannot be had is left out."""
     time.sleep(PAUSE)
-    with requests.Session() as session:
-        retry = Retry(total=4, backoff_factor=PAUSE, status_forcelist=(429, 500, 502, 503, 504))
-        session.get_adapter(url).max_retries = retry
-        reply = session.get(url, params=query, timeout=60, headers={"User-Agent": USER_AGENT})
+    with requests.Session() as http:
+        http.get_adapter(url).max_retries = Retry(4, backoff_factor=PAUSE, status_forcelist=(429, 500, 502, 503, 504))
+        reply = http.get(url, params=query, timeout=60, headers={"User-Agent": USER_AGENT})
     if not reply.ok and reply.status_code != 403 and query is None:
         raise images.ImageError(f"the server answered {reply.status_code} {reply.reason}")
     reply.raise_for_status()

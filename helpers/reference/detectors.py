@@ -104,9 +104,7 @@ def fit_aligned(dataset: Dataset, *, side: int, n_references: int, alpha: float)
 def fit_dino(dataset: Dataset, network: dino.Dino, *, n_bank: int) -> list[Detector]:
     """Both rows of DINOv2, from up to ``n_bank`` training pictures per artwork, of as many sources as there are."""
     own = {"layers": dino.LAYERS, "sigma": dino.SIGMA, "top": dino.TOP, "variance": dino.VARIANCE}
-    rows = [
-        Detector(method, {}, {"side": network.side} | own, network) for method in ("dinov2_memory", "dinov2_subspace")
-    ]
+    rows = [Detector(name, {}, {"side": network.side} | own, network) for name in ("dinov2_memory", "dinov2_subspace")]
     for category in dataset.categories:
         images, sources = _genuine(dataset, category, "train")
         tokens = [network.patches(images[n])[0] for n in aligned.turns(images, sources, n_bank)]
