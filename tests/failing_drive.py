@@ -40,9 +40,12 @@ def _alone(target: Callable, *arguments: object) -> None:
     target(*arguments)
 
 
-def is_killed(target: Callable, *arguments: object, when: Callable[[], bool] = lambda: False) -> bool:
-    """Whether ``target``, called in a copy of this process, ended by a SIGKILL, its own or ours at a certain time."""
-    process = multiprocessing.get_context("fork").Process(target=_alone, args=(target, *arguments))
+def is_killed(
+    target: Callable, *arguments: object, when: Callable[[], bool] = lambda: False, context: str = "fork"
+) -> bool:
+    """Whether ``target``, called in a copy of this process, ended by a SIGKILL, its own or ours at a certain time. With
+    the ``context`` "forkserver" the process is fresh: torch refuses to train in a copy of one that has trained."""
+    process = multiprocessing.get_context(context).Process(target=_alone, args=(target, *arguments))
     process.start()
     while process.is_alive() and not when():
         process.join(timeout=0.005)

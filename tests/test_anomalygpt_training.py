@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
-import cv2
 import numpy as np
 import pytest
 import tiny_anomalygpt as tiny
@@ -203,27 +202,26 @@ def test_few_genuine_pictures_are_trained_with(model, dataset, tmp_path, n):
     assert result.n_steps >= 1 and (tmp_path / "model.safetensors").exists() and t.told(result)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a process that uses a GPU cannot be forked")
-def test_killed_training_resumes_bit_for_bit(dataset, tmp_path):
+def train_few_pairs(folder: Path, dataset: data.Dataset, **options) -> training.TrainingResult:
     settings = replace(SMALL, max_pairs=4, batch_size=2, micro_batch=1, n_tuning=1)
+    return t.train_head(tiny.talker(), dataset, folder=folder, settings=settings, **options)
 
-    def train(name: str, **options) -> training.TrainingResult:
-        return t.train_head(tiny.talker(), dataset, folder=tmp_path / name, settings=settings, **options)
 
-    def die(path: Path) -> None:
-        if path.name == "step_00000002":
-            os.kill(os.getpid(), signal.SIGKILL)
+def die_at_the_second_step(checkpoint: Path) -> None:
+    if checkpoint.name == "step_00000002":
+        os.kill(os.getpid(), signal.SIGKILL)
 
+
+def test_killed_training_resumes_bit_for_bit(dataset, tmp_path):
+    dying = partial(train_few_pairs, on_checkpoint=die_at_the_second_step)
+    assert is_killed(dying, tmp_path / "b", dataset, context="forkserver")
+    assert not (tmp_path / "b" / "model.safetensors").exists()
     n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums depend on the number of threads, and a fork of several would wait for ever
-    cv2.setNumThreads(0)
+    torch.set_num_threads(1)  # sums depend on the number of threads, and the killed process had one
     try:
-        assert is_killed(partial(train, "b", on_checkpoint=die))
-        assert not (tmp_path / "b" / "model.safetensors").exists()
-        straight, resumed = train("a"), train("b")
+        straight, resumed = (train_few_pairs(tmp_path / name, dataset) for name in "ab")
     finally:
         torch.set_num_threads(n_threads)
-        cv2.setNumThreads(-1)
     steps = [row["step"] for row in resumed.history if "loss" in row]
     assert len(steps) > 2 and steps == list(range(1, straight.n_steps + 1))  # two of them before the kill
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in "ab")

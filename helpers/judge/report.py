@@ -95,13 +95,18 @@ class _Pictures:
         return found
 
     def strip(self) -> list[dict[str, Any]]:
-        """A mark, a copy and a genuine picture: of each the one that a middling number of detectors call anomalous."""
+        """A mark, a copy and a genuine picture: of each the one that a middling number of detectors call anomalous. The
+        best of those with maps marks what it raises an alarm on; specks elsewhere would read as one."""
         wanted = {"mark": ("moderate", "plain", "mark", "faint"), "copy": ("whole", "real"), "genuine": ("genuine",)}
         found = []
         for role, groups in wanted.items():
             places = next((rows.index for g in groups if len(rows := self.facts[self.facts.group == g])), ())
             places = [p for p in places if self.facts.kind[p] in ("replica", "reinterpretation")] or places
-            found += [{"role": role, **self._picture(self._middle(places), 520, self.best_map)}] if len(places) else []
+            if len(places):
+                place = self._middle(places)
+                is_passed = self.best_map in self.verdicts and not self.verdicts.at[place, self.best_map]
+                one = self._picture(place, 520, "" if is_passed else self.best_map)
+                found.append(one | {"role": role, "marked_by": self.best_map})
         return found
 
     def tiles(self) -> dict[str, Any]:
