@@ -1,6 +1,8 @@
 """report, figures: self-contained, escaped, complete, readable for any names, and honest about what is missing."""
 
+import base64
 import dataclasses
+import io
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny_comparison as tiny
+from PIL import Image
 
 from helpers.judge import comparison, figures, report
 from helpers.judge.comparison import Comparison
@@ -86,6 +89,21 @@ def test_the_first_screen_says_what_was_found_where_by_whom_and_how_far_to_trust
     assert "A genuine picture" in first and "of 2 found it" in first and "real alteration" in first
     assert "AnomalyGPT has no results yet: run 07_anomalygpt_test." in first
     assert "say nothing about the published models" in first
+
+
+def test_the_strip_marks_only_what_the_detector_raises_an_alarm_on(tmp_path: Path, monkeypatch) -> None:
+    """Every pixel is above the limit here, so that a marked picture is tinted all over."""
+    scale = figures.map_scale
+    monkeypatch.setattr(figures, "map_scale", lambda maps: scale(maps)._replace(limit=-1.0))
+    dataset = tiny.make_dataset(tmp_path / "data")
+    html = write(tmp_path, tiny.compare(tmp_path / "results", dataset, maps=["clip_lof"])).read_text(encoding="utf-8")
+    strip = html[html.index('class="strip"') : html.index('id="matrix"')]
+    marked, alarms = [], []
+    for content, words in re.findall(r'<figure><img[^>]*base64,([^"]+)">(.*?)</figure>', strip, re.S):
+        red, green, _ = np.asarray(Image.open(io.BytesIO(base64.b64decode(content)))).mean(axis=(0, 1))
+        marked.append(red - green > 40)
+        alarms.append(("✓ CLIP LOF" in Reader(words).text) != ("A genuine picture" in words))
+    assert marked == alarms and set(alarms) == {True, False}
 
 
 def test_published_figures_stand_apart_with_their_denominators(page: Path) -> None:
