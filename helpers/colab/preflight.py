@@ -36,15 +36,15 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "01_prepare_weights": Stage(23, 45, 49.5, "weights/vicuna/READY.json"),
-    "02_synthesize_anomalies": Stage(15, 2, 1.0, "data/*/manifest.json"),
-    "03_clip": Stage(80, 5, 3.0, "results/clip_patch_knn/manifest.json"),
-    "04_anomalyclip": Stage(39, 25, 6.0, "results/anomalyclip/manifest.json"),
-    "05_reference": Stage(100, 5, 0.5, "results/aligned/manifest.json"),
-    "06_anomalygpt_train": Stage(62, 20, 4.5, "checkpoints/anomalygpt/*/training.json"),
-    "07_anomalygpt_test": Stage(90, 6, 0.5, "results/anomalygpt/manifest.json"),
-    "08_anomalygpt_chat": Stage(48, 5, 0.1, ""),
-    "09_compare": Stage(46, 5, 0.1, "report/index.html"),
+    "01_prepare_weights": Stage(17, 45, 49.5, "weights/vicuna/READY.json"),
+    "02_synthesize_anomalies": Stage(14, 2, 1.0, "data/*/manifest.json"),
+    "03_clip": Stage(74, 5, 3.0, "results/clip_patch_knn/manifest.json"),
+    "04_anomalyclip": Stage(33, 25, 6.0, "results/anomalyclip/manifest.json"),
+    "05_reference": Stage(93, 5, 0.5, "results/aligned/manifest.json"),
+    "06_anomalygpt_train": Stage(55, 20, 4.5, "checkpoints/anomalygpt/*/training.json"),
+    "07_anomalygpt_test": Stage(79, 6, 0.5, "results/anomalygpt/manifest.json"),
+    "08_anomalygpt_chat": Stage(42, 5, 0.1, ""),
+    "09_compare": Stage(41, 5, 0.1, "report/index.html"),
 }
 
 
