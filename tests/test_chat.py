@@ -87,7 +87,10 @@ def test_verdicts_are_those_of_the_results_and_missing_detectors_are_named_with_
             assert found.anomaly_score == pytest.approx(prediction.anomaly_score, rel=1e-4)
             assert found.threshold == prediction.threshold and found.is_anomalous == prediction.is_predicted_anomalous
             assert found.p_value == pytest.approx(prediction.p_value)
-    talk.choose(picture(made, "box"))
+    shown = picture(made, "box")
+    talk.choose(shown)
+    scores = {one.method: one.anomaly_score for one in talk.verdicts}
+    assert talk.detectors.scores(shown.image, "one") == {"anomalyclip": pytest.approx(scores["anomalyclip"])}
     table = detectors.table(talk.verdicts)
     assert len(table) == len(detectors.NOTEBOOKS)
     assert "notebook 05_reference" in table.loc["Reference comparison", "note"]
@@ -96,12 +99,13 @@ def test_verdicts_are_those_of_the_results_and_missing_detectors_are_named_with_
 
 def test_a_detector_that_fails_or_has_learnt_the_picture_says_so(made) -> None:
     model, dataset, home = made
-
     broken = Mock(side_effect=ValueError("too small"))
     found = detectors.load(dataset, home / "results", {"anomalyclip": lambda: broken})
     talk = chat.ChatSession(model, found, settings=tiny.SETTINGS)
     talk.choose(picture(made, "box"))
     assert any("too small" in one.note for one in talk.verdicts)
+    away = detectors.load(dataset, home / "results", {"anomalyclip": Mock(side_effect=OSError("no route to the hub"))})
+    assert "no route to the hub" in away.missing["anomalyclip"] and away.scores(talk.picture.image, "one") == {}
     learnt = dataset.select(split="train", category="one")[0]
     talk.choose(chat.open_picture(learnt.image_path, category="one"))
     assert detectors.LEARNT in [one.note for one in talk.verdicts]

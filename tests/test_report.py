@@ -92,9 +92,8 @@ def test_the_first_screen_says_what_was_found_where_by_whom_and_how_far_to_trust
 
 
 def test_the_strip_marks_only_what_the_detector_raises_an_alarm_on(tmp_path: Path, monkeypatch) -> None:
-    """Every pixel is above the limit here, so that a marked picture is tinted all over."""
     scale = figures.map_scale
-    monkeypatch.setattr(figures, "map_scale", lambda maps: scale(maps)._replace(limit=-1.0))
+    monkeypatch.setattr(figures, "map_scale", lambda maps: scale(maps)._replace(limit=-1.0))  # tints all of it
     dataset = tiny.make_dataset(tmp_path / "data")
     html = write(tmp_path, tiny.compare(tmp_path / "results", dataset, maps=["clip_lof"])).read_text(encoding="utf-8")
     strip = html[html.index('class="strip"') : html.index('id="matrix"')]
@@ -160,6 +159,8 @@ def test_a_verdict_tints_only_what_exceeds_the_limit_and_keeps_the_rest() -> Non
     assert (dashed[55:65, 35:45] == image[55:65, 35:45]).all()
     edge = dashed[50, 30:50].mean(axis=1)
     assert edge.max() > 200 and edge.min() < 60  # light and dark dashes, readable on any ground
+    part = figures.zoomed(np.arange(4800).reshape(80, 60), mask)  # at the right border, and not beyond it
+    assert part.shape == (48, 48) and part[0, 0] == 32 * 60 + 12 and part[-1, -1] == 79 * 60 + 59
 
 
 def test_figures_are_saved_with_words_and_ring_what_is_wrong(tmp_path: Path) -> None:

@@ -71,6 +71,10 @@ class Detectors:
         shown = (scored.anomaly_map, self.limits.get(method, math.inf), scored.answer)
         return Verdict(method, scored.anomaly_score, threshold, p_value, *shown)
 
+    def scores(self, image: np.ndarray, category: str) -> dict[str, float]:
+        """Anomaly score of a picture, uint8 RGB ``(H, W, 3)``, by each detector but the chat's own."""
+        return {method: ask(category, [image])[0].anomaly_score for method, ask in self.scorers.items()}
+
     def judge(self, image: np.ndarray, category: str, *, sha256: str, own: Scored) -> list[Verdict]:
         """Every detector's verdict on a picture uint8 RGB ``(H, W, 3)`` that should show ``category``, in the order of
         the comparison; missing ones with their reason. ``sha256``: of its file; a picture that the detectors learnt
@@ -100,7 +104,7 @@ def load(dataset: Dataset, results_dir: Path, openers: Mapping[str, Callable[[],
             if method != CHAT:
                 scorers[method] = openers[method]()
         except (OSError, ImportError, KeyError, ValueError) as error:  # a file, a package or the hub is away
-            missing[method] = f"It has nothing saved for these pictures: run notebook {notebook}. ({error})"
+            missing[method] = f"It cannot be opened for these pictures: run notebook {notebook}. ({error})"
             continue
         maps = (found[method].anomaly_map(one) for one in found[method].predictions if not one.sample.is_anomalous)
         limits[method] = figures.map_scale(one for one in maps if one is not None).limit

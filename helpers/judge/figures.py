@@ -140,6 +140,15 @@ def marked(
     return out
 
 
+def zoomed(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The square of a picture around its mask, half as large again but at least 48 pixels where there are as many."""
+    x, y, width, height = cv2.boundingRect(mask.astype(np.uint8))
+    side = min(max(48, 3 * max(width, height) // 2), *mask.shape)
+    left = min(max(0, x + (width - side) // 2), mask.shape[1] - side)
+    top = min(max(0, y + (height - side) // 2), mask.shape[0] - side)
+    return image[top : top + side, left : left + side]
+
+
 def _outlines(mask: np.ndarray) -> Sequence[np.ndarray]:
     return cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
 
